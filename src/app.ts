@@ -1,0 +1,215 @@
+import { access, constants, mkdir } from 'node:fs/promises'
+import { delimiter, join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import Fastify, { type FastifyInstance } from 'fastify'
+import { serializerCompiler, type ZodTypeProvider } from 'fastify-type-provider-zod'
+import type { z } from 'zod'
+import packageJson from '../package.json' with { type: 'json' }
+import { HttpCallbackSender } from './callbacks/sender.ts'
+import type { Config } from './config.ts'
+import { CallbackDispatcher } from './core/callbacks.ts'
+import { InvalidRequestError } from './core/errors.ts'
+import type { CallbackSender, WorkerBackend } from './core/ports.ts'
+import { Reaper } from './core/reaper.ts'
+import { Submissions } from './core/submissions.ts'
+import { TaskFiles } from './core/task-files.ts'
+import { TaskRunner } from './core/task-runner.ts'
+import { publishOpenApi } from './openapi.ts'
+import { EmbeddedQueue } from './queue/embedded.ts'
+import { requireToken } from './routes/authentication.ts'
+import { installErrorHandler } from './routes/error-handler.ts'
+import { healthRoutes } from './routes/health.ts'
+import { sampleCallbackRoutes } from './routes/sample-callbacks.ts'
+import { taskLogRoutes } from './routes/task-logs.ts'
+import { taskRunnerRoute } from './routes/task-runner-route.ts'
+import { taskRoutes } from './routes/tasks.ts'
+import { workerRoutes } from './routes/workers.ts'
+import { keyFromFolder, Sealer } from './secrets/sealing.ts'
+import { SqlDeliveryStore } from './store/delivery-store.ts'
+import { openSqlite } from './store/sqlite.ts'
+import { SqlTaskStore } from './store/task-store.ts'
+import { fieldErrors } from './wire/fields.ts'
+import { parseWorkerFile } from './wire/worker-config.ts'
+import { LocalBackend } from './workers/local/local-backend.ts'
+
+const BODY_BYTES_MAX = 4 * 1024 * 1024
+const PARAM_LENGTH_MAX = 4096
+const SWEEP_MS = 60_000
+
+export interface AppOptions {
+  config: Config
+  /** Of the tasks; default: the process's own. */
+  taskUmask?: number
+  backend?: WorkerBackend
+  sender?: CallbackSender
+  now?: () => number
+  random?: () => number
+}
+
+export interface App {
+  /** Ready, not listening. Closing it releases everything; running local tasks go on. */
+  http: FastifyInstance
+  /** Refuses new tasks from now on; the first step of a shutdown. */
+  drain(): void
+  reaper: Reaper
+}
+
+/** Wires everything and takes up unfinished work. Throws when the data folder cannot be used. */
+export async function buildApp(options: AppOptions): Promise<App> {
+  const { config, now = Date.now, random = Math.random } = options
+  const http = Fastify({
+    logger: {
+      level: config.logLevel,
+      redact: ['req.headers.authorization', 'headers.authorization', '*.token'],
+    },
+    disableRequestLogging: true,
+    bodyLimit: BODY_BYTES_MAX,
+    routerOptions: { ignoreTrailingSlash: true, maxParamLength: PARAM_LENGTH_MAX },
+    forceCloseConnections: 'idle',
+  }).withTypeProvider<ZodTypeProvider>()
+  try {
+    return await wire()
+  } catch (err) {
+    await http.close()
+    throw err
+  }
+
+  async function wire(): Promise<App> {
+    const { log } = http
+    await mkdir(config.dataDir, { recursive: true, mode: 0o700 })
+    const sealer = new Sealer(config.sealingKey ?? (await keyFromFolder(config.dataDir)))
+
+    const connection = await openSqlite(join(config.dataDir, 'task-runner.db'))
+    http.addHook('onClose', () => connection.close())
+    const tasks = new SqlTaskStore(connection, sealer)
+    const deliveries = new SqlDeliveryStore(connection, tasks)
+
+    const backend =
+      options.backend ?? (await localBackend(config, options.taskUmask ?? process.umask()))
+    http.addHook('onClose', () => backend.close())
+
+    const sender =
+      options.sender ??
+      new HttpCallbackSender({
+        timeoutMs: config.callbackTimeoutMs,
+        userAgent: `task-runner/${packageJson.version}`,
+      })
+    http.addHook('onClose', () => sender.close())
+
+    const callbacks = new CallbackDispatcher({
+      store: deliveries,
+      sender,
+      schedule: { delaysMs: config.callbackRetryDelaysMs, random },
+      attemptTimeoutMs: config.callbackTimeoutMs,
+      now,
+      log,
+    })
+    const queue = new EmbeddedQueue()
+    const runner = new TaskRunner({
+      store: tasks,
+      queue,
+      backend,
+      callbacks,
+      concurrency: config.concurrency,
+      provisioningTimeoutMs: config.provisioningTimeoutMs,
+      maxLogBytes: config.maxLogBytes,
+      now,
+      log,
+    })
+    const reaper = new Reaper({
+      store: tasks,
+      backend,
+      keptWorkerMs: config.keptWorkerMs,
+      provisioningTimeoutMs: config.provisioningTimeoutMs,
+      retentionMs: config.retentionMs,
+      intervalMs: SWEEP_MS,
+      now,
+      log,
+    })
+    const files = new TaskFiles(config.tasksDir, parseWorkerFile)
+    const submissions = new Submissions(
+      { store: tasks, queue, files },
+      {
+        queuedMax: config.queuedMax,
+        defaultTimeoutSeconds: config.taskTimeoutSeconds,
+        digestKey: sealer.derive('request digest'),
+        now,
+        log,
+      },
+    )
+    http.addHook('onClose', async () => {
+      submissions.drain()
+      await Promise.all([runner.close(), callbacks.close(config.shutdownGraceMs), reaper.close()])
+    })
+
+    http.setValidatorCompiler(({ schema }) => (data) => {
+      // Holds: every schema of ours is zod's.
+      const result = (schema as z.ZodType).safeParse(data)
+      if (result.success) return { value: result.data }
+      return { error: new InvalidRequestError(fieldErrors(result.error)) }
+    })
+    http.setSerializerCompiler(serializerCompiler)
+    installErrorHandler(http)
+    await http.register(
+      async (api) => {
+        await publishOpenApi(api, { basePath: config.basePath })
+        await api.register(healthRoutes, {
+          parts: {
+            store: () => tasks.check(),
+            workers: () => backend.check(),
+            tasks_folder: () => files.check(),
+          },
+          isDraining: () => submissions.draining,
+        })
+        if (config.sampleCallbacks) await api.register(sampleCallbackRoutes)
+        await api.register(async (secured) => {
+          requireToken(secured, { tokens: config.apiTokens, loopbackOnly: !config.authOff })
+          await secured.register(taskRunnerRoute, {
+            submissions,
+            timeoutSecondsMax: config.taskTimeoutSeconds,
+          })
+          await secured.register(taskRoutes, { tasks, deliveries, runner, callbacks })
+          await secured.register(taskLogRoutes, { tasks, backend })
+          await secured.register(workerRoutes, { tasks, backend, runner, reaper })
+        })
+      },
+      { prefix: config.basePath },
+    )
+    await http.ready()
+    await runner.start()
+    callbacks.start()
+    reaper.start()
+    return { http, drain: () => submissions.drain(), reaper }
+  }
+}
+
+async function localBackend(config: Config, umask: number): Promise<LocalBackend> {
+  const find = (command: string) => findCommand(command, config.path)
+  return new LocalBackend({
+    workersDir: join(config.dataDir, 'workers'),
+    tasksDir: config.tasksDir,
+    bootstrap: fileURLToPath(new URL('./workers/bootstrap.sh', import.meta.url)),
+    interpreters: {
+      python: (await find(config.pythonCommand)) ?? config.pythonCommand,
+      shell: config.shellCommand ?? (await find('bash')) ?? '/bin/sh',
+      node: process.execPath,
+    },
+    environment: { PATH: config.path, ...config.locale },
+    umask,
+    terminationGraceMs: config.terminationGraceMs,
+  })
+}
+
+/** Looked up once instead of at every start of a task. */
+async function findCommand(command: string, path: string): Promise<string | undefined> {
+  if (command.includes('/')) return command
+  for (const folder of path.split(delimiter)) {
+    const candidate = join(folder, command)
+    const found = await access(candidate, constants.X_OK).then(
+      () => true,
+      () => false,
+    )
+    if (found) return candidate
+  }
+  return undefined
+}

@@ -1,0 +1,161 @@
+import { readFileSync } from 'node:fs'
+import { availableParallelism } from 'node:os'
+import { resolve } from 'node:path'
+import { z } from 'zod'
+import { isLoopbackName } from './core/loopback.ts'
+
+/** What the service needs to know. Immutable, read once. Nothing but this file reads the environment. */
+export interface Config {
+  host: string
+  port: number
+  /** Prefix of every route: empty, or `/apps/task-runner`. */
+  basePath: string
+  apiTokens: readonly string[]
+  authOff: boolean
+  dataDir: string
+  tasksDir: string
+  concurrency: number
+  queuedMax: number
+  taskTimeoutSeconds: number
+  provisioningTimeoutMs: number
+  terminationGraceMs: number
+  maxLogBytes: number
+  callbackTimeoutMs: number
+  callbackRetryDelaysMs: readonly number[]
+  sealingKey: Buffer | undefined
+  pythonCommand: string
+  /** Undefined: bash where there is one, else sh. */
+  shellCommand: string | undefined
+  retentionMs: number
+  keptWorkerMs: number
+  shutdownGraceMs: number
+  sampleCallbacks: boolean
+  logLevel: string
+  /** Where commands are looked up, for tasks as for ourselves. */
+  path: string
+  /** What tasks are told about language and time zone. */
+  locale: Record<string, string>
+}
+
+/** Every problem of the environment at once. */
+export class ConfigError extends Error {
+  override name = 'ConfigError'
+}
+
+const flag = z
+  .enum(['true', 'false', '1', '0', 'on', 'off'])
+  .transform((value) => value === 'true' || value === '1' || value === 'on')
+const list = z.string().transform((value) =>
+  value
+    .split(/[,\n]/)
+    .map((item) => item.trim())
+    .filter((item) => item !== ''),
+)
+const int = (min: number, max: number) => z.coerce.number().int().min(min).max(max)
+/** setTimeout takes no more than 2^31 ms, 24.8 days. */
+const SECONDS_MAX = 2_000_000
+
+const schema = z.object({
+  HOST: z.string().default('127.0.0.1'),
+  PORT: int(0, 65535).default(3000),
+  BASE_PATH: z
+    .string()
+    .regex(/^(\/[A-Za-z0-9._~-]+)*\/?$/, 'must look like /apps/task-runner')
+    .default(''),
+  API_TOKENS: list.default([]),
+  API_TOKENS_FILE: z.string().optional(),
+  AUTH: z.enum(['on', 'off']).default('on'),
+  DATA_DIR: z.string().default('./data'),
+  TASKS_DIR: z.string().default('./tasks'),
+  DATABASE_URL: z.undefined('is not supported by this version').optional(),
+  WORKER_BACKEND: z.enum(['local'], 'must be local in this version').default('local'),
+  MAX_CONCURRENT_TASKS: int(1, 10_000).default(4 * availableParallelism()),
+  MAX_QUEUED_TASKS: int(1, 10_000_000).default(100_000),
+  TASK_TIMEOUT_SECONDS: int(1, SECONDS_MAX).default(86_400),
+  PROVISIONING_TIMEOUT_SECONDS: int(1, SECONDS_MAX).default(59),
+  TERMINATION_GRACE_SECONDS: z.coerce.number().min(0).max(3_600).default(10),
+  MAX_LOG_MB: z.coerce.number().positive().max(1_000_000).default(1024),
+  CALLBACK_TIMEOUT_SECONDS: z.coerce.number().min(0.1).max(300).default(15),
+  CALLBACK_RETRY_SECONDS: list
+    .pipe(z.array(z.coerce.number<string>().min(0).max(SECONDS_MAX)).max(100))
+    .default([5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400]),
+  SEALING_KEY: z
+    .base64()
+    .transform((key) => Buffer.from(key, 'base64'))
+    .refine((key) => key.length === 32, 'must be 32 bytes in base64')
+    .optional(),
+  PYTHON_COMMAND: z.string().min(1).default('python3'),
+  SHELL_COMMAND: z.string().min(1).optional(),
+  RETENTION_DAYS: z.coerce.number().positive().max(36_500).default(30),
+  KEPT_WORKER_HOURS: z.coerce.number().positive().max(87_600).default(24),
+  SHUTDOWN_GRACE_SECONDS: z.coerce.number().min(0).max(3_600).default(30),
+  SAMPLE_CALLBACKS: flag.default(true),
+  LOG_LEVEL: z.enum(['trace', 'debug', 'info', 'warn', 'error', 'fatal', 'silent']).default('info'),
+  PATH: z.string().default('/usr/local/bin:/usr/bin:/bin'),
+  LANG: z.string().default('C.UTF-8'),
+  TZ: z.string().optional(),
+})
+
+/** Throws `ConfigError` that lists every problem, and repeats no value: some are secret. */
+export function loadConfig(env: NodeJS.ProcessEnv): Config {
+  // An empty variable is how many tools write "not set".
+  const set = Object.fromEntries(Object.entries(env).filter(([, value]) => value !== ''))
+  const parsed = schema.safeParse(set)
+  const problems = parsed.success
+    ? []
+    : parsed.error.issues.map((issue) => `${String(issue.path[0])}: ${issue.message}`)
+  if (!parsed.success) throw new ConfigError(listed(problems))
+  const values = parsed.data
+  const apiTokens = [...values.API_TOKENS, ...tokensFromFile(values.API_TOKENS_FILE, problems)]
+  if (apiTokens.some((token) => !/^[\x21-\x7e]+$/.test(token))) {
+    problems.push('API_TOKENS: a token holds white space or characters outside ASCII')
+  }
+  const isOpen = apiTokens.length === 0 && values.AUTH === 'on' && !isLoopbackName(values.HOST)
+  if (isOpen) {
+    problems.push(
+      `HOST: "${values.HOST}" is not loopback and there are no API_TOKENS; set tokens, or AUTH=off`,
+    )
+  }
+  if (problems.length > 0) throw new ConfigError(listed(problems))
+  return {
+    host: values.HOST,
+    port: values.PORT,
+    basePath: values.BASE_PATH.replace(/\/$/, ''),
+    apiTokens: values.AUTH === 'off' ? [] : apiTokens,
+    authOff: values.AUTH === 'off',
+    dataDir: resolve(values.DATA_DIR),
+    tasksDir: resolve(values.TASKS_DIR),
+    concurrency: values.MAX_CONCURRENT_TASKS,
+    queuedMax: values.MAX_QUEUED_TASKS,
+    taskTimeoutSeconds: values.TASK_TIMEOUT_SECONDS,
+    provisioningTimeoutMs: values.PROVISIONING_TIMEOUT_SECONDS * 1000,
+    terminationGraceMs: values.TERMINATION_GRACE_SECONDS * 1000,
+    maxLogBytes: Math.round(values.MAX_LOG_MB * 1024 * 1024),
+    callbackTimeoutMs: values.CALLBACK_TIMEOUT_SECONDS * 1000,
+    callbackRetryDelaysMs: values.CALLBACK_RETRY_SECONDS.map((seconds) => seconds * 1000),
+    sealingKey: values.SEALING_KEY,
+    pythonCommand: values.PYTHON_COMMAND,
+    shellCommand: values.SHELL_COMMAND,
+    retentionMs: values.RETENTION_DAYS * 86_400_000,
+    keptWorkerMs: values.KEPT_WORKER_HOURS * 3_600_000,
+    shutdownGraceMs: values.SHUTDOWN_GRACE_SECONDS * 1000,
+    sampleCallbacks: values.SAMPLE_CALLBACKS,
+    logLevel: values.LOG_LEVEL,
+    path: values.PATH,
+    locale: { LANG: values.LANG, ...(values.TZ === undefined ? {} : { TZ: values.TZ }) },
+  }
+}
+
+function tokensFromFile(path: string | undefined, problems: string[]): string[] {
+  if (path === undefined) return []
+  try {
+    return list.parse(readFileSync(path, 'utf8'))
+  } catch {
+    problems.push('API_TOKENS_FILE: the file cannot be read')
+    return []
+  }
+}
+
+function listed(problems: string[]): string {
+  return `The configuration is not usable:\n${problems.map((problem) => `  - ${problem}`).join('\n')}`
+}

@@ -1,0 +1,284 @@
+import type {
+  AttemptResult,
+  CallbackPayload,
+  CallbackSender,
+  DeliveryStore,
+  DueDelivery,
+  Logger,
+  NewDelivery,
+} from './ports.ts'
+import { type RetrySchedule, retryDelayMs } from './retry.ts'
+import type { CallbackStatus } from './task.ts'
+
+/** A receiver may ask us to wait, but not for ever. */
+const RETRY_AFTER_MAX_MS = 24 * 60 * 60 * 1000
+/** Attempts under way at a time: in all, and to one origin, so that a dead receiver delays only itself. */
+const ATTEMPTS_MAX = 128
+const ATTEMPTS_PER_ORIGIN_MAX = 16
+/** The longest the dispatcher sleeps: bounds what a clock jump or a missed wake-up can cost. */
+const POLL_MS = 30_000
+/** After the store failed. */
+const STORE_RETRY_MS = 1_000
+
+/**
+ * What follows an attempt. 2xx delivers. 410 and a blocked address end it. Everything else is retried
+ * by schedule, later when the receiver says so (Standard Webhooks, "Delivery"), unless a person asked for
+ * this attempt after the schedule had ended.
+ */
+export function afterAttempt(
+  result: AttemptResult,
+  options: {
+    attempt: number
+    manual: boolean
+    deliveredBefore: boolean
+    now: number
+    schedule: RetrySchedule
+  },
+): { status: Exclude<CallbackStatus, 'none'>; nextAttemptAt: number | null } {
+  const { statusCode } = result
+  if (statusCode !== null && statusCode >= 200 && statusCode < 300) {
+    return { status: 'delivered', nextAttemptAt: null }
+  }
+  // Whoever has received it once has received it, whatever a repetition gave.
+  if (options.deliveredBefore) return { status: 'delivered', nextAttemptAt: null }
+  const delayMs = retryDelayMs(options.attempt, options.schedule)
+  if (statusCode === 410 || result.blocked || options.manual || delayMs === undefined) {
+    return { status: 'given_up', nextAttemptAt: null }
+  }
+  const waitMs = Math.max(delayMs, Math.min(result.retryAfterMs ?? 0, RETRY_AFTER_MAX_MS))
+  return { status: 'pending', nextAttemptAt: options.now + waitMs }
+}
+
+/**
+ * Sends outcomes. The store says what is due; this holds nothing that a crash could lose. An attempt
+ * holds a lease longer than the attempt may take, so that no two instances attempt one delivery at once.
+ */
+export class CallbackDispatcher {
+  readonly #store: DeliveryStore
+  readonly #sender: CallbackSender
+  readonly #schedule: RetrySchedule
+  readonly #leaseMs: number
+  readonly #now: () => number
+  readonly #log: Logger
+  readonly #underWay = new Map<string, number>()
+  readonly #attempts = new Set<Promise<void>>()
+  readonly #abort = new AbortController()
+  #timer: NodeJS.Timeout | undefined
+  #draining: Promise<void> | undefined
+  #timerAt = Number.POSITIVE_INFINITY
+  #again = false
+  /** Something due found no room: the next attempt that ends makes some. */
+  #backlog = false
+  #closed = false
+
+  constructor(options: {
+    store: DeliveryStore
+    sender: CallbackSender
+    schedule: RetrySchedule
+    /** The longest a whole attempt takes. */
+    attemptTimeoutMs: number
+    now: () => number
+    log: Logger
+  }) {
+    this.#store = options.store
+    this.#sender = options.sender
+    this.#schedule = options.schedule
+    this.#leaseMs = options.attemptTimeoutMs * 2 + 10_000
+    this.#now = options.now
+    this.#log = options.log
+  }
+
+  start(): void {
+    this.wake()
+  }
+
+  /**
+   * A delivery for a task about to be committed. When there is room, its lease lets us make the first
+   * attempt right after the commit with `attemptNow`; otherwise it waits its turn.
+   */
+  prepare(callbackUrl: string): NewDelivery {
+    const { origin } = new URL(callbackUrl)
+    const room = !this.#closed && this.#hasRoom(origin)
+    if (room) this.#count(origin, 1)
+    else this.#backlog = true
+    return {
+      // Names nothing of the task: a caller's id may hold dots, which the signed content forbids.
+      webhookId: `msg_${crypto.randomUUID().replaceAll('-', '')}`,
+      origin,
+      leaseUntil: room ? this.#now() + this.#leaseMs : null,
+    }
+  }
+
+  /** Gives back the room that `prepare` took, when the commit did not happen. */
+  abandon(delivery: NewDelivery): void {
+    if (delivery.leaseUntil !== null) this.#count(delivery.origin, -1)
+  }
+
+  /** The first attempt of a delivery just committed. Settles when it has ended; never rejects. */
+  async attemptNow(
+    taskId: string,
+    delivery: NewDelivery,
+    content: { url: string; token: string | null; payload: CallbackPayload },
+  ): Promise<void> {
+    if (delivery.leaseUntil === null) return
+    await this.#track(
+      this.#attempt(
+        {
+          taskId,
+          webhookId: delivery.webhookId,
+          origin: delivery.origin,
+          attempts: 0,
+          manual: false,
+          deliveredBefore: false,
+        },
+        content,
+      ),
+    )
+  }
+
+  /** Queues the delivery again, also after it was given up or delivered. Safe to repeat. */
+  async redeliver(taskId: string): Promise<'queued' | 'in_flight' | undefined> {
+    const answer = await this.#store.redeliver(taskId, this.#now())
+    if (answer === 'queued') this.wake()
+    return answer
+  }
+
+  /** Looks for due deliveries, now or after the look that is under way. */
+  wake(): void {
+    if (this.#closed) return
+    if (this.#draining) {
+      this.#again = true
+      return
+    }
+    clearTimeout(this.#timer)
+    this.#timerAt = Number.POSITIVE_INFINITY
+    this.#draining = this.#drain()
+      .catch((err: unknown) => {
+        this.#log.error({ err }, 'reading due deliveries failed, trying again')
+        return STORE_RETRY_MS
+      })
+      .then((sleepMs) => {
+        this.#draining = undefined
+        if (this.#again) {
+          this.#again = false
+          this.wake()
+        } else {
+          this.#wakeIn(sleepMs)
+        }
+      })
+  }
+
+  /** Waits for attempts under way, at most `graceMs`, then aborts them; they are made again later. */
+  async close(graceMs: number): Promise<void> {
+    this.#closed = true
+    clearTimeout(this.#timer)
+    const timer = setTimeout(() => this.#abort.abort(), graceMs)
+    await this.#draining
+    await Promise.all(this.#attempts)
+    clearTimeout(timer)
+  }
+
+  #wakeIn(sleepMs: number): void {
+    const at = this.#now() + sleepMs
+    if (this.#closed || at >= this.#timerAt) return
+    clearTimeout(this.#timer)
+    this.#timerAt = at
+    this.#timer = setTimeout(() => this.wake(), sleepMs)
+  }
+
+  /** Starts attempts while there is room and something due. Returns for how long to sleep, in ms. */
+  async #drain(): Promise<number> {
+    this.#backlog = false
+    while (!this.#closed) {
+      if (this.#total() >= ATTEMPTS_MAX) {
+        this.#backlog = true
+        break
+      }
+      const busyOrigins = [...this.#underWay.keys()].filter((origin) => !this.#hasRoom(origin))
+      if (busyOrigins.length > 0) this.#backlog = true
+      const due = await this.#store.takeDue({
+        now: this.#now(),
+        leaseUntil: this.#now() + this.#leaseMs,
+        exceptOrigins: busyOrigins,
+      })
+      if (!due) break
+      this.#count(due.origin, 1)
+      void this.#track(this.#attempt(due))
+    }
+    const nextDueAt = await this.#store.nextDueAt()
+    if (nextDueAt === undefined) return POLL_MS
+    // Due, yet not taken: there was no room, and the end of an attempt wakes us before this does.
+    return Math.min(Math.max(nextDueAt - this.#now(), 0) || STORE_RETRY_MS, POLL_MS)
+  }
+
+  async #attempt(
+    due: DueDelivery,
+    known?: { url: string; token: string | null; payload: CallbackPayload },
+  ): Promise<void> {
+    const { taskId } = due
+    try {
+      const content = known ?? (await this.#store.content(taskId))
+      if (!content) return
+      const startedAt = this.#now()
+      const result = await this.#sender.send(
+        { ...content, webhookId: due.webhookId, timestamp: Math.floor(startedAt / 1000) },
+        this.#abort.signal,
+      )
+      if (this.#abort.signal.aborted) {
+        await this.#store.release(taskId)
+        return
+      }
+      const number = due.attempts + 1
+      const next = afterAttempt(result, {
+        attempt: number,
+        manual: due.manual,
+        deliveredBefore: due.deliveredBefore,
+        now: this.#now(),
+        schedule: this.#schedule,
+      })
+      const { statusCode, error } = result
+      const durationMs = this.#now() - startedAt
+      await this.#store.recordAttempt(
+        taskId,
+        { number, startedAt, durationMs, statusCode, error },
+        next,
+      )
+      const fields = { taskId, attempt: number, statusCode, error, durationMs }
+      if (next.status === 'delivered') this.#log.info(fields, 'callback delivered')
+      else if (next.status === 'given_up') this.#log.error(fields, 'callback given up')
+      else
+        this.#log.warn({ ...fields, nextAttemptAt: next.nextAttemptAt }, 'callback attempt failed')
+      if (next.nextAttemptAt !== null) this.#wakeIn(Math.max(next.nextAttemptAt - this.#now(), 0))
+    } catch (err) {
+      // The lease runs out and the attempt is made again: at least once, never lost.
+      this.#log.error({ err, taskId }, 'callback attempt could not be made or recorded')
+    } finally {
+      this.#count(due.origin, -1)
+      if (this.#backlog) this.wake()
+    }
+  }
+
+  async #track(attempt: Promise<void>): Promise<void> {
+    this.#attempts.add(attempt)
+    await attempt
+    this.#attempts.delete(attempt)
+  }
+
+  #hasRoom(origin: string): boolean {
+    return (
+      this.#total() < ATTEMPTS_MAX && (this.#underWay.get(origin) ?? 0) < ATTEMPTS_PER_ORIGIN_MAX
+    )
+  }
+
+  #total(): number {
+    let total = 0
+    for (const count of this.#underWay.values()) total += count
+    return total
+  }
+
+  #count(origin: string, by: 1 | -1): void {
+    const count = (this.#underWay.get(origin) ?? 0) + by
+    if (count === 0) this.#underWay.delete(origin)
+    else this.#underWay.set(origin, count)
+  }
+}

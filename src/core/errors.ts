@@ -1,0 +1,57 @@
+/** Every failure a caller can be told about. routes/error-handler.ts maps each to its HTTP status. */
+export type ErrorCode =
+  | 'unauthorized'
+  | 'host_refused'
+  | 'not_found'
+  | 'task_not_found'
+  | 'task_file_not_found'
+  | 'worker_not_found'
+  | 'task_id_conflict'
+  | 'delivery_in_flight'
+  | 'no_callback'
+  | 'request_too_large'
+  | 'unsupported_media_type'
+  | 'invalid_request'
+  | 'queue_full'
+  | 'draining'
+  | 'store_unavailable'
+  | 'defaults_file_broken'
+  | 'internal_error'
+
+/** One wrong field: where it is (`worker_config.env_variables.A=B`), and what is wrong with it. */
+export interface FieldError {
+  path: string
+  message: string
+}
+
+/** A failure whose message is meant for the caller. Match on `code`, never on the message. */
+export class TaskRunnerError extends Error {
+  override name = 'TaskRunnerError'
+  readonly code: ErrorCode
+  /** Seconds after which trying again makes sense; sent as `Retry-After`. */
+  readonly retryAfterSeconds: number | undefined
+
+  constructor(
+    code: ErrorCode,
+    message: string,
+    options: { cause?: unknown; retryAfterSeconds?: number } = {},
+  ) {
+    super(message, options.cause === undefined ? undefined : { cause: options.cause })
+    this.code = code
+    this.retryAfterSeconds = options.retryAfterSeconds
+  }
+}
+
+/** The request itself is wrong; names each field. */
+export class InvalidRequestError extends TaskRunnerError {
+  override name = 'InvalidRequestError'
+  readonly errors: readonly FieldError[]
+
+  constructor(errors: readonly FieldError[]) {
+    const named = errors.map((error) =>
+      error.path === '' ? error.message : `${error.path}: ${error.message}`,
+    )
+    super('invalid_request', `Invalid request: ${named.slice(0, 5).join('; ')}`)
+    this.errors = errors
+  }
+}

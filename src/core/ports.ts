@@ -1,0 +1,276 @@
+/** What the rules need from the outside world. Adapters implement these; nothing here knows which. */
+import type {
+  CallbackStatus,
+  Outcome,
+  Reason,
+  Task,
+  TaskRequest,
+  TaskStatus,
+  TaskSummary,
+} from './task.ts'
+import type { WorkerConfig } from './worker-config.ts'
+
+export interface Logger {
+  debug(fields: object, message: string): void
+  info(fields: object, message: string): void
+  warn(fields: object, message: string): void
+  error(fields: object, message: string): void
+}
+
+// ---------------------------------------------------------------- workers
+
+export interface WorkerSpec {
+  name: string
+  taskId: string
+  taskFileName: string
+  environment: Record<string, string>
+  startupScript?: string | undefined
+  image?: string | undefined
+  size?: string | undefined
+  /** A task that logs more is ended with reason `log_limit`. */
+  maxLogBytes: number
+  /** Lines for people, put at the top of the task's log. */
+  notes: string[]
+}
+
+export type WorkerStatus = 'Provisioning' | 'Running' | 'Completed' | 'Terminating'
+
+export interface Completion {
+  reason: Extract<
+    Reason,
+    | 'completed'
+    | 'exit_code'
+    | 'signal'
+    | 'startup_failed'
+    | 'worker_lost'
+    | 'log_limit'
+    | 'oom_killed'
+    | 'evicted'
+  >
+  exitCode: number | null
+  signal: string | null
+  message: string | null
+}
+
+export interface LogTail {
+  content: Buffer
+  /** Bytes logged in all; more than `content` holds when the beginning was cut. */
+  totalBytes: number
+}
+
+export interface Worker {
+  readonly name: string
+  readonly taskId: string
+  readonly backend: string
+  readonly image: string | null
+  readonly size: string | null
+  readonly createdAt: number
+  status(): Promise<WorkerStatus>
+  /** Settles when the task's exit is known; rejects only when `signal` aborts. */
+  completion(signal: AbortSignal): Promise<Completion>
+  /** Ends the task's processes (TERM, a grace period, KILL); log and files stay readable. Idempotent. */
+  stop(): Promise<void>
+  /** The last bytes of the log. */
+  logs(options: { maxBytes: number }): Promise<LogTail>
+  /** The log's bytes from an offset on, as they come; ends when the task has ended and all was read. */
+  follow(options: { from: number; signal: AbortSignal }): AsyncIterable<Buffer>
+  /** Ends the processes and removes everything the worker had. Idempotent; rejects when something is left. */
+  terminate(): Promise<void>
+}
+
+export interface WorkerBackend {
+  readonly name: string
+  /** Makes the worker and starts its task. Idempotent by `spec.name`. Throws `WorkerError` for failures a user can act on. */
+  provision(spec: WorkerSpec, signal: AbortSignal): Promise<Worker>
+  find(name: string): Promise<Worker | undefined>
+  /** What really exists, not what is remembered. */
+  list(): Promise<Worker[]>
+  /** Throws when workers cannot be had at the moment. */
+  check(): Promise<void>
+  /** Lets go of workers without ending them. */
+  close(): Promise<void>
+}
+
+/** A worker could not be had, for a reason its user can act on. */
+export class WorkerError extends Error {
+  override name = 'WorkerError'
+  readonly reason: Reason
+
+  constructor(reason: Reason, message: string, options: { cause?: unknown } = {}) {
+    super(message, options.cause === undefined ? undefined : { cause: options.cause })
+    this.reason = reason
+  }
+}
+
+// ---------------------------------------------------------------- queue
+
+/** How a waiting task reaches an instance that will run it. */
+export interface TaskQueue {
+  /** Tasks that wait. */
+  readonly length: number
+  enqueue(taskId: string): void
+  /** Hands out a task at once, whatever the limit: it runs already. It counts against the limit. */
+  resume(taskId: string): void
+  /** Hands waiting tasks to `handler`, oldest first, at most `concurrency` at a time. */
+  work(concurrency: number, handler: (taskId: string) => Promise<void>): void
+  /** Hands out no more. */
+  stop(): void
+}
+
+// ---------------------------------------------------------------- store
+
+export interface NewTask extends TaskRequest {
+  /** With the defaults of the worker files laid under. */
+  workerConfig: WorkerConfig
+  timeoutSeconds: number
+  /** Of the request as given: tells a repeated request from another one under the same id. */
+  digest: string
+  workerName: string
+  createdAt: number
+}
+
+/** What a claim tells beyond the task itself. */
+export interface ClaimedTask extends Task {
+  cancelRequested: boolean
+}
+
+export interface TaskFilter {
+  status?: TaskStatus | undefined
+  taskFileName?: string | undefined
+  limit: number
+  /** Only tasks accepted before the one with this `seq`. */
+  before?: number | undefined
+}
+
+export interface NewDelivery {
+  webhookId: string
+  origin: string
+  /** The instance that commits makes the first attempt itself until then; null leaves it to any. */
+  leaseUntil: number | null
+}
+
+export interface TaskStore {
+  /** Durable when it resolves. False: the id is taken. */
+  insert(task: NewTask): Promise<boolean>
+  digestOf(taskId: string): Promise<{ digest: string; status: TaskStatus } | undefined>
+  get(taskId: string): Promise<Task | undefined>
+  /** Newest first. */
+  list(filter: TaskFilter): Promise<TaskSummary[]>
+  log(taskId: string): Promise<LogTail | undefined>
+  /** Takes a live task: raises its claim, moves `queued` to `provisioning`. Undefined: it is final, or gone. */
+  claim(taskId: string): Promise<ClaimedTask | undefined>
+  /** False: the claim is not ours any more, or the task is final. */
+  markRunning(task: Task, startedAt: number): Promise<boolean>
+  /** Sets the outcome once, with log and delivery, in one transaction. False: someone else was first. */
+  finish(
+    task: Pick<TaskSummary, 'taskId' | 'claim'>,
+    end: {
+      outcome: Outcome
+      log: LogTail
+      delivery: NewDelivery | undefined
+      finishedAt: number
+      keepWorker: boolean
+    },
+  ): Promise<boolean>
+  /** Notes that someone wants the task ended. Undefined: it is final already, or unknown. */
+  requestCancel(taskId: string, at: number): Promise<TaskSummary | undefined>
+  /** Live tasks, in the order they came. */
+  live(): Promise<Array<{ taskId: string; status: TaskStatus }>>
+  /** What is remembered about the task a worker says it is for. */
+  workerOwner(
+    taskId: string,
+  ): Promise<{ status: TaskStatus; finishedAt: number | null; kept: boolean } | undefined>
+  /** Finished tasks whose worker is still to be terminated. */
+  workersToTerminate(): Promise<Array<{ taskId: string; workerName: string }>>
+  workerTerminated(taskId: string): Promise<void>
+  /** Removes finished tasks with their logs, never one whose delivery is pending. Returns how many. */
+  removeFinishedBefore(at: number): Promise<number>
+  /** Throws `store_unavailable` when the store cannot be read. */
+  check(): Promise<void>
+}
+
+// ---------------------------------------------------------------- deliveries
+
+export interface CallbackPayload {
+  taskName: string
+  taskId: string
+  success: boolean
+  logs: LogTail
+}
+
+export interface DueDelivery {
+  taskId: string
+  webhookId: string
+  origin: string
+  /** Attempts made before this one. */
+  attempts: number
+  /** Asked for by a person after the schedule had ended: a failure adds no automatic attempts. */
+  manual: boolean
+  /** An earlier attempt succeeded. */
+  deliveredBefore: boolean
+}
+
+export interface AttemptRecord {
+  number: number
+  startedAt: number
+  durationMs: number
+  statusCode: number | null
+  error: string | null
+}
+
+export interface DeliveryState {
+  status: CallbackStatus
+  webhookId: string
+  nextAttemptAt: number | null
+  attempts: AttemptRecord[]
+}
+
+export interface DeliveryStore {
+  /** Takes the oldest due delivery of an origin that is not in `exceptOrigins`; it is ours until `leaseUntil`. */
+  takeDue(options: {
+    now: number
+    leaseUntil: number
+    exceptOrigins: readonly string[]
+  }): Promise<DueDelivery | undefined>
+  /** When the next delivery becomes due, in epoch ms. */
+  nextDueAt(): Promise<number | undefined>
+  content(
+    taskId: string,
+  ): Promise<{ url: string; token: string | null; payload: CallbackPayload } | undefined>
+  recordAttempt(
+    taskId: string,
+    attempt: AttemptRecord,
+    next: { status: Exclude<CallbackStatus, 'none'>; nextAttemptAt: number | null },
+  ): Promise<void>
+  /** Gives a delivery back without an attempt made. */
+  release(taskId: string): Promise<void>
+  /** Makes the delivery due now. `in_flight`: an attempt is under way. Undefined: there is none. */
+  redeliver(taskId: string, now: number): Promise<'queued' | 'in_flight' | undefined>
+  state(taskId: string): Promise<DeliveryState | undefined>
+}
+
+export interface CallbackSender {
+  /** One attempt. Never throws for what a receiver or a network does. */
+  send(
+    request: {
+      url: string
+      token: string | null
+      webhookId: string
+      /** Of this attempt, in unix seconds. */
+      timestamp: number
+      payload: CallbackPayload
+    },
+    signal: AbortSignal,
+  ): Promise<AttemptResult>
+  close(): Promise<void>
+}
+
+export interface AttemptResult {
+  statusCode: number | null
+  /** Coarse, for people: what went wrong without a port scanner's detail. */
+  error: string | null
+  /** What the receiver asked for, in ms. */
+  retryAfterMs: number | null
+  /** No further attempt makes sense: the address may not be called. */
+  blocked?: boolean
+}

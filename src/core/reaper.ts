@@ -1,0 +1,80 @@
+import type { Logger, TaskStore, Worker, WorkerBackend } from './ports.ts'
+import { isFinal } from './task.ts'
+
+export interface ReaperOptions {
+  store: TaskStore
+  backend: WorkerBackend
+  /** Workers kept by `terminate_on_completion=false` end after this. */
+  keptWorkerMs: number
+  provisioningTimeoutMs: number
+  retentionMs: number
+  intervalMs: number
+  now: () => number
+  log: Logger
+}
+
+/** Compares what exists with what is remembered, and ends what should not be there. */
+export class Reaper {
+  readonly #options: ReaperOptions
+  #timer: NodeJS.Timeout | undefined
+  #sweep: Promise<unknown> = Promise.resolve()
+
+  constructor(options: ReaperOptions) {
+    this.#options = options
+  }
+
+  start(): void {
+    const { intervalMs, log } = this.#options
+    this.#timer = setInterval(() => {
+      this.#sweep = this.sweep().catch((err: unknown) => log.error({ err }, 'sweep failed'))
+    }, intervalMs)
+    this.#timer.unref()
+  }
+
+  async close(): Promise<void> {
+    clearInterval(this.#timer)
+    await this.#sweep
+  }
+
+  /**
+   * Ends workers that no task knows (leaks), that outlived their task, or were kept long enough; removes
+   * tasks past their retention. Returns the number of leaked workers found. Safe to repeat.
+   */
+  async sweep(): Promise<number> {
+    const { store, backend, keptWorkerMs, retentionMs, now, log } = this.#options
+    let leaked = 0
+    for (const worker of await backend.list()) {
+      const owner = await store.workerOwner(worker.taskId)
+      if (owner && !isFinal(owner.status)) continue
+      if (owner?.kept && (owner.finishedAt ?? 0) + keptWorkerMs > now()) continue
+      // One that was just finished is being told about and terminated by its run.
+      if (owner && !owner.kept && (owner.finishedAt ?? 0) + this.#options.intervalMs > now())
+        continue
+      if (!owner) leaked += 1
+      log.warn({ worker: worker.name, taskId: worker.taskId }, 'terminating a worker left behind')
+      await this.#end(worker)
+    }
+    log[leaked > 0 ? 'warn' : 'debug']({ leaked }, 'workers leaked')
+    const removed = await store.removeFinishedBefore(now() - retentionMs)
+    if (removed > 0) log.info({ removed }, 'removed tasks past their retention')
+    return leaked
+  }
+
+  /** Ends workers that have been in Provisioning for longer than `olderThanMs`. Returns their names. */
+  async cleanup(olderThanMs: number): Promise<string[]> {
+    const { backend, now } = this.#options
+    const ended: string[] = []
+    for (const worker of await backend.list()) {
+      if ((await worker.status()) !== 'Provisioning') continue
+      if (worker.createdAt + olderThanMs > now()) continue
+      await this.#end(worker)
+      ended.push(worker.name)
+    }
+    return ended
+  }
+
+  async #end(worker: Worker): Promise<void> {
+    await worker.terminate()
+    await this.#options.store.workerTerminated(worker.taskId)
+  }
+}

@@ -1,0 +1,117 @@
+import { createHmac } from 'node:crypto'
+import { TaskRunnerError } from './errors.ts'
+import type { Logger, TaskQueue, TaskStore } from './ports.ts'
+import { type TaskRequest, type TaskStatus, workerNameFor } from './task.ts'
+import type { TaskFiles } from './task-files.ts'
+import { mergeWorkerConfigs } from './worker-config.ts'
+
+const RETRY_AFTER_SECONDS = 5
+
+export type Submitted = { isNew: true } | { isNew: false; status: TaskStatus }
+
+export interface SubmissionOptions {
+  queuedMax: number
+  defaultTimeoutSeconds: number
+  /** Keys the digest of requests, which covers tokens. */
+  digestKey: Buffer
+  now: () => number
+  log: Logger
+}
+
+/** Takes tasks in: what `submit` has resolved for is on disk. */
+export class Submissions {
+  readonly #store: TaskStore
+  readonly #queue: TaskQueue
+  readonly #files: TaskFiles
+  readonly #options: SubmissionOptions
+  #draining = false
+
+  constructor(
+    ports: { store: TaskStore; queue: TaskQueue; files: TaskFiles },
+    options: SubmissionOptions,
+  ) {
+    this.#store = ports.store
+    this.#queue = ports.queue
+    this.#files = ports.files
+    this.#options = options
+  }
+
+  get draining(): boolean {
+    return this.#draining
+  }
+
+  /** Takes in nothing more. */
+  drain(): void {
+    this.#draining = true
+  }
+
+  /**
+   * Repeating the same request is safe: it starts nothing and tells the task's status.
+   * Throws `task_id_conflict`, `task_file_not_found`, `invalid_request`, `queue_full`, `draining`,
+   * `defaults_file_broken`, `store_unavailable`.
+   */
+  async submit(request: TaskRequest): Promise<Submitted> {
+    const digest = this.#digest(request)
+    const known = await this.#known(request.taskId, digest)
+    if (known) return known
+    if (this.#draining) {
+      throw new TaskRunnerError('draining', 'The service is shutting down', {
+        retryAfterSeconds: RETRY_AFTER_SECONDS,
+      })
+    }
+    if (this.#queue.length >= this.#options.queuedMax) {
+      throw new TaskRunnerError('queue_full', `${this.#queue.length} tasks are waiting already`, {
+        retryAfterSeconds: RETRY_AFTER_SECONDS,
+      })
+    }
+    await this.#files.find(request.taskFileName)
+    const defaults = await this.#files.defaultsFor(request.taskFileName)
+    const inserted = await this.#store.insert({
+      ...request,
+      workerConfig: mergeWorkerConfigs(defaults, request.workerConfig),
+      timeoutSeconds: request.timeoutSeconds ?? this.#options.defaultTimeoutSeconds,
+      digest,
+      workerName: workerNameFor(request.taskId),
+      createdAt: this.#options.now(),
+    })
+    if (!inserted) {
+      const raced = await this.#known(request.taskId, digest)
+      if (raced) return raced
+      throw new TaskRunnerError('store_unavailable', 'The task could not be stored')
+    }
+    this.#queue.enqueue(request.taskId)
+    const { taskId, taskFileName } = request
+    this.#options.log.info({ taskId, taskFileName }, 'task accepted')
+    return { isNew: true }
+  }
+
+  async #known(taskId: string, digest: string): Promise<Submitted | undefined> {
+    const known = await this.#store.digestOf(taskId)
+    if (!known) return undefined
+    if (known.digest !== digest) {
+      throw new TaskRunnerError(
+        'task_id_conflict',
+        `task_id "${taskId}" was already used by a different request`,
+      )
+    }
+    return { isNew: false, status: known.status }
+  }
+
+  /** Keyed, since it covers tokens: a stolen database gives nothing to guess against. */
+  #digest(request: TaskRequest): string {
+    return createHmac('sha256', this.#options.digestKey)
+      .update(JSON.stringify(sorted(request)))
+      .digest('hex')
+  }
+}
+
+/** The same value with the keys of all its objects in order. */
+function sorted(value: unknown): unknown {
+  if (Array.isArray(value)) return value.map(sorted)
+  if (value === null || typeof value !== 'object') return value
+  return Object.fromEntries(
+    Object.entries(value)
+      .sort(([a], [b]) => (a < b ? -1 : 1))
+      .map(([key, child]) => [key, sorted(child)]),
+  )
+}

@@ -1,0 +1,73 @@
+import { readFile, realpath, stat } from 'node:fs/promises'
+import { join, sep } from 'node:path'
+import { InvalidRequestError, TaskRunnerError } from './errors.ts'
+import { mergeWorkerConfigs, type WorkerConfig } from './worker-config.ts'
+
+export const TASK_FILE_EXTENSIONS = ['.py', '.sh', '.js', '.mjs', '.ts'] as const
+
+/** The tasks folder: which files may run, and the worker defaults that lie beside them. */
+export class TaskFiles {
+  readonly #folder: string
+  readonly #parseDefaults: (json: string) => WorkerConfig
+
+  constructor(folder: string, parseDefaults: (json: string) => WorkerConfig) {
+    this.#folder = folder
+    this.#parseDefaults = parseDefaults
+  }
+
+  /**
+   * Checks that `name` is a file of the folder. Throws `task_file_not_found`, or `invalid_request` when a
+   * link leads out of the folder.
+   */
+  async find(name: string): Promise<void> {
+    const folder = await realpath(this.#folder)
+    const path = await realpath(join(folder, name)).catch(ignoreMissing)
+    if (path !== undefined && !path.startsWith(folder + sep)) {
+      throw new InvalidRequestError([
+        { path: 'task_file_name', message: 'leads out of the tasks folder' },
+      ])
+    }
+    if (path === undefined || !(await stat(path)).isFile()) {
+      throw new TaskRunnerError('task_file_not_found', `There is no task file "${name}"`)
+    }
+  }
+
+  /**
+   * `default_worker.json`, overlaid with `<task name>_worker.json`; read anew each time, so that edits
+   * take effect at once. Throws `defaults_file_broken`, naming the file.
+   */
+  async defaultsFor(taskFileName: string): Promise<WorkerConfig> {
+    const own = taskFileName.replace(/\.[^.]+$/, '_worker.json')
+    const [common, specific] = await Promise.all([
+      this.#defaults('default_worker.json'),
+      this.#defaults(own),
+    ])
+    return mergeWorkerConfigs(common, specific)
+  }
+
+  /** Throws when the folder cannot be read or the common defaults are broken. */
+  async check(): Promise<void> {
+    if (!(await stat(this.#folder)).isDirectory()) throw new Error('TASKS_DIR is not a folder')
+    await this.#defaults('default_worker.json')
+  }
+
+  async #defaults(name: string): Promise<WorkerConfig> {
+    const json = await readFile(join(this.#folder, name), 'utf8').catch(ignoreMissing)
+    if (json === undefined) return {}
+    try {
+      return this.#parseDefaults(json)
+    } catch (err) {
+      const why = err instanceof Error ? err.message : String(err)
+      throw new TaskRunnerError(
+        'defaults_file_broken',
+        `The worker defaults file "${name}" cannot be used: ${why}`,
+        { cause: err },
+      )
+    }
+  }
+}
+
+function ignoreMissing(err: NodeJS.ErrnoException): undefined {
+  if (err.code === 'ENOENT' || err.code === 'ENOTDIR') return undefined
+  throw err
+}

@@ -1,0 +1,330 @@
+import type { CallbackDispatcher } from './callbacks.ts'
+import { TaskRunnerError } from './errors.ts'
+import type {
+  ClaimedTask,
+  Completion,
+  Logger,
+  LogTail,
+  NewDelivery,
+  TaskQueue,
+  TaskStore,
+  Worker,
+  WorkerBackend,
+} from './ports.ts'
+import { WorkerError } from './ports.ts'
+import type { Outcome, Task } from './task.ts'
+import { taskEnvironment } from './worker-config.ts'
+
+export const LOG_BYTES_KEPT = 5 * 1024 * 1024
+const EMPTY_LOG: LogTail = { content: Buffer.alloc(0), totalBytes: 0 }
+const RETRY_MS = 500
+const RETRY_MAX_MS = 15_000
+
+export interface TaskRunnerOptions {
+  store: TaskStore
+  queue: TaskQueue
+  backend: WorkerBackend
+  callbacks: CallbackDispatcher
+  concurrency: number
+  provisioningTimeoutMs: number
+  maxLogBytes: number
+  now: () => number
+  log: Logger
+}
+
+type Interruption = 'cancelled' | 'timed_out'
+
+/** A run under way on this instance. */
+interface Run {
+  /** Someone wants the task ended. */
+  cancel: AbortController
+  done: Promise<void>
+}
+
+/**
+ * One task's life: take it, get it a worker, see it through, keep its log, commit the outcome, tell the
+ * caller, end the worker. Whatever a crash interrupts, `start` of the next process takes up again.
+ */
+export class TaskRunner {
+  readonly #store: TaskStore
+  readonly #queue: TaskQueue
+  readonly #backend: WorkerBackend
+  readonly #callbacks: CallbackDispatcher
+  readonly #options: TaskRunnerOptions
+  readonly #log: Logger
+  readonly #runs = new Map<string, Run>()
+  /** What goes on after a run's slot was given back: deliveries, terminations. */
+  readonly #afterwards = new Set<Promise<void>>()
+  readonly #closing = new AbortController()
+
+  constructor(options: TaskRunnerOptions) {
+    this.#options = options
+    this.#store = options.store
+    this.#queue = options.queue
+    this.#backend = options.backend
+    this.#callbacks = options.callbacks
+    this.#log = options.log
+  }
+
+  /** Takes up what an earlier process left, then new work. */
+  async start(): Promise<void> {
+    const [live, leftWorkers] = await Promise.all([
+      this.#store.live(),
+      this.#store.workersToTerminate(),
+    ])
+    this.#queue.work(this.#options.concurrency, (taskId) => this.#runOnce(taskId))
+    for (const { taskId, status } of live) {
+      if (status === 'queued') this.#queue.enqueue(taskId)
+      else this.#queue.resume(taskId)
+    }
+    for (const left of leftWorkers) this.#background(this.#terminate(left))
+    if (live.length > 0) this.#log.info({ tasks: live.length }, 'took up unfinished tasks')
+  }
+
+  /** Stops taking work and lets go of running tasks: their workers go on, and are found again at the next start. */
+  async close(): Promise<void> {
+    this.#queue.stop()
+    this.#closing.abort()
+    await Promise.all([...this.#runs.values()].map((run) => run.done))
+    await Promise.all(this.#afterwards)
+  }
+
+  /** Ends a task in whatever state it is. Idempotent; final tasks stay as they are. */
+  async cancel(taskId: string): Promise<Task> {
+    const task = await this.#store.requestCancel(taskId, this.#options.now())
+    if (task?.status === 'queued') {
+      const full = await this.#store.get(taskId)
+      if (full) await this.#settle({ ...full, claim: task.claim }, CANCELLED)
+    }
+    // A run that claimed the task meanwhile reads the request with its claim, or hears it here.
+    this.#runs.get(taskId)?.cancel.abort()
+    const now = await this.#store.get(taskId)
+    if (!now) throw new TaskRunnerError('task_not_found', `There is no task "${taskId}"`)
+    return now
+  }
+
+  async #runOnce(taskId: string): Promise<void> {
+    if (this.#runs.has(taskId)) return
+    const cancel = new AbortController()
+    const done = this.#run(taskId, cancel).finally(() => this.#runs.delete(taskId))
+    this.#runs.set(taskId, { cancel, done })
+    await done
+  }
+
+  /** The whole story. Never rejects. */
+  async #run(taskId: string, cancel: AbortController): Promise<void> {
+    const task = await this.#persistently('claiming a task', () => this.#store.claim(taskId))
+    if (!task) return
+    if (task.cancelRequested) cancel.abort()
+    const cancelled = cancel.signal
+    let worker: Worker | undefined
+    let outcome: Outcome | undefined
+    try {
+      worker = await this.#attachOrProvision(task, cancelled)
+      if (!worker) {
+        outcome = failure('worker_lost', 'The worker vanished while the service was away')
+      } else {
+        const startedAt = task.startedAt ?? this.#options.now()
+        await this.#persistently('marking a task running', () =>
+          this.#store.markRunning(task, startedAt),
+        )
+        this.#log.info({ taskId, worker: worker.name }, 'task running')
+        outcome = await this.#seeThrough(worker, { ...task, startedAt }, cancelled)
+      }
+    } catch (err) {
+      if (this.#closing.signal.aborted) return
+      outcome = cancelled.aborted ? CANCELLED : this.#failureOf(err, taskId)
+    }
+    // Shutting down: nothing is decided, and the worker goes on without us.
+    if (outcome === undefined) return
+    await this.#settle(task, outcome, worker)
+  }
+
+  async #attachOrProvision(task: ClaimedTask, cancelled: AbortSignal): Promise<Worker | undefined> {
+    if (task.status === 'running') return this.#backend.find(task.workerName)
+    const { workerConfig } = task
+    const signal = AbortSignal.any([
+      this.#closing.signal,
+      cancelled,
+      AbortSignal.timeout(this.#options.provisioningTimeoutMs),
+    ])
+    return this.#backend.provision(
+      {
+        name: task.workerName,
+        taskId: task.taskId,
+        taskFileName: task.taskFileName,
+        environment: taskEnvironment(task),
+        startupScript: workerConfig.startupScript,
+        image: workerConfig.workerImage,
+        size: workerConfig.workerSize,
+        maxLogBytes: this.#options.maxLogBytes,
+        notes: (workerConfig.withoutEffect ?? []).map((field) => `${field} has no effect here`),
+      },
+      signal,
+    )
+  }
+
+  /** Waits for the task's exit, a cancel, or its time limit. Undefined: we are shutting down. */
+  async #seeThrough(
+    worker: Worker,
+    task: ClaimedTask & { startedAt: number },
+    cancelled: AbortSignal,
+  ): Promise<Outcome | undefined> {
+    const deadline = task.startedAt + task.timeoutSeconds * 1000
+    const over = new AbortController()
+    const timer = setTimeout(
+      () => over.abort('timed_out'),
+      Math.max(0, deadline - this.#options.now()),
+    )
+    const onCancel = () => over.abort('cancelled')
+    const onClosing = () => over.abort('closing')
+    cancelled.addEventListener('abort', onCancel)
+    this.#closing.signal.addEventListener('abort', onClosing)
+    if (cancelled.aborted) onCancel()
+    if (this.#closing.signal.aborted) onClosing()
+    try {
+      return outcomeOf(await worker.completion(over.signal))
+    } catch (err) {
+      if (!over.signal.aborted) throw err
+      if (over.signal.reason === 'closing') return undefined
+      const interruption: Interruption = over.signal.reason
+      await worker.stop()
+      return interruption === 'cancelled'
+        ? CANCELLED
+        : failure('timed_out', `Ran longer than its limit of ${task.timeoutSeconds} seconds`)
+    } finally {
+      clearTimeout(timer)
+      cancelled.removeEventListener('abort', onCancel)
+      this.#closing.signal.removeEventListener('abort', onClosing)
+    }
+  }
+
+  /**
+   * The end of a run: take the log, commit outcome + log + delivery, and the slot is free. Then make the
+   * first attempt and end the worker whatever it gave.
+   */
+  async #settle(task: Task, outcome: Outcome, worker?: Worker): Promise<void> {
+    const { taskId, callbackUrl } = task
+    const log = worker ? await this.#takeLog(worker) : EMPTY_LOG
+    const delivery = callbackUrl === null ? undefined : this.#callbacks.prepare(callbackUrl)
+    const keepWorker =
+      !task.terminateOnCompletion && worker !== undefined && outcome.status !== 'cancelled'
+    const committed = await this.#persistently('committing an outcome', () =>
+      this.#store.finish(task, {
+        outcome,
+        log,
+        delivery,
+        finishedAt: this.#options.now(),
+        keepWorker,
+      }),
+    )
+    if (!committed) {
+      if (delivery) this.#callbacks.abandon(delivery)
+      return
+    }
+    const { status, reason, exitCode } = outcome
+    this.#log.info({ taskId, status, reason, exitCode }, 'task finished')
+    this.#background(this.#tellAndTerminate(task, outcome, log, delivery, keepWorker))
+  }
+
+  async #tellAndTerminate(
+    task: Task,
+    outcome: Outcome,
+    logs: LogTail,
+    delivery: NewDelivery | undefined,
+    keepWorker: boolean,
+  ): Promise<void> {
+    if (delivery && task.callbackUrl !== null) {
+      await this.#callbacks.attemptNow(task.taskId, delivery, {
+        url: task.callbackUrl,
+        token: task.callbackUrlToken,
+        payload: {
+          taskName: task.taskFileName,
+          taskId: task.taskId,
+          success: outcome.status === 'succeeded',
+          logs,
+        },
+      })
+    }
+    if (!keepWorker && task.claim > 0) await this.#terminate(task)
+  }
+
+  async #takeLog(worker: Worker): Promise<LogTail> {
+    try {
+      return await worker.logs({ maxBytes: LOG_BYTES_KEPT })
+    } catch (err) {
+      // The outcome is worth more than the log.
+      this.#log.error({ err, taskId: worker.taskId }, 'the log could not be read')
+      const content = Buffer.from('[task-runner] the log could not be read\n')
+      return { content, totalBytes: content.length }
+    }
+  }
+
+  /** Terminates a worker, again and again until it is gone or we are shutting down. */
+  async #terminate(task: Pick<Task, 'taskId' | 'workerName'>): Promise<void> {
+    await this.#persistently('terminating a worker', async () => {
+      const worker = await this.#backend.find(task.workerName)
+      await worker?.terminate()
+      await this.#store.workerTerminated(task.taskId)
+    })
+  }
+
+  #failureOf(err: unknown, taskId: string): Outcome {
+    if (err instanceof WorkerError) return failure(err.reason, err.message)
+    if (err instanceof DOMException && err.name === 'TimeoutError') {
+      const seconds = this.#options.provisioningTimeoutMs / 1000
+      return failure('provisioning_timeout', `The worker was not ready within ${seconds} seconds`)
+    }
+    this.#log.error({ err, taskId }, 'running a task failed')
+    return failure('internal_error', 'The service could not run the task; its own log says why')
+  }
+
+  /** Repeats an idempotent step until it succeeds. Undefined: we are shutting down. */
+  async #persistently<T>(what: string, step: () => Promise<T>): Promise<T | undefined> {
+    for (let waitMs = RETRY_MS; ; waitMs = Math.min(waitMs * 2, RETRY_MAX_MS)) {
+      try {
+        return await step()
+      } catch (err) {
+        this.#log.error({ err }, `${what} failed, trying again`)
+        if (!(await this.#pause(waitMs))) return undefined
+      }
+    }
+  }
+
+  /** False: cut short, since we are shutting down. */
+  async #pause(ms: number): Promise<boolean> {
+    const { signal } = this.#closing
+    if (signal.aborted) return false
+    return new Promise((resolve) => {
+      const end = () => {
+        clearTimeout(timer)
+        signal.removeEventListener('abort', end)
+        resolve(!signal.aborted)
+      }
+      const timer = setTimeout(end, ms)
+      signal.addEventListener('abort', end)
+    })
+  }
+
+  #background(work: Promise<unknown>): void {
+    const tracked = work.then(
+      () => {},
+      (err: unknown) => this.#log.error({ err }, 'work after a run failed'),
+    )
+    this.#afterwards.add(tracked)
+    void tracked.then(() => this.#afterwards.delete(tracked))
+  }
+}
+
+/** Success is an observed exit code 0, and nothing else. */
+function outcomeOf(completion: Completion): Outcome {
+  const succeeded = completion.reason === 'completed' && completion.exitCode === 0
+  return { ...completion, status: succeeded ? 'succeeded' : 'failed' }
+}
+
+function failure(reason: Outcome['reason'], message: string): Outcome {
+  const status = reason === 'cancelled' ? 'cancelled' : 'failed'
+  return { status, reason, message, exitCode: null, signal: null }
+}
+
+const CANCELLED = failure('cancelled', 'Cancelled on request')

@@ -1,0 +1,59 @@
+/** What kind of worker a task wants. Optional fields are absent, never null: the wire's nulls end in src/wire/. */
+export interface WorkerConfig {
+  workerImage?: string
+  workerSize?: string
+  /** Passed to the task as they are. */
+  envVariables?: Record<string, string>
+  personalSecrets?: string[]
+  sharedSecrets?: string[]
+  gitConfigs?: GitConfig[]
+  startupScript?: string
+  imageConfig?: Record<string, unknown>
+  logLevel?: string
+  modulesLogLevel?: string
+  /** Wire names of fields that were set but have no effect in this service; noted in the task's log. */
+  withoutEffect?: string[]
+}
+
+export interface GitConfig {
+  remoteUrl: string
+  secretName?: string
+  saveSecret?: boolean
+  username?: string
+  localPath?: string
+  branch?: string
+  sparseCheckoutFolders?: string[]
+  fetchDepth?: number
+}
+
+/** Lays `over` on `under`: fields of `over` win, `envVariables` merge name by name. */
+export function mergeWorkerConfigs(under: WorkerConfig, over: WorkerConfig): WorkerConfig {
+  const merged: WorkerConfig = { ...under, ...over }
+  if (under.envVariables && over.envVariables) {
+    merged.envVariables = { ...under.envVariables, ...over.envVariables }
+  }
+  if (under.withoutEffect && over.withoutEffect) {
+    merged.withoutEffect = [...new Set([...under.withoutEffect, ...over.withoutEffect])]
+  }
+  return merged
+}
+
+/** The variables a task is given besides those of its worker: its own names, then what the request sets. */
+export function taskEnvironment(task: {
+  taskId: string
+  taskFileName: string
+  workerName: string
+  workerConfig: WorkerConfig
+}): Record<string, string> {
+  const { workerConfig } = task
+  return {
+    ...(workerConfig.logLevel === undefined ? {} : { LOG_LEVEL: workerConfig.logLevel }),
+    ...(workerConfig.modulesLogLevel === undefined
+      ? {}
+      : { MODULES_LOG_LEVEL: workerConfig.modulesLogLevel }),
+    ...workerConfig.envVariables,
+    TASK_ID: task.taskId,
+    TASK_FILE_NAME: task.taskFileName,
+    WORKER_NAME: task.workerName,
+  }
+}

@@ -1,0 +1,70 @@
+import type { FastifyError, FastifyInstance } from 'fastify'
+import { type ErrorCode, InvalidRequestError, TaskRunnerError } from '../core/errors.ts'
+
+/** The only place that knows which failure has which HTTP status. */
+export const STATUS_OF = {
+  unauthorized: 401,
+  host_refused: 403,
+  not_found: 404,
+  task_not_found: 404,
+  task_file_not_found: 404,
+  worker_not_found: 404,
+  no_callback: 404,
+  task_id_conflict: 409,
+  delivery_in_flight: 409,
+  request_too_large: 413,
+  unsupported_media_type: 415,
+  invalid_request: 422,
+  queue_full: 429,
+  internal_error: 500,
+  defaults_file_broken: 500,
+  draining: 503,
+  store_unavailable: 503,
+} as const satisfies Record<ErrorCode, number>
+
+/** What the framework itself refuses, in our words. */
+const FRAMEWORK_ERRORS: Record<string, [ErrorCode, string]> = {
+  FST_ERR_CTP_BODY_TOO_LARGE: ['request_too_large', 'The request body is too large'],
+  FST_ERR_CTP_INVALID_MEDIA_TYPE: ['unsupported_media_type', 'Send the body as application/json'],
+  FST_ERR_CTP_EMPTY_JSON_BODY: ['invalid_request', 'The body is empty; send a JSON object'],
+  FST_ERR_CTP_INVALID_JSON_BODY: ['invalid_request', 'The body is not valid JSON'],
+  FST_ERR_CTP_INVALID_CONTENT_LENGTH: [
+    'invalid_request',
+    'The body does not match its Content-Length',
+  ],
+}
+
+export function installErrorHandler(app: FastifyInstance): void {
+  app.setErrorHandler((err: FastifyError | TaskRunnerError, request, reply) => {
+    const known = asTaskRunnerError(err)
+    const status = STATUS_OF[known.code]
+    if (status >= 500) request.log.error({ err }, 'request failed')
+    if (known.retryAfterSeconds !== undefined)
+      void reply.header('retry-after', known.retryAfterSeconds)
+    if (known.code === 'unauthorized') void reply.header('www-authenticate', 'Bearer')
+    return reply.code(status).type('application/json').send(bodyOf(known))
+  })
+  app.setNotFoundHandler((request, reply) => {
+    const message = `There is no ${request.method} ${request.url.split('?', 1)[0]}`
+    return reply.code(404).send({ success: false, message })
+  })
+}
+
+/** The API's one error shape. */
+function bodyOf(err: TaskRunnerError): object {
+  const errors = err instanceof InvalidRequestError ? { errors: err.errors } : {}
+  return { success: false, message: err.message, ...errors }
+}
+
+function asTaskRunnerError(err: FastifyError | TaskRunnerError): TaskRunnerError {
+  if (err instanceof TaskRunnerError) return err
+  const framework = FRAMEWORK_ERRORS[err.code]
+  if (framework) return new TaskRunnerError(...framework)
+  if (err instanceof SyntaxError && err.statusCode === 400) {
+    return new TaskRunnerError('invalid_request', `The body is not valid JSON: ${err.message}`)
+  }
+  if (err.statusCode !== undefined && err.statusCode < 500) {
+    return new TaskRunnerError('invalid_request', err.message)
+  }
+  return new TaskRunnerError('internal_error', 'The service failed; its log says why')
+}

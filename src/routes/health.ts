@@ -1,0 +1,62 @@
+import type { FastifyPluginAsyncZod } from 'fastify-type-provider-zod'
+import { healthSchema } from '../wire/responses.ts'
+
+export const healthRoutes: FastifyPluginAsyncZod<{
+  /** Each part by its name; throws what is wrong with it. */
+  parts: Record<string, () => Promise<void>>
+  isDraining: () => boolean
+}> = async (app, { parts, isDraining }) => {
+  app.get(
+    '/health/live',
+    {
+      schema: {
+        tags: ['Health'],
+        operationId: 'live',
+        summary: 'Does the process answer?',
+        security: [],
+        response: { 200: healthSchema },
+      },
+    },
+    async () => ({ success: true, message: 'alive' }),
+  )
+
+  app.get(
+    '/health/ready',
+    {
+      schema: {
+        tags: ['Health'],
+        operationId: 'ready',
+        summary: 'Can it take tasks?',
+        description: 'Names the part that is not ready.',
+        security: [],
+        response: { 200: healthSchema, 503: healthSchema },
+      },
+    },
+    async (request, reply) => {
+      if (isDraining()) {
+        return reply.code(503).send({ success: false, message: 'shutting down' })
+      }
+      const states = await Promise.all(
+        Object.entries(parts).map(async ([name, check]) => {
+          try {
+            await check()
+            return [name, 'ok'] as const
+          } catch (err) {
+            request.log.warn({ err, part: name }, 'not ready')
+            // The message of one of our own errors is meant for callers; others stay in the log.
+            return [
+              name,
+              err instanceof Error && 'retryAfterSeconds' in err ? err.message : 'failed',
+            ] as const
+          }
+        }),
+      )
+      const failed = states.filter(([, state]) => state !== 'ok').map(([name]) => name)
+      const ok = failed.length === 0
+      const message = ok ? 'ready' : `not ready: ${failed.join(', ')}`
+      return reply
+        .code(ok ? 200 : 503)
+        .send({ success: ok, message, parts: Object.fromEntries(states) })
+    },
+  )
+}

@@ -1,0 +1,200 @@
+import { once } from 'node:events'
+import type { ServerResponse } from 'node:http'
+import type { FastifyPluginAsyncZod } from 'fastify-type-provider-zod'
+import { z } from 'zod'
+import type { LogTail, TaskStore, WorkerBackend } from '../core/ports.ts'
+import { isFinal, type Task } from '../core/task.ts'
+import { LOG_BYTES_KEPT } from '../core/task-runner.ts'
+import { incompleteBytes, logText } from '../wire/log-text.ts'
+import { errorResponses } from './responses.ts'
+import { taskIdParams, taskOr404 } from './tasks.ts'
+
+const MEGABYTE = 1024 * 1024
+const TAIL_MB_MAX = LOG_BYTES_KEPT / MEGABYTE
+const QUEUED_POLL_MS = 250
+/** Proxies close streams that are silent for a minute. */
+const KEEP_ALIVE_MS = 20_000
+
+/** A task's log: its tail as text, or followed as Server-Sent Events. */
+export const taskLogRoutes: FastifyPluginAsyncZod<{
+  tasks: TaskStore
+  backend: WorkerBackend
+}> = async (app, { tasks, backend }) => {
+  const closing = new AbortController()
+  app.addHook('preClose', async () => closing.abort())
+
+  app.get(
+    '/tasks/:task_id/logs',
+    {
+      schema: {
+        tags: ['Tasks'],
+        operationId: 'getTaskLogs',
+        summary: "Read or follow a task's log",
+        description:
+          'The last `tail_mb` megabytes as text. With `follow=true` a stream of Server-Sent Events: pieces of the log as they come, each with the byte offset after it as its id, then an `end` event with the status of the task. A client that comes back with `Last-Event-ID` goes on where it was.',
+        params: taskIdParams,
+        querystring: z.strictObject({
+          tail_mb: z.coerce.number().positive().max(TAIL_MB_MAX).optional().describe('Default 5'),
+          follow: z.enum(['true', 'false']).optional().describe('Default false'),
+        }),
+        headers: z.object({
+          'last-event-id': z
+            .string()
+            .regex(/^\d{1,15}$/)
+            .optional(),
+        }),
+        response: {
+          200: {
+            description: 'The log; with `follow=true`, events',
+            content: {
+              'text/plain': { schema: z.string() },
+              'text/event-stream': { schema: z.string() },
+            },
+          },
+          ...errorResponses(401, 404, 422, 503),
+        },
+      },
+    },
+    async ({ params, query, headers }, reply) => {
+      const task = await taskOr404(tasks, params.task_id)
+      const maxBytes = Math.round((query.tail_mb ?? TAIL_MB_MAX) * MEGABYTE)
+      if (query.follow !== 'true') {
+        const text = logText(await tailOf(task, maxBytes))
+        return reply
+          .type('text/plain; charset=utf-8')
+          .header('x-content-type-options', 'nosniff')
+          .send(text)
+      }
+      const resumeAt = headers['last-event-id']
+      reply.hijack()
+      reply.raw.writeHead(200, {
+        'content-type': 'text/event-stream',
+        'cache-control': 'no-store',
+        'x-accel-buffering': 'no',
+      })
+      const gone = new AbortController()
+      reply.raw.on('close', () => gone.abort())
+      const signal = AbortSignal.any([gone.signal, closing.signal])
+      const keepAlive = setInterval(() => reply.raw.write(':\n\n'), KEEP_ALIVE_MS)
+      try {
+        await stream(
+          task,
+          { maxBytes, from: resumeAt === undefined ? undefined : Number(resumeAt) },
+          reply.raw,
+          signal,
+        )
+      } catch (err) {
+        if (!signal.aborted) reply.log.error({ err, taskId: task.taskId }, 'following a log failed')
+      } finally {
+        clearInterval(keepAlive)
+        reply.raw.end()
+      }
+    },
+  )
+
+  /** The kept log of a final task, the worker's of one that runs, nothing for one that waits. */
+  async function tailOf(task: Task, maxBytes: number): Promise<LogTail> {
+    const stored = await tasks.log(task.taskId)
+    if (stored) {
+      const { content, totalBytes } = stored
+      return { content: content.subarray(Math.max(0, content.length - maxBytes)), totalBytes }
+    }
+    const worker = await backend.find(task.workerName)
+    if (worker) return worker.logs({ maxBytes })
+    // It may have ended, and its worker gone, between the two looks.
+    const again = await tasks.log(task.taskId)
+    return again ?? { content: Buffer.alloc(0), totalBytes: 0 }
+  }
+
+  async function stream(
+    task: Task,
+    start: { maxBytes: number; from: number | undefined },
+    response: ServerResponse,
+    signal: AbortSignal,
+  ): Promise<void> {
+    let at = start.from
+    const worker = await workerOnceThere(task, signal)
+    if (worker) {
+      if (at === undefined) {
+        const { totalBytes } = await worker.logs({ maxBytes: 0 })
+        at = Math.max(0, totalBytes - start.maxBytes)
+      }
+      // A character may be cut by the border of two pieces: its beginning waits for its end.
+      let rest: Buffer = Buffer.alloc(0)
+      for await (const bytes of worker.follow({ from: at, signal })) {
+        const piece = Buffer.concat([rest, bytes])
+        const whole = piece.length - incompleteBytes(piece)
+        rest = piece.subarray(whole)
+        at += whole
+        if (whole > 0)
+          await send(response, signal, { id: at, data: piece.subarray(0, whole).toString() })
+      }
+    }
+    const ended = await finalTask(task, signal)
+    if (!ended) return
+    // What came after the last look, or all of it when the worker was gone before.
+    const log = await tasks.log(task.taskId)
+    if (log) {
+      const keptFrom = log.totalBytes - log.content.length
+      const from = at ?? Math.max(keptFrom, log.totalBytes - start.maxBytes)
+      const missing = log.content.subarray(Math.max(0, from - keptFrom))
+      if (missing.length > 0) {
+        await send(response, signal, { id: log.totalBytes, data: missing.toString() })
+      }
+    }
+    const { status, reason } = ended
+    await send(response, signal, { event: 'end', data: JSON.stringify({ status, reason }) })
+  }
+
+  /** The worker of a task that still waits for one. Undefined: the task is final and its worker gone. */
+  async function workerOnceThere(task: Task, signal: AbortSignal) {
+    while (!signal.aborted) {
+      const worker = await backend.find(task.workerName)
+      if (worker) return worker
+      const now = await tasks.get(task.taskId)
+      if (!now || isFinal(now.status)) return undefined
+      await pause(signal)
+    }
+    return undefined
+  }
+
+  async function finalTask(task: Task, signal: AbortSignal): Promise<Task | undefined> {
+    while (!signal.aborted) {
+      const now = await tasks.get(task.taskId)
+      if (!now) return undefined
+      if (isFinal(now.status)) return now
+      await pause(signal)
+    }
+    return undefined
+  }
+}
+
+/** One event; waits while the reader is slower than the log. */
+async function send(
+  response: ServerResponse,
+  signal: AbortSignal,
+  event: { id?: number; event?: string; data: string },
+): Promise<void> {
+  const head = [
+    ...(event.id === undefined ? [] : [`id: ${event.id}\n`]),
+    ...(event.event === undefined ? [] : [`event: ${event.event}\n`]),
+  ]
+  // A lone CR would end the line for the event stream as well: it becomes a line of its own.
+  const lines = event.data.split(/\r\n|\r|\n/).map((line) => `data: ${line}\n`)
+  if (!response.write(`${head.join('')}${lines.join('')}\n`)) {
+    await once(response, 'drain', { signal })
+  }
+}
+
+async function pause(signal: AbortSignal): Promise<void> {
+  if (signal.aborted) return
+  await new Promise<void>((resolve) => {
+    const end = () => {
+      clearTimeout(timer)
+      signal.removeEventListener('abort', end)
+      resolve()
+    }
+    const timer = setTimeout(end, QUEUED_POLL_MS)
+    signal.addEventListener('abort', end)
+  })
+}

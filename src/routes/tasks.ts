@@ -1,0 +1,167 @@
+import type { FastifyPluginAsyncZod } from 'fastify-type-provider-zod'
+import { z } from 'zod'
+import type { CallbackDispatcher } from '../core/callbacks.ts'
+import { InvalidRequestError, TaskRunnerError } from '../core/errors.ts'
+import type { DeliveryStore, TaskStore } from '../core/ports.ts'
+import { isFinal, TASK_STATUSES, type Task } from '../core/task.ts'
+import type { TaskRunner } from '../core/task-runner.ts'
+import { line } from '../wire/fields.ts'
+import {
+  callbackStateSchema,
+  cancelledSchema,
+  doneSchema,
+  fromDelivery,
+  fromTask,
+  fromTaskSummary,
+  taskListSchema,
+  taskSchema,
+} from '../wire/responses.ts'
+import { errorResponses } from './responses.ts'
+
+const PAGE_DEFAULT = 50
+const PAGE_MAX = 500
+
+export const taskIdParams = z.object({ task_id: line(255) })
+
+/** Tasks, their cancellation and their callbacks. Logs are in task-logs.ts. */
+export const taskRoutes: FastifyPluginAsyncZod<{
+  tasks: TaskStore
+  deliveries: DeliveryStore
+  runner: TaskRunner
+  callbacks: CallbackDispatcher
+}> = async (app, { tasks, deliveries, runner, callbacks }) => {
+  app.get(
+    '/tasks',
+    {
+      schema: {
+        tags: ['Tasks'],
+        operationId: 'listTasks',
+        summary: 'List tasks',
+        description: 'Newest first, a page at a time.',
+        querystring: z.strictObject({
+          status: z.enum(TASK_STATUSES).optional(),
+          task_file_name: line(512).optional(),
+          limit: z.coerce
+            .number()
+            .int()
+            .min(1)
+            .max(PAGE_MAX)
+            .optional()
+            .describe(`Default ${PAGE_DEFAULT}`),
+          cursor: z.string().max(100).optional().describe('`next_cursor` of the page before'),
+        }),
+        response: { 200: taskListSchema, ...errorResponses(401, 422, 503) },
+      },
+    },
+    async ({ query }) => {
+      const limit = query.limit ?? PAGE_DEFAULT
+      const found = await tasks.list({
+        status: query.status,
+        taskFileName: query.task_file_name,
+        limit: limit + 1,
+        before: query.cursor === undefined ? undefined : fromCursor(query.cursor),
+      })
+      const page = found.slice(0, limit)
+      const last = page.at(-1)
+      return {
+        tasks: page.map(fromTaskSummary),
+        next_cursor: found.length > limit && last ? toCursor(last.seq) : null,
+      }
+    },
+  )
+
+  app.get(
+    '/tasks/:task_id',
+    {
+      schema: {
+        tags: ['Tasks'],
+        operationId: 'getTask',
+        summary: 'Look at a task',
+        params: taskIdParams,
+        response: { 200: taskSchema, ...errorResponses(401, 404, 422, 503) },
+      },
+    },
+    async ({ params }) => fromTask(await taskOr404(tasks, params.task_id)),
+  )
+
+  app.post(
+    '/tasks/:task_id/cancel',
+    {
+      schema: {
+        tags: ['Tasks'],
+        operationId: 'cancelTask',
+        summary: 'Cancel a task',
+        description:
+          'In any state that is not final. Processes get TERM, and KILL after a grace period. Repeating it is safe; a final task stays as it is.',
+        params: taskIdParams,
+        response: { 200: cancelledSchema, ...errorResponses(401, 404, 422, 503) },
+      },
+    },
+    async ({ params }) => {
+      const { status } = await runner.cancel(params.task_id)
+      const message = isFinal(status) ? `The task is ${status}` : 'Cancelling'
+      return { success: true as const, message, task_id: params.task_id, status }
+    },
+  )
+
+  app.get(
+    '/tasks/:task_id/callback',
+    {
+      schema: {
+        tags: ['Callbacks'],
+        operationId: 'getCallback',
+        summary: 'Look at a callback and its attempts',
+        params: taskIdParams,
+        response: { 200: callbackStateSchema, ...errorResponses(401, 404, 422, 503) },
+      },
+    },
+    async ({ params }) => {
+      const task = await taskOr404(tasks, params.task_id)
+      return fromDelivery(task, await deliveries.state(params.task_id))
+    },
+  )
+
+  app.post(
+    '/tasks/:task_id/callback/redeliver',
+    {
+      schema: {
+        tags: ['Callbacks'],
+        operationId: 'redeliverCallback',
+        summary: 'Send a callback again',
+        description:
+          'Also after it was delivered or given up. The attempt carries the same `webhook-id`. 409 while an attempt is under way.',
+        params: taskIdParams,
+        response: { 200: doneSchema, ...errorResponses(401, 404, 409, 422, 503) },
+      },
+    },
+    async ({ params }) => {
+      await taskOr404(tasks, params.task_id)
+      const answer = await callbacks.redeliver(params.task_id)
+      if (answer === undefined) {
+        throw new TaskRunnerError('no_callback', 'The task has no callback to deliver, or none yet')
+      }
+      if (answer === 'in_flight') {
+        throw new TaskRunnerError('delivery_in_flight', 'An attempt is under way')
+      }
+      return { success: true as const, message: 'Queued for delivery' }
+    },
+  )
+}
+
+export async function taskOr404(tasks: TaskStore, taskId: string): Promise<Task> {
+  const task = await tasks.get(taskId)
+  if (!task) throw new TaskRunnerError('task_not_found', `There is no task "${taskId}"`)
+  return task
+}
+
+/** Opaque to callers, so that what is inside can change. */
+function toCursor(seq: number): string {
+  return Buffer.from(`before:${seq}`).toString('base64url')
+}
+
+function fromCursor(cursor: string): number {
+  const seq = /^before:(\d{1,15})$/.exec(Buffer.from(cursor, 'base64url').toString())?.[1]
+  if (seq === undefined)
+    throw new InvalidRequestError([{ path: 'cursor', message: 'is not a cursor' }])
+  return Number(seq)
+}

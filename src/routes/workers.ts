@@ -1,0 +1,132 @@
+import type { FastifyPluginAsyncZod } from 'fastify-type-provider-zod'
+import { z } from 'zod'
+import { TaskRunnerError } from '../core/errors.ts'
+import type { TaskStore, Worker, WorkerBackend } from '../core/ports.ts'
+import type { Reaper } from '../core/reaper.ts'
+import { isFinal } from '../core/task.ts'
+import { LOG_BYTES_KEPT, type TaskRunner } from '../core/task-runner.ts'
+import { line } from '../wire/fields.ts'
+import { logText } from '../wire/log-text.ts'
+import {
+  cleanupRequestSchema,
+  cleanupSchema,
+  doneSchema,
+  fromWorker,
+  workerListSchema,
+  workerSchema,
+} from '../wire/responses.ts'
+import { errorResponses } from './responses.ts'
+
+const CLEANUP_SECONDS_DEFAULT = 59
+const nameParams = z.object({ name: line(63).regex(/^[a-z0-9-]+$/, 'is not a worker name') })
+
+/** Workers as they really are, not as they are remembered. */
+export const workerRoutes: FastifyPluginAsyncZod<{
+  tasks: TaskStore
+  backend: WorkerBackend
+  runner: TaskRunner
+  reaper: Reaper
+}> = async (app, { tasks, backend, runner, reaper }) => {
+  app.get(
+    '/workers',
+    {
+      schema: {
+        tags: ['Workers'],
+        operationId: 'listWorkers',
+        summary: 'List workers',
+        response: { 200: workerListSchema, ...errorResponses(401, 503) },
+      },
+    },
+    async () => ({ workers: await Promise.all((await backend.list()).map(fromWorker)) }),
+  )
+
+  app.get(
+    '/workers/:name',
+    {
+      schema: {
+        tags: ['Workers'],
+        operationId: 'getWorker',
+        summary: 'Look at a worker',
+        params: nameParams,
+        response: { 200: workerSchema, ...errorResponses(401, 404, 422, 503) },
+      },
+    },
+    async ({ params }) => fromWorker(await workerOr404(params.name)),
+  )
+
+  app.get(
+    '/workers/:name/logs',
+    {
+      schema: {
+        tags: ['Workers'],
+        operationId: 'getWorkerLogs',
+        summary: "Read a worker's log",
+        description: 'The last 5 MB.',
+        params: nameParams,
+        response: {
+          200: { description: 'The log', content: { 'text/plain': { schema: z.string() } } },
+          ...errorResponses(401, 404, 422, 503),
+        },
+      },
+    },
+    async ({ params }, reply) => {
+      const worker = await workerOr404(params.name)
+      const text = logText(await worker.logs({ maxBytes: LOG_BYTES_KEPT }))
+      return reply
+        .type('text/plain; charset=utf-8')
+        .header('x-content-type-options', 'nosniff')
+        .send(text)
+    },
+  )
+
+  app.delete(
+    '/workers/:name',
+    {
+      schema: {
+        tags: ['Workers'],
+        operationId: 'terminateWorker',
+        summary: 'Terminate a worker',
+        description: 'A task that still runs on it is cancelled, and its worker ends with it.',
+        params: nameParams,
+        response: { 200: doneSchema, ...errorResponses(401, 404, 422, 503) },
+      },
+    },
+    async ({ params }) => {
+      const worker = await workerOr404(params.name)
+      const owner = await tasks.workerOwner(worker.taskId)
+      if (owner && !isFinal(owner.status)) {
+        await runner.cancel(worker.taskId)
+        return { success: true as const, message: 'Cancelling its task, then terminating' }
+      }
+      await worker.terminate()
+      await tasks.workerTerminated(worker.taskId)
+      return { success: true as const, message: 'Terminated' }
+    },
+  )
+
+  app.post(
+    '/workers/cleanup',
+    {
+      schema: {
+        tags: ['Workers'],
+        operationId: 'cleanUpWorkers',
+        summary: 'Terminate workers stuck in Provisioning',
+        description: 'Answers with their names.',
+        body: cleanupRequestSchema.nullish(),
+        response: { 200: cleanupSchema, ...errorResponses(401, 422, 503) },
+      },
+    },
+    async ({ body }) => {
+      const seconds = body?.older_than_seconds ?? CLEANUP_SECONDS_DEFAULT
+      const workers = await reaper.cleanup(seconds * 1000)
+      const message = `Terminated ${workers.length} workers`
+      return { success: true as const, message, workers }
+    },
+  )
+
+  async function workerOr404(name: string): Promise<Worker> {
+    const worker = await backend.find(name)
+    if (!worker) throw new TaskRunnerError('worker_not_found', `There is no worker "${name}"`)
+    return worker
+  }
+}

@@ -1,0 +1,68 @@
+import { createCipheriv, createDecipheriv, createHmac, randomBytes } from 'node:crypto'
+import { chmod, link, readFile, unlink, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+
+const KEY_BYTES = 32
+const NONCE_BYTES = 12
+const TAG_BYTES = 16
+const VERSION = 1
+
+/** Encrypts what must not be readable in the store: AES-256-GCM, bound to the row it belongs to. */
+export class Sealer {
+  readonly #key: Buffer
+
+  /** `key`: 32 bytes. */
+  constructor(key: Buffer) {
+    if (key.length !== KEY_BYTES) throw new Error(`a sealing key has ${KEY_BYTES} bytes`)
+    this.#key = key
+  }
+
+  /** `context` must be the same for `unseal`: a sealed value copied to another row does not open. */
+  seal(text: string, context: string): Buffer {
+    const nonce = randomBytes(NONCE_BYTES)
+    const cipher = createCipheriv('aes-256-gcm', this.#key, nonce).setAAD(Buffer.from(context))
+    const sealed = Buffer.concat([cipher.update(text, 'utf8'), cipher.final()])
+    return Buffer.concat([Buffer.from([VERSION]), nonce, cipher.getAuthTag(), sealed])
+  }
+
+  /** Throws when the value was made with another key or context, or was changed. */
+  unseal(sealed: Uint8Array, context: string): string {
+    const bytes = Buffer.from(sealed.buffer, sealed.byteOffset, sealed.byteLength)
+    if (bytes[0] !== VERSION) throw new Error('sealed in an unknown way')
+    const tagAt = 1 + NONCE_BYTES
+    const textAt = tagAt + TAG_BYTES
+    const decipher = createDecipheriv('aes-256-gcm', this.#key, bytes.subarray(1, tagAt), {
+      authTagLength: TAG_BYTES,
+    })
+      .setAAD(Buffer.from(context))
+      .setAuthTag(bytes.subarray(tagAt, textAt))
+    return Buffer.concat([decipher.update(bytes.subarray(textAt)), decipher.final()]).toString()
+  }
+
+  /** A key for another purpose, from which this one cannot be found. */
+  derive(purpose: string): Buffer {
+    return createHmac('sha256', this.#key).update(purpose).digest()
+  }
+}
+
+/** The key kept in `folder`, made once. Safe when two processes start at the same time. */
+export async function keyFromFolder(folder: string): Promise<Buffer> {
+  const path = join(folder, 'sealing.key')
+  const stored = await readFile(path, 'utf8').catch((err: NodeJS.ErrnoException) => {
+    if (err.code === 'ENOENT') return undefined
+    throw err
+  })
+  if (stored !== undefined) return Buffer.from(stored, 'base64')
+  // Linked into place whole: a crash never leaves half a key, and a second maker finds the first one's.
+  const draft = join(folder, `sealing.key.${process.pid}`)
+  await writeFile(draft, `${randomBytes(KEY_BYTES).toString('base64')}\n`, {
+    mode: 0o600,
+    flush: true,
+  })
+  await chmod(draft, 0o600)
+  await link(draft, path).catch((err: NodeJS.ErrnoException) => {
+    if (err.code !== 'EEXIST') throw err
+  })
+  await unlink(draft)
+  return Buffer.from(await readFile(path, 'utf8'), 'base64')
+}

@@ -1,0 +1,167 @@
+import type {
+  AttemptRecord,
+  CallbackPayload,
+  DeliveryState,
+  DeliveryStore,
+  DueDelivery,
+  TaskStore,
+} from '../core/ports.ts'
+import type { Connection } from './connection.ts'
+
+/**
+ * The `DeliveryStore` of both databases. A delivery that is taken has its `next_attempt_at` moved to the end
+ * of the lease: should nobody record an attempt, it becomes due again by itself.
+ */
+export class SqlDeliveryStore implements DeliveryStore {
+  readonly #connection: Connection
+  readonly #tasks: Pick<TaskStore, 'get' | 'log'>
+
+  constructor(connection: Connection, tasks: Pick<TaskStore, 'get' | 'log'>) {
+    this.#connection = connection
+    this.#tasks = tasks
+  }
+
+  get #db() {
+    return this.#connection.db
+  }
+
+  async takeDue(options: {
+    now: number
+    leaseUntil: number
+    exceptOrigins: readonly string[]
+  }): Promise<DueDelivery | undefined> {
+    const row = await this.#db
+      .updateTable('deliveries')
+      .set({ next_attempt_at: options.leaseUntil, leased: 1 })
+      .where('task_id', '=', (eb) => {
+        const due = eb
+          .selectFrom('deliveries')
+          .select('task_id')
+          .where('status', '=', 'pending')
+          .where('next_attempt_at', '<=', options.now)
+          .orderBy('next_attempt_at')
+          .limit(1)
+        return options.exceptOrigins.length === 0
+          ? due
+          : due.where('origin', 'not in', options.exceptOrigins)
+      })
+      .returning(['task_id', 'webhook_id', 'origin', 'attempts', 'manual', 'delivered_at'])
+      .executeTakeFirst()
+    return (
+      row && {
+        taskId: row.task_id,
+        webhookId: row.webhook_id,
+        origin: row.origin,
+        attempts: row.attempts,
+        manual: row.manual === 1,
+        deliveredBefore: row.delivered_at !== null,
+      }
+    )
+  }
+
+  async nextDueAt(): Promise<number | undefined> {
+    const row = await this.#db
+      .selectFrom('deliveries')
+      .select('next_attempt_at')
+      .where('status', '=', 'pending')
+      .orderBy('next_attempt_at')
+      .limit(1)
+      .executeTakeFirst()
+    return row?.next_attempt_at == null ? undefined : Number(row.next_attempt_at)
+  }
+
+  async content(taskId: string) {
+    const [task, logs] = await Promise.all([this.#tasks.get(taskId), this.#tasks.log(taskId)])
+    if (!task || !logs || task.callbackUrl === null) return undefined
+    const success = task.status === 'succeeded'
+    const payload: CallbackPayload = { taskName: task.taskFileName, taskId, success, logs }
+    return { url: task.callbackUrl, token: task.callbackUrlToken, payload }
+  }
+
+  async recordAttempt(
+    taskId: string,
+    attempt: AttemptRecord,
+    next: Parameters<DeliveryStore['recordAttempt']>[2],
+  ): Promise<void> {
+    const endedAt = attempt.startedAt + attempt.durationMs
+    await this.#connection.atomically([
+      this.#db
+        .updateTable('deliveries')
+        .set({
+          status: next.status,
+          attempts: attempt.number,
+          next_attempt_at: next.nextAttemptAt,
+          leased: 0,
+          manual: 0,
+          ...(next.status === 'delivered' ? { delivered_at: endedAt } : {}),
+        })
+        .where('task_id', '=', taskId)
+        // An attempt that outlived its lease comes second, and changes nothing.
+        .where('attempts', '=', attempt.number - 1),
+      this.#db.insertInto('delivery_attempts').values({
+        task_id: taskId,
+        number: attempt.number,
+        started_at: attempt.startedAt,
+        duration_ms: Math.round(attempt.durationMs),
+        status_code: attempt.statusCode,
+        error: attempt.error,
+      }),
+    ])
+  }
+
+  async release(taskId: string): Promise<void> {
+    await this.#db
+      .updateTable('deliveries')
+      .set({ next_attempt_at: 0, leased: 0 })
+      .where('task_id', '=', taskId)
+      .where('status', '=', 'pending')
+      .execute()
+  }
+
+  async redeliver(taskId: string, now: number): Promise<'queued' | 'in_flight' | undefined> {
+    const { numUpdatedRows } = await this.#db
+      .updateTable('deliveries')
+      .set((eb) => ({
+        // One whose schedule goes on is made earlier; one that had ended gets a single attempt.
+        manual: eb.case().when('status', '=', 'pending').then(eb.ref('manual')).else(1).end(),
+        status: 'pending' as const,
+        next_attempt_at: now,
+        leased: 0,
+      }))
+      .where('task_id', '=', taskId)
+      .where((eb) => eb.or([eb('leased', '=', 0), eb('next_attempt_at', '<=', now)]))
+      .executeTakeFirst()
+    if (numUpdatedRows === 1n) return 'queued'
+    return (await this.state(taskId)) ? 'in_flight' : undefined
+  }
+
+  async state(taskId: string): Promise<DeliveryState | undefined> {
+    const [delivery, attempts] = await Promise.all([
+      this.#db
+        .selectFrom('deliveries')
+        .select(['status', 'webhook_id', 'next_attempt_at', 'leased'])
+        .where('task_id', '=', taskId)
+        .executeTakeFirst(),
+      this.#db
+        .selectFrom('delivery_attempts')
+        .selectAll()
+        .where('task_id', '=', taskId)
+        .orderBy('number')
+        .execute(),
+    ])
+    if (!delivery) return undefined
+    const { next_attempt_at: nextAt, leased } = delivery
+    return {
+      status: delivery.status,
+      webhookId: delivery.webhook_id,
+      nextAttemptAt: nextAt === null || leased === 1 ? null : Number(nextAt),
+      attempts: attempts.map((attempt) => ({
+        number: attempt.number,
+        startedAt: Number(attempt.started_at),
+        durationMs: Number(attempt.duration_ms),
+        statusCode: attempt.status_code,
+        error: attempt.error,
+      })),
+    }
+  }
+}

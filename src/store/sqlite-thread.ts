@@ -1,0 +1,137 @@
+/** The thread that owns the SQLite file. Batches that wait together share one commit, hence one wait for the disk. */
+import { DatabaseSync, type SQLInputValue, type StatementSync } from 'node:sqlite'
+import { parentPort, workerData } from 'node:worker_threads'
+
+export interface Batch {
+  id: number
+  statements: Array<{ sql: string; parameters: readonly unknown[] }>
+  /** When the first statement changes nothing, the batch is undone and answers with no results. */
+  guarded: boolean
+}
+
+export interface StatementResult {
+  rows: unknown[]
+  changes: number
+}
+
+export type Answer = { id: number; results: StatementResult[] } | { id: number; error: Error }
+
+const STATEMENTS_CACHED_MAX = 200
+
+const port = parentPort
+if (!port) throw new Error('runs as a thread only')
+// Holds: store/sqlite.ts starts this thread with it.
+const { path } = workerData as { path: string }
+
+const db = new DatabaseSync(path, { timeout: 2_000 })
+// Exclusive from the first write on: no second process can work on the same tasks.
+db.exec('pragma locking_mode = exclusive')
+db.exec('pragma journal_mode = wal')
+db.exec('pragma synchronous = full')
+db.exec('pragma foreign_keys = on')
+db.exec('begin immediate; commit')
+
+const prepared = new Map<string, StatementSync>()
+let waiting: Batch[] = []
+let inTransaction = false
+
+port.on('message', (message: Batch | 'close') => {
+  if (message === 'close') {
+    flush()
+    db.close()
+    port.close()
+    return
+  }
+  if (waiting.length === 0) setImmediate(flush)
+  waiting.push(message)
+})
+port.postMessage('open')
+
+function flush(): void {
+  const batches = waiting
+  waiting = []
+  const alone = batches.some((batch) => batch.statements.some(({ sql }) => isControl(sql)))
+  const reads = batches.every((batch) => batch.statements.every(({ sql }) => isRead(sql)))
+  if (alone || inTransaction || reads) for (const batch of batches) answer(batch, () => run(batch))
+  else runTogether(batches)
+}
+
+/** One transaction for all; each batch in a savepoint, so that one that fails undoes only itself. */
+function runTogether(batches: Batch[]): void {
+  const answers: Answer[] = []
+  try {
+    db.exec('begin immediate')
+    for (const batch of batches) {
+      try {
+        db.exec('savepoint batch')
+        const results = run(batch)
+        if (results.length === 0) db.exec('rollback to batch')
+        db.exec('release batch')
+        answers.push({ id: batch.id, results })
+      } catch (err) {
+        // A full disk undoes the whole transaction, not the statement alone.
+        if (!db.isTransaction) throw err
+        db.exec('rollback to batch; release batch')
+        answers.push({ id: batch.id, error: asError(err) })
+      }
+    }
+    db.exec('commit')
+    for (const each of answers) port?.postMessage(each)
+  } catch (err) {
+    if (db.isTransaction) db.exec('rollback')
+    for (const { id } of batches) port?.postMessage({ id, error: asError(err) } satisfies Answer)
+  }
+}
+
+function answer(batch: Batch, work: () => StatementResult[]): void {
+  try {
+    const results = work()
+    port?.postMessage({ id: batch.id, results } satisfies Answer)
+  } catch (err) {
+    port?.postMessage({ id: batch.id, error: asError(err) } satisfies Answer)
+  }
+}
+
+function run(batch: Batch): StatementResult[] {
+  const results: StatementResult[] = []
+  for (const { sql, parameters } of batch.statements) {
+    if (isControl(sql)) {
+      db.exec(sql)
+      inTransaction = db.isTransaction
+      results.push({ rows: [], changes: 0 })
+      continue
+    }
+    const statement = prepare(sql)
+    // Holds: kysely passes on what the stores give it, which is text, numbers, bytes and null.
+    const values = parameters as SQLInputValue[]
+    if (statement.columns().length > 0) {
+      const rows = statement.all(...values)
+      results.push({ rows, changes: rows.length })
+    } else {
+      results.push({ rows: [], changes: Number(statement.run(...values).changes) })
+    }
+    if (batch.guarded && results.length === 1 && results[0]?.changes === 0) return []
+  }
+  return results
+}
+
+function prepare(sql: string): StatementSync {
+  const known = prepared.get(sql)
+  if (known) return known
+  if (prepared.size >= STATEMENTS_CACHED_MAX) prepared.clear()
+  const statement = db.prepare(sql)
+  prepared.set(sql, statement)
+  return statement
+}
+
+function isControl(sql: string): boolean {
+  return sql === 'begin immediate' || sql === 'commit' || sql === 'rollback'
+}
+
+function isRead(sql: string): boolean {
+  return sql.startsWith('select')
+}
+
+function asError(err: unknown): Error {
+  return err instanceof Error ? err : new Error(String(err))
+}

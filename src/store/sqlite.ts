@@ -1,0 +1,196 @@
+import { chmod, mkdir } from 'node:fs/promises'
+import { dirname } from 'node:path'
+import { Worker } from 'node:worker_threads'
+import {
+  type Compilable,
+  type CompiledQuery,
+  type DatabaseConnection,
+  type Driver,
+  Kysely,
+  type QueryResult,
+  SqliteAdapter,
+  SqliteIntrospector,
+  SqliteQueryCompiler,
+} from 'kysely'
+import { Migrator } from 'kysely/migration'
+import { type Connection, storeUnavailable } from './connection.ts'
+import * as tasksAndDeliveries from './migrations/0001-tasks-and-deliveries.ts'
+import type { Database } from './schema.ts'
+import type { Answer, Batch, StatementResult } from './sqlite-thread.ts'
+
+const TYPES = { serial: 'integer primary key autoincrement', bytes: 'blob' }
+
+/**
+ * Opens the SQLite file, made when missing, and brings its tables up to date. The file is ours alone while
+ * open: a second service on the same folder fails here. Throws when the file is damaged; it is never replaced.
+ */
+export async function openSqlite(path: string): Promise<Connection> {
+  await mkdir(dirname(path), { recursive: true, mode: 0o700 })
+  const thread = new SqliteThread(path)
+  const db = new Kysely<Database>({
+    dialect: {
+      createAdapter: () => new ThreadedAdapter(),
+      createDriver: () => new ThreadDriver(thread),
+      createIntrospector: (db) => new SqliteIntrospector(db),
+      createQueryCompiler: () => new SqliteQueryCompiler(),
+    },
+  })
+  try {
+    await chmod(path, 0o600).catch(() => thread.ready)
+    await thread.ready
+    const { error } = await new Migrator({
+      db,
+      provider: {
+        getMigrations: async () => ({
+          '0001-tasks-and-deliveries': { up: (db) => tasksAndDeliveries.up(db, TYPES) },
+        }),
+      },
+    }).migrateToLatest()
+    if (error) throw error
+    // Whoever held a lease is gone: the file is ours alone.
+    await db
+      .updateTable('deliveries')
+      .set({ leased: 0, next_attempt_at: 0 })
+      .where('status', '=', 'pending')
+      .where('leased', '=', 1)
+      .execute()
+  } catch (err) {
+    await db.destroy()
+    throw err
+  }
+  return {
+    db,
+    async atomically(statements: readonly Compilable[]) {
+      const compiled = statements.map((statement) => toStatement(statement.compile()))
+      const results = await thread.run({ statements: compiled, guarded: true })
+      return results.length > 0
+    },
+    close: () => db.destroy(),
+  }
+}
+
+/** node:sqlite is synchronous, and a durable commit waits for the disk: both happen on a thread of their own. */
+class SqliteThread {
+  readonly ready: Promise<void>
+  readonly #thread: Worker
+  readonly #waiting = new Map<
+    number,
+    { resolve: (results: StatementResult[]) => void; reject: (err: Error) => void }
+  >()
+  #lastId = 0
+  #dead: Error | undefined
+
+  constructor(path: string) {
+    this.#thread = new Worker(new URL('./sqlite-thread.ts', import.meta.url), {
+      workerData: { path },
+      name: 'sqlite',
+    })
+    this.ready = new Promise((resolve, reject) => {
+      this.#thread.once('message', () => resolve())
+      this.#thread.once('error', reject)
+      this.#thread.once('exit', () => reject(new Error('the SQLite thread ended')))
+    })
+    this.ready.catch(() => {})
+    this.#thread.on('message', (answer: Answer | 'open') => {
+      if (answer === 'open') return
+      const waiting = this.#waiting.get(answer.id)
+      this.#waiting.delete(answer.id)
+      if ('results' in answer) waiting?.resolve(answer.results)
+      else waiting?.reject(storeUnavailable(answer.error))
+    })
+    this.#thread.on('error', (err) => this.#fail(err))
+    this.#thread.on('exit', () => this.#fail(new Error('the SQLite thread ended')))
+  }
+
+  run(batch: Omit<Batch, 'id'>): Promise<StatementResult[]> {
+    if (this.#dead) return Promise.reject(storeUnavailable(this.#dead))
+    this.#lastId += 1
+    const id = this.#lastId
+    return new Promise((resolve, reject) => {
+      this.#waiting.set(id, { resolve, reject })
+      this.#thread.postMessage({ ...batch, id } satisfies Batch)
+    })
+  }
+
+  async close(): Promise<void> {
+    await this.ready.catch(() => {})
+    if (this.#dead) return
+    const exited = new Promise((resolve) => this.#thread.once('exit', resolve))
+    this.#thread.postMessage('close')
+    await exited
+  }
+
+  #fail(err: unknown): void {
+    this.#dead ??= err instanceof Error ? err : new Error(String(err))
+    for (const { reject } of this.#waiting.values()) reject(storeUnavailable(this.#dead))
+    this.#waiting.clear()
+  }
+}
+
+/** Every statement is its own transaction, so any number may be under way at once. */
+class ThreadedAdapter extends SqliteAdapter {
+  override get supportsMultipleConnections(): boolean {
+    return true
+  }
+}
+
+class ThreadDriver implements Driver {
+  readonly #thread: SqliteThread
+
+  constructor(thread: SqliteThread) {
+    this.#thread = thread
+  }
+
+  async init(): Promise<void> {}
+
+  async acquireConnection(): Promise<DatabaseConnection> {
+    return {
+      executeQuery: async <R>(query: CompiledQuery): Promise<QueryResult<R>> => {
+        const [result] = await this.#thread.run({
+          statements: [toStatement(query)],
+          guarded: false,
+        })
+        return {
+          // Holds: kysely typed the row after the query it compiled.
+          rows: (result?.rows ?? []) as R[],
+          numAffectedRows: BigInt(result?.changes ?? 0),
+        }
+      },
+      streamQuery: () => {
+        throw new Error('streaming is not supported')
+      },
+    }
+  }
+
+  async releaseConnection(): Promise<void> {}
+
+  // Used by migrations alone, before anything else runs.
+  async beginTransaction(connection: DatabaseConnection): Promise<void> {
+    await connection.executeQuery(rawQuery('begin immediate'))
+  }
+
+  async commitTransaction(connection: DatabaseConnection): Promise<void> {
+    await connection.executeQuery(rawQuery('commit'))
+  }
+
+  async rollbackTransaction(connection: DatabaseConnection): Promise<void> {
+    await connection.executeQuery(rawQuery('rollback'))
+  }
+
+  destroy(): Promise<void> {
+    return this.#thread.close()
+  }
+}
+
+function rawQuery(text: string): CompiledQuery {
+  return {
+    sql: text,
+    parameters: [],
+    query: { kind: 'RawNode', sqlFragments: [text], parameters: [] },
+    queryId: { queryId: text },
+  }
+}
+
+function toStatement(query: CompiledQuery): Batch['statements'][number] {
+  return { sql: query.sql, parameters: query.parameters }
+}

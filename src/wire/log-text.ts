@@ -1,0 +1,30 @@
+import type { LogTail } from '../core/ports.ts'
+
+/**
+ * A log as text: invalid bytes become U+FFFD. When the beginning was cut, the first line says how many
+ * bytes, and the cut falls on a character's border.
+ */
+export function logText(log: LogTail): string {
+  const { content, totalBytes } = log
+  if (totalBytes <= content.length) return content.toString()
+  const kept = content.subarray(characterStart(content))
+  return `[task-runner] ${totalBytes - kept.length} bytes of log before this line were cut\n${kept.toString()}`
+}
+
+/** Index of the first byte that is not the rest of a character begun earlier (UTF-8 has at most 3 of these). */
+function characterStart(bytes: Buffer): number {
+  let index = 0
+  while (index < 3 && index < bytes.length && ((bytes[index] ?? 0) & 0xc0) === 0x80) index += 1
+  return index
+}
+
+/** How many bytes at the end belong to a character that is not complete yet. */
+export function incompleteBytes(bytes: Buffer): number {
+  for (let back = 1; back <= 3 && back <= bytes.length; back += 1) {
+    const byte = bytes[bytes.length - back] ?? 0
+    if ((byte & 0xc0) === 0x80) continue
+    const length = byte >= 0xf0 ? 4 : byte >= 0xe0 ? 3 : byte >= 0xc0 ? 2 : 1
+    return length > back ? back : 0
+  }
+  return 0
+}

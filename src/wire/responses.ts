@@ -1,0 +1,305 @@
+import { z } from 'zod'
+import type { DeliveryState, Worker, WorkerStatus } from '../core/ports.ts'
+import {
+  CALLBACK_STATUSES,
+  REASONS,
+  TASK_STATUSES,
+  type Task,
+  type TaskSummary,
+} from '../core/task.ts'
+import { maskedWorkerConfig } from './worker-config.ts'
+
+const time = z.iso.datetime().describe('UTC, ISO 8601')
+
+export const acceptedSchema = z
+  .object({
+    success: z.literal(true),
+    message: z.string(),
+    task_id: z.string(),
+  })
+  .meta({
+    id: 'TaskRunnerResponse',
+    examples: [{ success: true, message: 'Started Task successfully', task_id: 'my-first-task' }],
+  })
+
+export const errorSchema = z
+  .object({
+    success: z.literal(false),
+    message: z.string(),
+    errors: z
+      .array(z.object({ path: z.string(), message: z.string() }))
+      .optional()
+      .describe('Where fields are wrong: each by its path'),
+  })
+  .meta({
+    id: 'ErrorResponse',
+    description: 'Every error of every route has this shape.',
+    examples: [{ success: false, message: 'There is no task "my-first-task"' }],
+  })
+
+const summaryFields = {
+  task_id: z.string(),
+  task_file_name: z.string(),
+  status: z.enum(TASK_STATUSES),
+  reason: z.enum(REASONS).nullable().describe('Why it ended so; null while it has not ended'),
+  message: z.string().nullable().describe('A sentence for people that goes with the reason'),
+  exit_code: z.int().nullable(),
+  signal: z.string().nullable(),
+  created_at: time,
+  started_at: time.nullable(),
+  finished_at: time.nullable(),
+  worker_name: z.string(),
+  callback_status: z.enum(CALLBACK_STATUSES),
+}
+
+const exampleSummary = {
+  task_id: 'my-first-task',
+  task_file_name: 'parameters.sh',
+  status: 'succeeded',
+  reason: 'completed',
+  message: null,
+  exit_code: 0,
+  signal: null,
+  created_at: '2026-01-05T08:00:00.000Z',
+  started_at: '2026-01-05T08:00:00.012Z',
+  finished_at: '2026-01-05T08:00:00.030Z',
+  worker_name: 'task-my-first-task-e4c2a1f09b7d',
+  callback_status: 'none',
+} as const
+
+export const taskSummarySchema = z
+  .object(summaryFields)
+  .meta({ id: 'TaskSummary', examples: [exampleSummary] })
+
+export const taskSchema = z
+  .object({
+    ...summaryFields,
+    worker_config: z
+      .record(z.string(), z.unknown())
+      .describe('With the defaults of the worker files; values of variables are masked'),
+    callback_url: z.string().nullable().describe('Its query, if any, is masked'),
+    terminate_on_completion: z.boolean(),
+    timeout_seconds: z.int(),
+    log_bytes: z.int().nullable().describe('Bytes logged in all; the last 5 MB of them are kept'),
+  })
+  .meta({
+    id: 'Task',
+    examples: [
+      {
+        ...exampleSummary,
+        worker_config: { env_variables: { MY_FIRST_PARAM: '***' } },
+        callback_url: null,
+        terminate_on_completion: true,
+        timeout_seconds: 86400,
+        log_bytes: 43,
+      },
+    ],
+  })
+
+export const taskListSchema = z
+  .object({
+    tasks: z.array(taskSummarySchema),
+    next_cursor: z
+      .string()
+      .nullable()
+      .describe('Pass as `cursor` for the next page; null at the end'),
+  })
+  .meta({ id: 'TaskList', examples: [{ tasks: [exampleSummary], next_cursor: null }] })
+
+export const cancelledSchema = z
+  .object({
+    success: z.literal(true),
+    message: z.string(),
+    task_id: z.string(),
+    status: z.enum(TASK_STATUSES),
+  })
+  .meta({
+    id: 'CancelResponse',
+    examples: [
+      { success: true, message: 'Cancelling', task_id: 'my-first-task', status: 'running' },
+    ],
+  })
+
+export const callbackStateSchema = z
+  .object({
+    task_id: z.string(),
+    status: z.enum(CALLBACK_STATUSES),
+    webhook_id: z.string().nullable().describe('The same for every attempt'),
+    next_attempt_at: time.nullable(),
+    attempts: z.array(
+      z.object({
+        number: z.int(),
+        started_at: time,
+        duration_ms: z.int(),
+        status_code: z.int().nullable(),
+        error: z.string().nullable(),
+      }),
+    ),
+  })
+  .meta({
+    id: 'CallbackState',
+    examples: [
+      {
+        task_id: 'my-first-task',
+        status: 'delivered',
+        webhook_id: 'msg_3f2a8c0e5b7d4a61b2c3d4e5f6a7b8c9',
+        next_attempt_at: null,
+        attempts: [
+          {
+            number: 1,
+            started_at: '2026-01-05T08:00:00.031Z',
+            duration_ms: 4,
+            status_code: 200,
+            error: null,
+          },
+        ],
+      },
+    ],
+  })
+
+const exampleWorker = {
+  name: 'task-my-first-task-e4c2a1f09b7d',
+  status: 'Running',
+  creation_time: '2026-01-05T08:00:00.010Z',
+  backend: 'local',
+  image: null,
+  size: null,
+  task_id: 'my-first-task',
+} as const
+
+export const workerSchema = z
+  .object({
+    name: z.string(),
+    status: z.enum([
+      'Provisioning',
+      'Running',
+      'Completed',
+      'Terminating',
+    ] satisfies WorkerStatus[]),
+    creation_time: time,
+    backend: z.string(),
+    image: z.string().nullable(),
+    size: z.string().nullable(),
+    task_id: z.string(),
+  })
+  .meta({ id: 'Worker', examples: [exampleWorker] })
+
+export const workerListSchema = z
+  .object({ workers: z.array(workerSchema) })
+  .meta({ id: 'WorkerList', examples: [{ workers: [exampleWorker] }] })
+
+export const cleanupRequestSchema = z
+  .strictObject({
+    older_than_seconds: z
+      .number()
+      .min(0)
+      .max(86_400 * 365)
+      .nullish()
+      .describe('Default 59'),
+  })
+  .meta({ id: 'CleanupRequest', examples: [{ older_than_seconds: 59 }] })
+
+export const cleanupSchema = z
+  .object({ success: z.literal(true), message: z.string(), workers: z.array(z.string()) })
+  .meta({
+    id: 'CleanupResponse',
+    examples: [{ success: true, message: 'Terminated 0 workers', workers: [] }],
+  })
+
+export const doneSchema = z
+  .object({ success: z.literal(true), message: z.string() })
+  .meta({ id: 'SuccessResponse', examples: [{ success: true, message: 'ok' }] })
+
+export const healthSchema = z
+  .object({
+    success: z.boolean(),
+    message: z.string(),
+    parts: z
+      .record(z.string(), z.string())
+      .optional()
+      .describe('Each part: `ok`, or what is wrong'),
+  })
+  .meta({
+    id: 'Health',
+    examples: [
+      {
+        success: true,
+        message: 'ready',
+        parts: { store: 'ok', workers: 'ok', tasks_folder: 'ok' },
+      },
+    ],
+  })
+
+export function fromTaskSummary(task: TaskSummary): z.input<typeof taskSummarySchema> {
+  return {
+    task_id: task.taskId,
+    task_file_name: task.taskFileName,
+    status: task.status,
+    reason: task.reason,
+    message: task.message,
+    exit_code: task.exitCode,
+    signal: task.signal,
+    created_at: iso(task.createdAt),
+    started_at: isoOrNull(task.startedAt),
+    finished_at: isoOrNull(task.finishedAt),
+    worker_name: task.workerName,
+    callback_status: task.callbackStatus,
+  }
+}
+
+export function fromTask(task: Task): z.input<typeof taskSchema> {
+  return {
+    ...fromTaskSummary(task),
+    worker_config: maskedWorkerConfig(task.workerConfig),
+    callback_url: task.callbackUrl && maskedUrl(task.callbackUrl),
+    terminate_on_completion: task.terminateOnCompletion,
+    timeout_seconds: task.timeoutSeconds,
+    log_bytes: task.logBytes,
+  }
+}
+
+export function fromDelivery(
+  task: TaskSummary,
+  delivery: DeliveryState | undefined,
+): z.input<typeof callbackStateSchema> {
+  return {
+    task_id: task.taskId,
+    status: delivery?.status ?? task.callbackStatus,
+    webhook_id: delivery?.webhookId ?? null,
+    next_attempt_at: isoOrNull(delivery?.nextAttemptAt ?? null),
+    attempts: (delivery?.attempts ?? []).map((attempt) => ({
+      number: attempt.number,
+      started_at: iso(attempt.startedAt),
+      duration_ms: Math.round(attempt.durationMs),
+      status_code: attempt.statusCode,
+      error: attempt.error,
+    })),
+  }
+}
+
+export async function fromWorker(worker: Worker): Promise<z.input<typeof workerSchema>> {
+  return {
+    name: worker.name,
+    status: await worker.status(),
+    creation_time: iso(worker.createdAt),
+    backend: worker.backend,
+    image: worker.image,
+    size: worker.size,
+    task_id: worker.taskId,
+  }
+}
+
+/** Callback URLs carry secrets in their query more often than not. */
+function maskedUrl(href: string): string {
+  const url = new URL(href)
+  if (url.search !== '') url.search = '?***'
+  return url.href
+}
+
+function iso(epochMs: number): string {
+  return new Date(epochMs).toISOString()
+}
+
+function isoOrNull(epochMs: number | null): string | null {
+  return epochMs === null ? null : iso(epochMs)
+}

@@ -1,0 +1,91 @@
+import { posix } from 'node:path'
+import { z } from 'zod'
+import type { TaskRequest } from '../core/task.ts'
+import { TASK_FILE_EXTENSIONS } from '../core/task-files.ts'
+import { line } from './fields.ts'
+import { toWorkerConfig, workerConfigSchema } from './worker-config.ts'
+
+const taskFileName = line(512)
+  .refine(
+    (name) => TASK_FILE_EXTENSIONS.some((extension) => name.endsWith(extension)),
+    `must end in ${TASK_FILE_EXTENSIONS.join(', ')}`,
+  )
+  .refine(
+    (name) =>
+      !name.includes('\\') && !name.split('/').some((part) => ['', '.', '..'].includes(part)),
+    'must be a plain relative path inside the tasks folder',
+  )
+
+const callbackUrl = z
+  .string()
+  .max(4096)
+  .superRefine((value, context) => {
+    const wrong = (message: string) => context.addIssue({ code: 'custom', message })
+    const url = URL.parse(value)
+    if (!url) wrong('is not a URL')
+    else if (url.protocol !== 'http:' && url.protocol !== 'https:') wrong('must be http or https')
+    else if (url.username !== '' || url.password !== '') {
+      wrong('must not contain a user name or password; use callback_url_token')
+    }
+  })
+
+/** RFC 6750, section 2.1: what can follow "Bearer". */
+const bearerToken = z
+  .string()
+  .max(8192)
+  .regex(/^[A-Za-z0-9._~+/-]+=*$/, 'is not a bearer token (RFC 6750)')
+
+/** `POST /task-runner`. `timeoutSecondsMax` is the operator's upper limit. */
+export function taskRequestSchema(timeoutSecondsMax: number) {
+  return z
+    .strictObject({
+      task_id: line(255).describe(
+        'Your name for this run, and its idempotency key: the same id with the same request starts nothing new',
+      ),
+      task_file_name: taskFileName.describe(
+        `A file of the tasks folder (${TASK_FILE_EXTENSIONS.join(' ')})`,
+      ),
+      worker_config: workerConfigSchema,
+      callback_url: callbackUrl.nullish().describe('Where the outcome is POSTed'),
+      callback_url_token: bearerToken
+        .nullish()
+        .describe('Sent to the callback URL as `Authorization: Bearer …`; never shown again'),
+      terminate_on_completion: z
+        .boolean()
+        .nullish()
+        .describe('Default true. False keeps the worker for a look inside'),
+      timeout_seconds: z
+        .int()
+        .min(1)
+        .max(timeoutSecondsMax)
+        .nullish()
+        .describe('How long the task may run'),
+    })
+    .meta({
+      id: 'TaskRunnerRequest',
+      description: 'A task to run. Every optional field may be null.',
+      examples: [
+        {
+          task_id: 'my-first-task',
+          task_file_name: 'parameters.sh',
+          worker_config: { env_variables: { MY_FIRST_PARAM: 'VALUE1', MY_SECOND_PARAM: 123 } },
+          callback_url: null,
+          callback_url_token: null,
+          terminate_on_completion: true,
+        },
+      ],
+    })
+}
+
+/** Throws `invalid_request` when `additional_params` holds something wrong. */
+export function toTaskRequest(wire: z.output<ReturnType<typeof taskRequestSchema>>): TaskRequest {
+  return {
+    taskId: wire.task_id,
+    taskFileName: posix.normalize(wire.task_file_name),
+    workerConfig: toWorkerConfig(wire.worker_config),
+    callbackUrl: wire.callback_url == null ? null : new URL(wire.callback_url).href,
+    callbackUrlToken: wire.callback_url_token ?? null,
+    terminateOnCompletion: wire.terminate_on_completion ?? true,
+    timeoutSeconds: wire.timeout_seconds ?? null,
+  }
+}

@@ -1,0 +1,262 @@
+import { z } from 'zod'
+import { InvalidRequestError } from '../core/errors.ts'
+import { type GitConfig, mergeWorkerConfigs, type WorkerConfig } from '../core/worker-config.ts'
+import { line, parseWith, text } from './fields.ts'
+
+export const WORKER_SIZES = ['X-Small', 'Small', 'Medium', 'Large', 'X-Large', '2X-Large'] as const
+
+/** Linux takes no single `NAME=value` longer than this (MAX_ARG_STRLEN, include/uapi/linux/binfmts.h). */
+const VARIABLE_BYTES_MAX = 131_071
+/** All variables together; the kernel's limit for arguments and environment is 2 MB on common systems. */
+const VARIABLES_BYTES_MAX = 1_000_000
+/** Set by the service, or read-only or numeric in shells, which would refuse to start the task. */
+const RESERVED_VARIABLES = new Set([
+  ...['TASK_ID', 'TASK_FILE_NAME', 'WORKER_NAME'],
+  ...['OPTIND', 'PPID', 'UID', 'EUID', 'SHELLOPTS', 'BASHOPTS', '_'],
+])
+
+const variableName = z
+  .string()
+  .regex(/^[A-Za-z_][A-Za-z0-9_]*$/, 'is not a variable name: letters, digits and _ only')
+  .refine((name) => !RESERVED_VARIABLES.has(name), 'is reserved')
+
+const envVariables = z
+  .record(variableName, z.union([text(VARIABLE_BYTES_MAX), z.number(), z.boolean()]))
+  .superRefine((variables, context) => {
+    let total = 0
+    for (const [name, value] of Object.entries(variables)) {
+      const bytes = Buffer.byteLength(`${name}=${value}`)
+      total += bytes + 1
+      if (bytes > VARIABLE_BYTES_MAX) {
+        const message = `is too long: at most ${VARIABLE_BYTES_MAX} bytes with its name`
+        context.addIssue({ code: 'custom', path: [name], message })
+      }
+    }
+    if (total > VARIABLES_BYTES_MAX) {
+      const message = `are too long: at most ${VARIABLES_BYTES_MAX} bytes together`
+      context.addIssue({ code: 'custom', message })
+    }
+  })
+
+const gitRemote = z
+  .string()
+  .max(2048)
+  .refine((url) => /^(https?|ssh):\/\/[^\s]+$/.test(url), 'must be an http(s) or ssh URL')
+
+export const gitConfigSchema = z
+  .strictObject({
+    remote_url: gitRemote.describe('What to clone'),
+    secret_name: line(255).nullish().describe('Name of the secret that is the password'),
+    save_secret: z.boolean().nullish(),
+    username: line(255).nullish(),
+    local_path: line(1024).nullish().describe('Where to; default `~/projects/<repository>`'),
+    branch: line(255).nullish(),
+    sparse_checkout_folders: z.array(line(1024)).max(1000).nullish(),
+    fetch_depth: z.int().positive().nullish(),
+  })
+  .meta({ id: 'GitConfig', description: 'A repository cloned before the task runs' })
+
+const workerSize = z
+  .string()
+  .max(100)
+  .transform(
+    (size) => WORKER_SIZES.find((known) => known.toLowerCase() === size.toLowerCase()) ?? size,
+  )
+  .refine((size) => (WORKER_SIZES as readonly string[]).includes(size), {
+    message: `must be one of ${WORKER_SIZES.join(', ')}`,
+  })
+
+const fields = {
+  worker_image: line(512).nullish().describe('Container image; local workers do not use it'),
+  worker_size: workerSize
+    .nullish()
+    .describe(`One of ${WORKER_SIZES.join(', ')}, in any case; local workers do not enforce it`),
+  env_variables: envVariables
+    .nullish()
+    .describe('Environment of the task; numbers and booleans are passed as text'),
+  personal_secrets: z.array(line(255)).max(1000).nullish(),
+  shared_secrets: z.array(line(255)).max(1000).nullish(),
+  git_configs: z.array(gitConfigSchema).max(100).nullish(),
+  startup_script: text(1_000_000).nullish().describe('Shell script run before the task'),
+  image_config: z.record(z.string(), z.unknown()).nullish(),
+  log_level: line(50).nullish().describe('Reaches the task as `LOG_LEVEL`'),
+  modules_log_level: z
+    .union([line(10_000), z.record(z.string(), z.string())])
+    .nullish()
+    .describe('Reaches the task as `MODULES_LOG_LEVEL`; an object as JSON'),
+  service_type: z.enum(['cloud_worker', 'workspace']).nullish(),
+  network_protocol: z.enum(['http', 'https']).nullish(),
+  interactive: z.boolean().nullish(),
+  bypass_ssl_verification: z.boolean().nullish(),
+  service_url: line(2048).nullish(),
+  email: line(320).nullish(),
+  refresh_token: text(65_536).nullish(),
+  distributed_config: z
+    .unknown()
+    .optional()
+    .describe('Not supported: any value but null is refused'),
+}
+
+/** Accepted so that existing files load; each that is set is noted in the task's log. */
+const WITHOUT_EFFECT = [
+  'service_type',
+  'network_protocol',
+  'interactive',
+  'bypass_ssl_verification',
+  'service_url',
+  'email',
+  'refresh_token',
+  'image_config',
+] as const
+const NOT_SUPPORTED = ['distributed_config'] as const
+const NOT_SUPPORTED_YET = ['git_configs', 'personal_secrets', 'shared_secrets'] as const
+
+/** What base64 `additional_params` may hold: the same fields, but not itself again. */
+const additionalSchema = z.strictObject(fields)
+
+export const workerConfigSchema = z
+  .strictObject({
+    ...fields,
+    additional_params: z
+      .string()
+      .max(2_000_000)
+      .nullish()
+      .describe(
+        'Base64 of a JSON object with further fields of this table, as the Practicus SDK writes it. Fields given outright win; `env_variables` merge name by name',
+      ),
+  })
+  .meta({
+    id: 'WorkerConfig',
+    description: 'What kind of worker runs the task. Every field may be left out or null.',
+    examples: [{ worker_size: 'Small', env_variables: { MY_FIRST_PARAM: 'VALUE1' } }],
+  })
+
+type WireFields = z.output<typeof additionalSchema>
+
+/**
+ * Wire -> domain, with `additional_params` decoded and laid under the fields given outright.
+ * Throws `invalid_request` naming the field below `path`.
+ */
+export function toWorkerConfig(
+  { additional_params, ...outright }: z.output<typeof workerConfigSchema>,
+  path: string[] = ['worker_config'],
+): WorkerConfig {
+  const given = fromFields(outright, path)
+  if (additional_params == null || additional_params === '') return given
+  const hidden = [...path, 'additional_params']
+  return mergeWorkerConfigs(
+    fromFields(
+      parseWith(additionalSchema, decodeParams(additional_params, hidden), hidden),
+      hidden,
+    ),
+    given,
+  )
+}
+
+/** A worker defaults file: in it `null`, `""` and `"None"` count as absent. */
+export function parseWorkerFile(json: string): WorkerConfig {
+  const whole: unknown = JSON.parse(json)
+  if (whole === null || typeof whole !== 'object' || Array.isArray(whole)) {
+    throw new Error('it does not hold a JSON object')
+  }
+  const present = Object.entries(whole).filter(
+    ([, value]) => value !== null && value !== '' && value !== 'None',
+  )
+  return toWorkerConfig(parseWith(workerConfigSchema, Object.fromEntries(present)), [])
+}
+
+/** Domain -> wire for answers: values of variables are masked, secrets are not there at all. */
+export function maskedWorkerConfig(config: WorkerConfig): Record<string, unknown> {
+  const masked = {
+    worker_image: config.workerImage,
+    worker_size: config.workerSize,
+    env_variables:
+      config.envVariables &&
+      Object.fromEntries(Object.keys(config.envVariables).map((name) => [name, '***'])),
+    startup_script: config.startupScript,
+    log_level: config.logLevel,
+    modules_log_level: config.modulesLogLevel,
+  }
+  return Object.fromEntries(Object.entries(masked).filter(([, value]) => value !== undefined))
+}
+
+function fromFields(wire: WireFields, path: string[]): WorkerConfig {
+  const refused = [
+    ...NOT_SUPPORTED.filter((field) => isSet(wire[field])).map((field) => ({
+      path: [...path, field].join('.'),
+      message: 'not supported',
+    })),
+    ...NOT_SUPPORTED_YET.filter((field) => isSet(wire[field])).map((field) => ({
+      path: [...path, field].join('.'),
+      message: 'not supported yet by this version',
+    })),
+  ]
+  if (refused.length > 0) throw new InvalidRequestError(refused)
+  const withoutEffect = WITHOUT_EFFECT.filter((field) => isSet(wire[field]))
+  const modules = wire.modules_log_level
+  return present({
+    workerImage: wire.worker_image,
+    workerSize: wire.worker_size,
+    envVariables:
+      wire.env_variables &&
+      Object.fromEntries(
+        Object.entries(wire.env_variables).map(([name, value]) => [name, String(value)]),
+      ),
+    startupScript: wire.startup_script,
+    logLevel: wire.log_level,
+    modulesLogLevel:
+      typeof modules === 'object' && modules !== null ? JSON.stringify(modules) : modules,
+    gitConfigs: wire.git_configs?.map(fromGitConfig),
+    withoutEffect: withoutEffect.length > 0 ? withoutEffect : undefined,
+  })
+}
+
+function fromGitConfig(wire: z.output<typeof gitConfigSchema>): GitConfig {
+  return present({
+    remoteUrl: wire.remote_url,
+    secretName: wire.secret_name,
+    saveSecret: wire.save_secret,
+    username: wire.username,
+    localPath: wire.local_path,
+    branch: wire.branch,
+    sparseCheckoutFolders: wire.sparse_checkout_folders,
+    fetchDepth: wire.fetch_depth,
+  })
+}
+
+function decodeParams(base64: string, path: string[]): unknown {
+  const wrong = (message: string) => new InvalidRequestError([{ path: path.join('.'), message }])
+  if (!/^[A-Za-z0-9+/\s]*={0,2}\s*$/.test(base64)) throw wrong('is not base64')
+  let whole: unknown
+  try {
+    const json = new TextDecoder('utf-8', { fatal: true }).decode(Buffer.from(base64, 'base64'))
+    whole = JSON.parse(json, (key, value) => {
+      // The HTTP body's parser refuses this name as well: it would set a prototype.
+      if (key === '__proto__') throw new SyntaxError('forbidden name')
+      return value
+    })
+  } catch {
+    throw wrong('does not hold JSON')
+  }
+  if (whole === null || typeof whole !== 'object' || Array.isArray(whole)) {
+    throw wrong('does not hold a JSON object')
+  }
+  return whole
+}
+
+function isSet(value: unknown): boolean {
+  if (value === null || value === undefined || value === '') return false
+  return !(Array.isArray(value) && value.length === 0)
+}
+
+/** Without the fields that are null or undefined. */
+function present<T extends object>(object: T): Present<T> {
+  const entries = Object.entries(object).filter(
+    ([, value]) => value !== null && value !== undefined,
+  )
+  // Holds: exactly the null and undefined properties are gone.
+  return Object.fromEntries(entries) as Present<T>
+}
+type Present<T> = { [K in keyof T as undefined extends T[K] ? never : K]: T[K] } & {
+  [K in keyof T as undefined extends T[K] ? K : never]?: NonNullable<T[K]>
+}

@@ -1,0 +1,48 @@
+#!/bin/sh
+# What every worker runs, on every backend: prepare, run the task file, record how it ended.
+#
+#   sh bootstrap.sh run WORKER_FOLDER TASK_FILE PYTHON SHELL NODE
+#       as a program: the startup script if there is one, then the task file; its exit code is ours
+#   . bootstrap.sh
+#       for the functions alone: a local slot shell runs plain tasks with them, without another exec
+#
+# The worker's folder holds: tasks/ (a copy of the task files, where the task runs), home/, tmp/, log,
+# startup.sh (only with a startup script), and, written here, exit: "<phase> <exit code>".
+# Needs only sh and what the task itself needs.
+
+# choose_interpreter TASK_FILE PYTHON SHELL NODE: sets $interpreter and $option
+choose_interpreter() {
+  option=
+  case $1 in
+    *.py) interpreter=$2 option=-u ;; # unbuffered, so that logs flow
+    *.sh) interpreter=$3 ;;
+    *) interpreter=$4 ;;
+  esac
+}
+
+# finish WORKER_FOLDER PHASE CODE: the exit file is what a restarted service reads, and is written once
+finish() {
+  [ -s "$1/exit" ] || echo "$2 $3" >"$1/exit"
+}
+
+run() {
+  if [ -f "$1/startup.sh" ]; then
+    (cd "$1/home" && exec "$4" "$1/startup.sh")
+    code=$?
+    if [ "$code" != 0 ]; then
+      echo "[task-runner] the startup script failed with exit code $code"
+      finish "$1" startup "$code"
+      exit "$code"
+    fi
+  fi
+  choose_interpreter "$2" "$3" "$4" "$5"
+  cd "$1/tasks" || exit 1
+  "$interpreter" $option "./$2"
+  code=$?
+  finish "$1" task "$code"
+  exit "$code"
+}
+
+case ${1-} in
+  run) shift; run "$@" ;;
+esac

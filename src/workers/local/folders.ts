@@ -1,0 +1,170 @@
+/** A worker's folder: everything a local worker has, and all that is known about it after a restart. */
+import {
+  chmodSync,
+  closeSync,
+  constants,
+  copyFileSync,
+  existsSync,
+  lstatSync,
+  mkdirSync,
+  openSync,
+  readdirSync,
+  readFileSync,
+  readSync,
+  realpathSync,
+  renameSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from 'node:fs'
+import { join, sep } from 'node:path'
+import type { LogTail } from '../../core/ports.ts'
+import type { ProcessIdentity } from './processes.ts'
+
+/** `worker.json`. */
+export interface WorkerRecord {
+  name: string
+  taskId: string
+  size: string | null
+  createdAt: number
+  maxLogBytes: number
+  slot: ProcessIdentity
+}
+
+export interface Exit {
+  phase: 'startup' | 'task'
+  code: number
+}
+
+export interface Contents {
+  record: WorkerRecord
+  taskFileName: string
+  startupScript: string | undefined
+  notes: string[]
+}
+
+const NOT_COPIED = new Set(['.git', 'node_modules', '__pycache__', '.venv'])
+const CRLF_LOOK_BYTES = 4096
+
+/** Makes the folder ready for its task. `worker.json` comes last, by renaming: with it the folder is whole. */
+export function prepare(folder: string, tasksDir: string, contents: Contents): void {
+  remove(folder)
+  mkdirSync(folder, { mode: 0o700 })
+  chmodSync(folder, 0o700)
+  for (const name of ['home', 'tmp']) mkdirSync(join(folder, name), { mode: 0o700 })
+  copyTasks(realpathSync(tasksDir), join(folder, 'tasks'))
+  if (contents.startupScript !== undefined) {
+    writeFileSync(join(folder, 'startup.sh'), contents.startupScript, { mode: 0o600 })
+  }
+  const notes = [...contents.notes, ...hints(join(folder, 'tasks', contents.taskFileName))]
+  const lines = notes.map((note) => `[task-runner] ${note}\n`).join('')
+  writeFileSync(join(folder, 'log'), lines, { mode: 0o600 })
+  // Made here for their mode; the shell fills them.
+  for (const name of ['started', 'exit']) writeFileSync(join(folder, name), '', { mode: 0o600 })
+  writeRecord(folder, contents.record)
+}
+
+export function readRecord(folder: string): WorkerRecord | undefined {
+  const json = readIfThere(join(folder, 'worker.json'))
+  // Holds: `writeRecord` wrote it whole, in a folder that only we may enter.
+  return json === undefined ? undefined : (JSON.parse(json) as WorkerRecord)
+}
+
+/** True once the slot shell has begun with the task: from then on it must not be run again. */
+export function hasStarted(folder: string): boolean {
+  return (readIfThere(join(folder, 'started')) ?? '') !== ''
+}
+
+/** How the task ended; undefined while that is not written. */
+export function readExit(folder: string): Exit | undefined {
+  const match = /^(startup|task) (\d+)\n$/.exec(readIfThere(join(folder, 'exit')) ?? '')
+  if (!match) return undefined
+  return { phase: match[1] === 'startup' ? 'startup' : 'task', code: Number(match[2]) }
+}
+
+/** 0 when there is no log. */
+export function logBytes(folder: string): number {
+  return statSync(join(folder, 'log'), { throwIfNoEntry: false })?.size ?? 0
+}
+
+export function readTail(folder: string, maxBytes: number): LogTail {
+  const file = openSync(join(folder, 'log'), 'r')
+  try {
+    const totalBytes = statSync(join(folder, 'log')).size
+    const content = Buffer.alloc(Math.min(maxBytes, totalBytes))
+    const read = readSync(file, content, 0, content.length, totalBytes - content.length)
+    return { content: content.subarray(0, read), totalBytes }
+  } finally {
+    closeSync(file)
+  }
+}
+
+/** Removes the folder, also where a task left directories without permissions (Go's module cache does). */
+export function remove(folder: string): void {
+  try {
+    rmSync(folder, { recursive: true, force: true })
+  } catch (err) {
+    if (!['EACCES', 'EPERM'].includes((err as NodeJS.ErrnoException).code ?? '')) throw err
+    openUp(folder)
+    rmSync(folder, { recursive: true, force: true })
+  }
+}
+
+function writeRecord(folder: string, record: WorkerRecord): void {
+  const draft = join(folder, 'worker.json.draft')
+  writeFileSync(draft, JSON.stringify(record), { mode: 0o600 })
+  renameSync(draft, join(folder, 'worker.json'))
+}
+
+/** Reflinks where the disk can. Links are followed inside the tasks folder, and left out where they leave it. */
+function copyTasks(from: string, to: string, root = from): void {
+  mkdirSync(to, { mode: 0o700 })
+  for (const entry of readdirSync(from, { withFileTypes: true })) {
+    if (NOT_COPIED.has(entry.name)) continue
+    const source = join(from, entry.name)
+    const target = join(to, entry.name)
+    if (entry.isDirectory()) copyTasks(source, target, root)
+    else if (entry.isFile()) copyFileSync(source, target, constants.COPYFILE_FICLONE)
+    else if (entry.isSymbolicLink()) copyLinked(source, target, root)
+  }
+}
+
+function copyLinked(link: string, target: string, root: string): void {
+  if (!existsSync(link)) return
+  const real = realpathSync(link)
+  // Only files: a linked folder could contain itself.
+  if (real.startsWith(root + sep) && statSync(real).isFile()) {
+    copyFileSync(real, target, constants.COPYFILE_FICLONE)
+  }
+}
+
+/** What a user would otherwise search for long. */
+function hints(taskFile: string): string[] {
+  if (!taskFile.endsWith('.sh')) return []
+  const start = Buffer.alloc(CRLF_LOOK_BYTES)
+  const file = openSync(taskFile, 'r')
+  try {
+    const read = readSync(file, start)
+    if (!start.subarray(0, read).includes('\r\n')) return []
+  } finally {
+    closeSync(file)
+  }
+  return [
+    'this script has Windows line ends (CRLF), which shells do not understand; save it with LF',
+  ]
+}
+
+function openUp(folder: string): void {
+  if (!lstatSync(folder).isDirectory()) return
+  chmodSync(folder, 0o700)
+  for (const name of readdirSync(folder)) openUp(join(folder, name))
+}
+
+function readIfThere(path: string): string | undefined {
+  try {
+    return readFileSync(path, 'utf8')
+  } catch (err) {
+    if ((err as NodeJS.ErrnoException).code === 'ENOENT') return undefined
+    throw err
+  }
+}

@@ -1,0 +1,154 @@
+import { open } from 'node:fs/promises'
+import { join } from 'node:path'
+import { setTimeout as pause } from 'node:timers/promises'
+import { Worker as Thread } from 'node:worker_threads'
+import type {
+  Completion,
+  LogTail,
+  Worker,
+  WorkerBackend,
+  WorkerSpec,
+  WorkerStatus,
+} from '../../core/ports.ts'
+import type { LocalSettings, WorkerInfo } from './local-workers.ts'
+import type { Answer, Call, Methods } from './thread.ts'
+
+const FOLLOW_MS = 100
+const CHUNK_BYTES = 64 * 1024
+
+/** Workers that are processes of this machine, each in a folder of its own. */
+export class LocalBackend implements WorkerBackend {
+  readonly name = 'local'
+  readonly #settings: LocalSettings
+  readonly #thread: Thread
+  readonly #waiting = new Map<number, PromiseWithResolvers<unknown>>()
+  #lastId = 0
+  #dead: Error | undefined
+
+  constructor(settings: LocalSettings) {
+    this.#settings = settings
+    this.#thread = new Thread(new URL('./thread.ts', import.meta.url), {
+      workerData: settings,
+      name: 'local-workers',
+    })
+    this.#thread.on('message', (answer: Answer) => {
+      const waiting = this.#waiting.get(answer.id)
+      this.#waiting.delete(answer.id)
+      if ('error' in answer) waiting?.reject(answer.error)
+      else waiting?.resolve(answer.value)
+    })
+    this.#thread.on('error', (err) => this.#fail(err))
+    this.#thread.on('exit', () => this.#fail(new Error('the local workers thread ended')))
+  }
+
+  async provision(spec: WorkerSpec, signal: AbortSignal): Promise<Worker> {
+    signal.throwIfAborted()
+    const notes = [...spec.notes]
+    if (spec.image !== undefined)
+      notes.push(`worker_image "${spec.image}" is not used by local workers`)
+    if (spec.size !== undefined)
+      notes.push(`worker_size "${spec.size}" is not enforced on local workers`)
+    return this.#worker(await this.#call('provision', spec, notes))
+  }
+
+  async find(name: string): Promise<Worker | undefined> {
+    const info = await this.#call('find', name)
+    return info && this.#worker(info)
+  }
+
+  async list(): Promise<Worker[]> {
+    return (await this.#call('list')).map((info) => this.#worker(info))
+  }
+
+  async check(): Promise<void> {
+    await this.#call('list')
+  }
+
+  async close(): Promise<void> {
+    if (this.#dead) return
+    const exited = new Promise((resolve) => this.#thread.once('exit', resolve))
+    await this.#call('close')
+    await exited
+  }
+
+  #worker(info: WorkerInfo): Worker {
+    const { name, taskId, size, createdAt } = info
+    const log = join(this.#settings.workersDir, name, 'log')
+    const status = async (): Promise<WorkerStatus> =>
+      (await this.#call('find', name))?.status ?? 'Terminating'
+    return {
+      ...{ name, taskId, size, createdAt, backend: this.name, image: null },
+      status,
+      completion: (signal) => until<Completion>(this.#call('completion', name), signal),
+      stop: () => this.#call('stop', name),
+      logs: async ({ maxBytes }) => bytesOf(await this.#call('tail', name, maxBytes)),
+      follow: ({ from, signal }) =>
+        follow(log, from, signal, async () => (await status()) === 'Running'),
+      terminate: () => this.#call('terminate', name),
+    }
+  }
+
+  #call<M extends keyof Methods>(
+    method: M,
+    ...args: Parameters<Methods[M]>
+  ): Promise<Awaited<ReturnType<Methods[M]>>> {
+    if (this.#dead) return Promise.reject(this.#dead)
+    this.#lastId += 1
+    const waiting = Promise.withResolvers<unknown>()
+    this.#waiting.set(this.#lastId, waiting)
+    this.#thread.postMessage({ id: this.#lastId, method, arguments: args } satisfies Call)
+    // Holds: the thread answers with what its method of the same name returned.
+    return waiting.promise as Promise<Awaited<ReturnType<Methods[M]>>>
+  }
+
+  #fail(err: unknown): void {
+    this.#dead ??= err instanceof Error ? err : new Error(String(err))
+    for (const { reject } of this.#waiting.values()) reject(this.#dead)
+    this.#waiting.clear()
+  }
+}
+
+/** The log's bytes as they come, from offset `from` on, until the task has ended and all was read. */
+async function* follow(
+  path: string,
+  from: number,
+  signal: AbortSignal,
+  isRunning: () => Promise<boolean>,
+): AsyncIterable<Buffer> {
+  const file = await open(path, 'r')
+  try {
+    for (let at = from; !signal.aborted; ) {
+      // Asked before reading: what is written before the end is then always read.
+      const running = await isRunning()
+      for (;;) {
+        const { buffer, bytesRead } = await file.read(Buffer.alloc(CHUNK_BYTES), 0, CHUNK_BYTES, at)
+        if (bytesRead === 0 || signal.aborted) break
+        at += bytesRead
+        yield buffer.subarray(0, bytesRead)
+      }
+      if (!running) return
+      await pause(FOLLOW_MS, undefined, { signal }).catch(() => {})
+    }
+  } finally {
+    await file.close()
+  }
+}
+
+/** The promise's outcome, or a rejection as soon as `signal` aborts. */
+async function until<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
+  signal.throwIfAborted()
+  const aborted = Promise.withResolvers<never>()
+  const onAbort = () => aborted.reject(signal.reason)
+  signal.addEventListener('abort', onAbort)
+  try {
+    return await Promise.race([promise, aborted.promise])
+  } finally {
+    signal.removeEventListener('abort', onAbort)
+  }
+}
+
+/** A Buffer crosses threads as a plain Uint8Array. */
+function bytesOf(tail: LogTail): LogTail {
+  const { buffer, byteOffset, byteLength } = tail.content
+  return { ...tail, content: Buffer.from(buffer, byteOffset, byteLength) }
+}

@@ -1,0 +1,333 @@
+import { mkdirSync, readdirSync } from 'node:fs'
+import { join } from 'node:path'
+import { setTimeout as pause } from 'node:timers/promises'
+import type { Completion, LogTail, WorkerSpec, WorkerStatus } from '../../core/ports.ts'
+import * as folders from './folders.ts'
+import { type Interpreters, jobText } from './job.ts'
+import { identify, isAlive, LeftoverFinder } from './processes.ts'
+import { signalName } from './signals.ts'
+import { SlotShell } from './slot-shell.ts'
+
+export interface LocalSettings {
+  /** One folder per worker in here. */
+  workersDir: string
+  tasksDir: string
+  bootstrap: string
+  interpreters: Interpreters
+  /** What every task's environment starts from, besides its own folders. */
+  environment: Record<string, string>
+  /** Of the tasks; the service's own is stricter. */
+  umask: number
+  terminationGraceMs: number
+}
+
+export interface WorkerInfo {
+  name: string
+  taskId: string
+  size: string | null
+  createdAt: number
+  status: WorkerStatus
+}
+
+/** How often logs are measured, and shells of an earlier process looked at. */
+const WATCH_MS = 100
+const KILL_ROUND_MS = 5
+const KILL_ROUNDS_MAX = 400
+
+/** A worker whose task has not ended, as far as we know. */
+interface Live {
+  folder: string
+  record: folders.WorkerRecord
+  /** Undefined: a shell that an earlier process started. */
+  slot: SlotShell | undefined
+  ended: PromiseWithResolvers<Completion>
+  settling: boolean
+  overLogLimit: boolean
+}
+
+/**
+ * Local workers. Everything here may block, so it runs on a thread of its own (thread.ts); what it knows it
+ * can find again from the workers' folders.
+ */
+export class LocalWorkers {
+  readonly #settings: LocalSettings
+  readonly #live = new Map<string, Live>()
+  readonly #idleSlots: SlotShell[] = []
+  readonly #terminating = new Set<string>()
+  readonly #leftovers = new LeftoverFinder()
+  readonly #watch: NodeJS.Timeout
+
+  constructor(settings: LocalSettings) {
+    this.#settings = settings
+    mkdirSync(settings.workersDir, { recursive: true, mode: 0o700 })
+    this.#watch = setInterval(() => this.#look(), WATCH_MS)
+  }
+
+  /** Idempotent by name: a task that was started is attached to, never started again. */
+  async provision(spec: WorkerSpec, notes: string[]): Promise<WorkerInfo> {
+    const folder = this.#folder(spec.name)
+    const existing = await this.#existing(spec.name)
+    if (existing) return existing
+    const slot = this.#idleSlots.pop() ?? this.#startSlot()
+    const record: folders.WorkerRecord = {
+      name: spec.name,
+      taskId: spec.taskId,
+      size: spec.size ?? null,
+      createdAt: Date.now(),
+      maxLogBytes: spec.maxLogBytes,
+      slot: slot.identity,
+    }
+    try {
+      folders.prepare(folder, this.#settings.tasksDir, {
+        record,
+        taskFileName: spec.taskFileName,
+        startupScript: spec.startupScript,
+        notes,
+      })
+    } catch (err) {
+      this.#idleSlots.push(slot)
+      throw err
+    }
+    this.#live.set(spec.name, newLive(folder, record, slot))
+    slot.run(
+      jobText(
+        {
+          name: spec.name,
+          folder,
+          taskFileName: spec.taskFileName,
+          environment: {
+            ...this.#settings.environment,
+            HOME: join(folder, 'home'),
+            TMPDIR: join(folder, 'tmp'),
+            ...spec.environment,
+          },
+          hasStartupScript: spec.startupScript !== undefined,
+        },
+        this.#settings.interpreters,
+        this.#settings.bootstrap,
+      ),
+    )
+    return this.#info(record)
+  }
+
+  find(name: string): WorkerInfo | undefined {
+    const record = folders.readRecord(this.#folder(name))
+    return record && this.#info(record)
+  }
+
+  list(): WorkerInfo[] {
+    return readdirSync(this.#settings.workersDir).map(
+      (name) =>
+        // A folder without its record was being made when the service was killed.
+        this.find(name) ?? { name, taskId: '', size: null, createdAt: 0, status: 'Provisioning' },
+    )
+  }
+
+  async completion(name: string): Promise<Completion> {
+    const live = this.#live.get(name) ?? this.#attach(name)
+    return live ? live.ended.promise : this.#completionOf(this.#folder(name))
+  }
+
+  tail(name: string, maxBytes: number): LogTail {
+    return folders.readTail(this.#folder(name), maxBytes)
+  }
+
+  /** TERM to the task's group, KILL after the grace period, then whatever carries the worker's name. */
+  async stop(name: string): Promise<void> {
+    const live = this.#live.get(name) ?? this.#attach(name)
+    if (!live) return
+    const { pid } = live.record.slot
+    if (isAlive(live.record.slot)) signalGroup(pid, 'SIGTERM')
+    const inTime = new AbortController()
+    const ended = live.ended.promise.then(() => inTime.abort())
+    await Promise.race([
+      ended,
+      pause(this.#settings.terminationGraceMs, undefined, { signal: inTime.signal }).catch(
+        () => {},
+      ),
+    ])
+    if (!live.settling) {
+      if (isAlive(live.record.slot)) signalGroup(pid, 'SIGKILL')
+      await this.#settle(live)
+    }
+    await ended
+  }
+
+  async terminate(name: string): Promise<void> {
+    this.#terminating.add(name)
+    try {
+      await this.stop(name)
+      if (!(await this.#endLeftovers(name, undefined))) {
+        throw new Error('processes of the worker cannot be ended')
+      }
+      folders.remove(this.#folder(name))
+    } finally {
+      this.#terminating.delete(name)
+    }
+  }
+
+  /** Lets go: tasks under way end without us. */
+  close(): void {
+    clearInterval(this.#watch)
+    for (const slot of this.#idleSlots) slot.retire()
+    for (const { slot } of this.#live.values()) slot?.retire()
+  }
+
+  /** What an earlier process made of the name. Undefined: nothing was started. */
+  async #existing(name: string): Promise<WorkerInfo | undefined> {
+    const folder = this.#folder(name)
+    const record = folders.readRecord(folder)
+    if (!record) return undefined
+    // Its shell either has the job in its pipe and is about to start it, or sees the pipe's end and goes.
+    while (!this.#live.has(name) && !folders.hasStarted(folder) && isAlive(record.slot)) {
+      await pause(KILL_ROUND_MS)
+    }
+    return folders.hasStarted(folder) ? this.#info(record) : undefined
+  }
+
+  #attach(name: string): Live | undefined {
+    const folder = this.#folder(name)
+    const record = folders.readRecord(folder)
+    if (!record || folders.readExit(folder) || !isAlive(record.slot)) return undefined
+    const live = newLive(folder, record, undefined)
+    this.#live.set(name, live)
+    return live
+  }
+
+  #startSlot(): SlotShell {
+    const slot = new SlotShell({
+      bootstrap: this.#settings.bootstrap,
+      umask: this.#settings.umask,
+      onTaskEnd: (name) => {
+        const live = this.#live.get(name)
+        if (live) void this.#settle(live)
+      },
+      onExit: () => {
+        const idle = this.#idleSlots.indexOf(slot)
+        if (idle >= 0) this.#idleSlots.splice(idle, 1)
+        for (const live of this.#live.values()) if (live.slot === slot) void this.#settle(live)
+      },
+    })
+    return slot
+  }
+
+  /** Logs over their limit, and shells whose end nobody tells us. */
+  #look(): void {
+    for (const live of this.#live.values()) {
+      if (live.settling) continue
+      if (!live.overLogLimit && folders.logBytes(live.folder) > live.record.maxLogBytes) {
+        live.overLogLimit = true
+        void this.stop(live.record.name)
+      }
+      const ended = !live.slot && (folders.readExit(live.folder) || !isAlive(live.record.slot))
+      if (ended) void this.#settle(live)
+    }
+  }
+
+  /** The task has ended: end what it left behind, free its slot, tell how it went. Never rejects. */
+  async #settle(live: Live): Promise<void> {
+    if (live.settling) return
+    live.settling = true
+    const { name, slot } = live.record
+    const clean = await this.#endLeftovers(name, slot.pid)
+    this.#live.delete(name)
+    if (live.slot?.isAlive) {
+      if (clean) this.#idleSlots.push(live.slot)
+      else live.slot.retire()
+    }
+    live.ended.resolve(
+      live.overLogLimit
+        ? {
+            reason: 'log_limit',
+            exitCode: null,
+            signal: null,
+            message: `Logged more than the limit of ${live.record.maxLogBytes} bytes`,
+          }
+        : this.#completionOf(live.folder),
+    )
+  }
+
+  /** False: some cannot be ended (another user's, or stuck in the kernel). */
+  async #endLeftovers(name: string, group: number | undefined): Promise<boolean> {
+    // A shell that is gone leaves its number to others once its group is empty.
+    const slotPid =
+      group !== undefined && (identify(group) === undefined || this.#isSlotOf(name, group))
+        ? group
+        : undefined
+    for (let round = 0; round < KILL_ROUNDS_MAX; round += 1) {
+      const pids = this.#leftovers.find(name, slotPid)
+      if (pids.length === 0) return true
+      for (const pid of pids) kill(pid)
+      await pause(KILL_ROUND_MS)
+    }
+    return false
+  }
+
+  #isSlotOf(name: string, pid: number): boolean {
+    const slot = this.#live.get(name)?.record.slot
+    return slot !== undefined && slot.pid === pid && isAlive(slot)
+  }
+
+  #completionOf(folder: string): Completion {
+    const exit = folders.readExit(folder)
+    if (!exit) {
+      const message =
+        'The worker ended without recording an exit code (killed, or the machine restarted)'
+      return { reason: 'worker_lost', exitCode: null, signal: null, message }
+    }
+    const { phase, code } = exit
+    const signal = signalName(code)
+    if (phase === 'startup') {
+      const message = `The startup script failed with exit code ${code}`
+      return { reason: 'startup_failed', exitCode: code, signal, message }
+    }
+    if (code === 0) return { reason: 'completed', exitCode: 0, signal: null, message: null }
+    if (signal) {
+      return { reason: 'signal', exitCode: code, signal, message: `Ended by ${signal}` }
+    }
+    return { reason: 'exit_code', exitCode: code, signal: null, message: exitMessage(code) }
+  }
+
+  #info(record: folders.WorkerRecord): WorkerInfo {
+    const { name, taskId, size, createdAt } = record
+    return { name, taskId, size, createdAt, status: this.#status(name) }
+  }
+
+  #status(name: string): WorkerStatus {
+    const folder = this.#folder(name)
+    if (this.#terminating.has(name)) return 'Terminating'
+    if (this.#live.has(name)) return 'Running'
+    const record = folders.readRecord(folder)
+    return record && !folders.readExit(folder) && isAlive(record.slot) ? 'Running' : 'Completed'
+  }
+
+  #folder(name: string): string {
+    return join(this.#settings.workersDir, name)
+  }
+}
+
+function newLive(folder: string, record: folders.WorkerRecord, slot: SlotShell | undefined): Live {
+  const ended = Promise.withResolvers<Completion>()
+  return { folder, record, slot, ended, settling: false, overLogLimit: false }
+}
+
+/** Codes 126 and 127 are the shell's own (POSIX XCU 2.8.2). */
+function exitMessage(code: number): string {
+  if (code === 126) return 'Exit code 126: a command was found but could not be executed'
+  if (code === 127) return 'Exit code 127: the interpreter, or a command, was not found'
+  return `Exit code ${code}`
+}
+
+function signalGroup(pid: number, signal: NodeJS.Signals): void {
+  kill(-pid, signal)
+}
+
+/** One that is gone already is as good as killed; one we may not kill is found again by the caller's check. */
+function kill(pid: number, signal: NodeJS.Signals = 'SIGKILL'): void {
+  try {
+    process.kill(pid, signal)
+  } catch (err) {
+    const { code } = err as NodeJS.ErrnoException
+    if (code !== 'ESRCH' && code !== 'EPERM') throw err
+  }
+}

@@ -1,0 +1,92 @@
+/** What /proc tells about processes. Synchronous: runs on the local workers' thread. */
+import { readdirSync, readFileSync } from 'node:fs'
+
+export interface ProcessIdentity {
+  pid: number
+  /** Boot id and start time: a number used again by another process, or after a reboot, is told apart. */
+  startedAt: string
+}
+
+/** A process young enough to be between fork and exec may still change its environment. */
+const SETTLED_TICKS = 200
+const STARTED_AT_FIELD = 19
+const GROUP_FIELD = 2
+const STATE_FIELD = 0
+
+let bootId: string | undefined
+
+/** The identity of a live process; undefined when there is none, or it is a zombie. */
+export function identify(pid: number): ProcessIdentity | undefined {
+  const stat = readStat(pid)
+  if (!stat || stat[STATE_FIELD] === 'Z') return undefined
+  bootId ??= readFileSync('/proc/sys/kernel/random/boot_id', 'utf8').trim()
+  return { pid, startedAt: `${bootId} ${stat[STARTED_AT_FIELD]}` }
+}
+
+export function isAlive(identity: ProcessIdentity): boolean {
+  return identify(identity.pid)?.startedAt === identity.startedAt
+}
+
+/**
+ * Finds what tasks leave behind: processes in a slot's group, or with a worker's name in their environment
+ * (a task may have started sessions of its own). What is known not to belong to any worker is not read again,
+ * so that the common case costs one listing of /proc.
+ */
+export class LeftoverFinder {
+  /** pid -> worker name, or '' for a process of no worker. */
+  #known = new Map<number, { worker: string; group: number }>()
+
+  /** Reads everything anew next time: heals what a reused process id may have hidden. */
+  forget(): void {
+    this.#known.clear()
+  }
+
+  /** Processes that belong to the worker, besides its slot shell. `group` undefined: by name only. */
+  find(workerName: string, group: number | undefined): number[] {
+    const found: number[] = []
+    const known = new Map<number, { worker: string; group: number }>()
+    for (const entry of readdirSync('/proc')) {
+      const pid = Number(entry)
+      if (!Number.isInteger(pid) || pid === process.pid) continue
+      const process_ = this.#known.get(pid) ?? inspect(pid)
+      if (!process_) continue
+      if (!('young' in process_) || process_.worker !== '') {
+        known.set(pid, { worker: process_.worker, group: process_.group })
+      }
+      if (pid === group) continue
+      if (process_.worker === workerName || process_.group === group) found.push(pid)
+    }
+    this.#known = known
+    return found
+  }
+}
+
+function inspect(pid: number): { worker: string; group: number; young?: true } | undefined {
+  const stat = readStat(pid)
+  if (!stat || stat[STATE_FIELD] === 'Z') return undefined
+  const group = Number(stat[GROUP_FIELD])
+  let environment: string
+  try {
+    environment = readFileSync(`/proc/${pid}/environ`, 'latin1')
+  } catch {
+    // Another user's process, or one that ended just now.
+    return { worker: '', group }
+  }
+  const worker = /(?:^|\0)WORKER_NAME=([^\0]*)/.exec(environment)?.[1] ?? ''
+  const ageTicks = uptimeTicks() - Number(stat[STARTED_AT_FIELD])
+  return ageTicks < SETTLED_TICKS ? { worker, group, young: true } : { worker, group }
+}
+
+/** Fields of /proc/<pid>/stat from the third on (proc(5)); the second may hold spaces and parentheses. */
+function readStat(pid: number): string[] | undefined {
+  try {
+    const stat = readFileSync(`/proc/${pid}/stat`, 'latin1')
+    return stat.slice(stat.lastIndexOf(')') + 2).split(' ')
+  } catch {
+    return undefined
+  }
+}
+
+function uptimeTicks(): number {
+  return Number(readFileSync('/proc/uptime', 'latin1').split(' ')[0]) * 100
+}
