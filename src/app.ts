@@ -1,7 +1,7 @@
 import { access, constants, mkdir } from 'node:fs/promises'
 import { delimiter, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import Fastify, { type FastifyInstance } from 'fastify'
+import Fastify, { type FastifyInstance, LogController } from 'fastify'
 import { serializerCompiler, type ZodTypeProvider } from 'fastify-type-provider-zod'
 import type { z } from 'zod'
 import packageJson from '../package.json' with { type: 'json' }
@@ -62,7 +62,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
       level: config.logLevel,
       redact: ['req.headers.authorization', 'headers.authorization', '*.token'],
     },
-    disableRequestLogging: true,
+    logController: new LogController({ disableRequestLogging: true }),
     bodyLimit: BODY_BYTES_MAX,
     routerOptions: { ignoreTrailingSlash: true, maxParamLength: PARAM_LENGTH_MAX },
     forceCloseConnections: 'idle',
@@ -150,9 +150,9 @@ export async function buildApp(options: AppOptions): Promise<App> {
     })
     http.setSerializerCompiler(serializerCompiler)
     installErrorHandler(http)
+    await publishOpenApi(http, { basePath: config.basePath })
     await http.register(
       async (api) => {
-        await publishOpenApi(api, { basePath: config.basePath })
         await api.register(healthRoutes, {
           parts: {
             store: () => tasks.check(),

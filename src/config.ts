@@ -97,7 +97,7 @@ const schema = z.object({
 })
 
 /** Throws `ConfigError` that lists every problem, and repeats no value: some are secret. */
-export function loadConfig(env: NodeJS.ProcessEnv): Config {
+export function loadConfig(env: NodeJS.ProcessEnv = process.env): Config {
   // An empty variable is how many tools write "not set".
   const set = Object.fromEntries(Object.entries(env).filter(([, value]) => value !== ''))
   const parsed = schema.safeParse(set)

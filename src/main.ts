@@ -5,7 +5,7 @@ import { ConfigError, loadConfig } from './config.ts'
 const taskUmask = process.umask(0o077)
 
 try {
-  const config = loadConfig(process.env)
+  const config = loadConfig()
   const app = await buildApp({ config, taskUmask })
   const { log } = app.http
   if (config.authOff) log.warn('AUTH=off: whoever reaches this service can run scripts on it')

@@ -39,7 +39,7 @@ export async function publishOpenApi(
     transformObject: (document) => withPlainNames(jsonSchemaTransformObject(document)),
   })
   await app.register(fastifySwaggerUi, {
-    routePrefix: '/docs',
+    routePrefix: `${options.basePath}/docs`,
     staticCSP: true,
     uiConfig: { docExpansion: 'list', displayRequestDuration: true, persistAuthorization: false },
     theme: { title: 'Task runner' },

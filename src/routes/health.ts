@@ -1,5 +1,6 @@
 import type { FastifyPluginAsyncZod } from 'fastify-type-provider-zod'
 import { healthSchema } from '../wire/responses.ts'
+import { answer } from './responses.ts'
 
 export const healthRoutes: FastifyPluginAsyncZod<{
   /** Each part by its name; throws what is wrong with it. */
@@ -14,7 +15,7 @@ export const healthRoutes: FastifyPluginAsyncZod<{
         operationId: 'live',
         summary: 'Does the process answer?',
         security: [],
-        response: { 200: healthSchema },
+        response: { ...answer('It does', healthSchema) },
       },
     },
     async () => ({ success: true, message: 'alive' }),
@@ -29,7 +30,13 @@ export const healthRoutes: FastifyPluginAsyncZod<{
         summary: 'Can it take tasks?',
         description: 'Names the part that is not ready.',
         security: [],
-        response: { 200: healthSchema, 503: healthSchema },
+        response: {
+          ...answer('Ready', healthSchema),
+          503: {
+            description: 'Not ready',
+            content: { 'application/json': { schema: healthSchema } },
+          },
+        },
       },
     },
     async (request, reply) => {

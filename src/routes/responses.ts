@@ -1,3 +1,4 @@
+import type { z } from 'zod'
 import { errorSchema } from '../wire/responses.ts'
 
 const DESCRIPTIONS = {
@@ -11,6 +12,11 @@ const DESCRIPTIONS = {
   500: 'The service failed, or a worker defaults file is broken',
   503: 'Shutting down, or the store is not available; see Retry-After',
 } as const
+
+/** The good answer of a route, for its schema. */
+export function answer<T extends z.ZodType>(description: string, schema: T) {
+  return { 200: { description, content: { 'application/json': { schema } } } }
+}
 
 /** The error answers of a route, for its schema. */
 export function errorResponses(...statuses: Array<keyof typeof DESCRIPTIONS>) {

@@ -3,7 +3,7 @@ import { z } from 'zod'
 import { InvalidRequestError } from '../core/errors.ts'
 import { callbackSchema } from '../wire/callback.ts'
 import { doneSchema } from '../wire/responses.ts'
-import { errorResponses } from './responses.ts'
+import { answer, errorResponses } from './responses.ts'
 
 /** A callback carries up to 5 MB of log, which JSON can make up to six times as long. */
 const BODY_BYTES_MAX = 32 * 1024 * 1024
@@ -22,7 +22,7 @@ export const sampleCallbackRoutes: FastifyPluginAsyncZod = async (app) => {
         description: 'Checks that the body has exactly the four fields, and logs the outcome.',
         security: [],
         body: callbackSchema,
-        response: { 200: doneSchema, ...errorResponses(413, 415, 422) },
+        response: { ...answer('Done', doneSchema), ...errorResponses(413, 415, 422) },
       },
     },
     async ({ body, log }) => {
@@ -46,7 +46,7 @@ export const sampleCallbackRoutes: FastifyPluginAsyncZod = async (app) => {
         description: 'Or a JSON string that holds one, as the predecessor of this service sent it.',
         security: [],
         body: z.union([z.record(z.string(), z.unknown()), z.string()]),
-        response: { 200: doneSchema, ...errorResponses(413, 415, 422) },
+        response: { ...answer('Done', doneSchema), ...errorResponses(413, 415, 422) },
       },
     },
     async ({ body, log }) => {

@@ -2,7 +2,7 @@ import type { FastifyPluginAsyncZod } from 'fastify-type-provider-zod'
 import type { Submissions } from '../core/submissions.ts'
 import { acceptedSchema } from '../wire/responses.ts'
 import { taskRequestSchema, toTaskRequest } from '../wire/task-request.ts'
-import { errorResponses } from './responses.ts'
+import { answer, errorResponses } from './responses.ts'
 
 /** `POST /task-runner`, the main job; the slash that clients of the old app send is ignored by the router. */
 export const taskRunnerRoute: FastifyPluginAsyncZod<{
@@ -20,7 +20,7 @@ export const taskRunnerRoute: FastifyPluginAsyncZod<{
           'Accepts a task and answers at once: with 200 it is stored and will run, whatever happens to the service. The outcome is POSTed to `callback_url`. Repeating the same request is safe: it starts nothing, and the message names the status of the task.',
         body: taskRequestSchema(timeoutSecondsMax),
         response: {
-          200: acceptedSchema,
+          ...answer('Accepted, or accepted before', acceptedSchema),
           ...errorResponses(401, 404, 409, 413, 415, 422, 429, 500, 503),
         },
       },

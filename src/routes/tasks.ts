@@ -16,12 +16,14 @@ import {
   taskListSchema,
   taskSchema,
 } from '../wire/responses.ts'
-import { errorResponses } from './responses.ts'
+import { answer, errorResponses } from './responses.ts'
 
 const PAGE_DEFAULT = 50
 const PAGE_MAX = 500
 
-export const taskIdParams = z.object({ task_id: line(255) })
+export const taskIdParams = z.object({
+  task_id: line(255).meta({ example: 'my-first-task' }),
+})
 
 /** Tasks, their cancellation and their callbacks. Logs are in task-logs.ts. */
 export const taskRoutes: FastifyPluginAsyncZod<{
@@ -50,7 +52,10 @@ export const taskRoutes: FastifyPluginAsyncZod<{
             .describe(`Default ${PAGE_DEFAULT}`),
           cursor: z.string().max(100).optional().describe('`next_cursor` of the page before'),
         }),
-        response: { 200: taskListSchema, ...errorResponses(401, 422, 503) },
+        response: {
+          ...answer('A page of tasks', taskListSchema),
+          ...errorResponses(401, 422, 503),
+        },
       },
     },
     async ({ query }) => {
@@ -78,7 +83,7 @@ export const taskRoutes: FastifyPluginAsyncZod<{
         operationId: 'getTask',
         summary: 'Look at a task',
         params: taskIdParams,
-        response: { 200: taskSchema, ...errorResponses(401, 404, 422, 503) },
+        response: { ...answer('The task', taskSchema), ...errorResponses(401, 404, 422, 503) },
       },
     },
     async ({ params }) => fromTask(await taskOr404(tasks, params.task_id)),
@@ -94,7 +99,10 @@ export const taskRoutes: FastifyPluginAsyncZod<{
         description:
           'In any state that is not final. Processes get TERM, and KILL after a grace period. Repeating it is safe; a final task stays as it is.',
         params: taskIdParams,
-        response: { 200: cancelledSchema, ...errorResponses(401, 404, 422, 503) },
+        response: {
+          ...answer('Cancelled, being cancelled, or final already', cancelledSchema),
+          ...errorResponses(401, 404, 422, 503),
+        },
       },
     },
     async ({ params }) => {
@@ -112,7 +120,10 @@ export const taskRoutes: FastifyPluginAsyncZod<{
         operationId: 'getCallback',
         summary: 'Look at a callback and its attempts',
         params: taskIdParams,
-        response: { 200: callbackStateSchema, ...errorResponses(401, 404, 422, 503) },
+        response: {
+          ...answer('The callback', callbackStateSchema),
+          ...errorResponses(401, 404, 422, 503),
+        },
       },
     },
     async ({ params }) => {
@@ -131,7 +142,7 @@ export const taskRoutes: FastifyPluginAsyncZod<{
         description:
           'Also after it was delivered or given up. The attempt carries the same `webhook-id`. 409 while an attempt is under way.',
         params: taskIdParams,
-        response: { 200: doneSchema, ...errorResponses(401, 404, 409, 422, 503) },
+        response: { ...answer('Done', doneSchema), ...errorResponses(401, 404, 409, 422, 503) },
       },
     },
     async ({ params }) => {

@@ -15,7 +15,7 @@ import {
   workerListSchema,
   workerSchema,
 } from '../wire/responses.ts'
-import { errorResponses } from './responses.ts'
+import { answer, errorResponses } from './responses.ts'
 
 const CLEANUP_SECONDS_DEFAULT = 59
 const nameParams = z.object({ name: line(63).regex(/^[a-z0-9-]+$/, 'is not a worker name') })
@@ -34,7 +34,7 @@ export const workerRoutes: FastifyPluginAsyncZod<{
         tags: ['Workers'],
         operationId: 'listWorkers',
         summary: 'List workers',
-        response: { 200: workerListSchema, ...errorResponses(401, 503) },
+        response: { ...answer('All workers', workerListSchema), ...errorResponses(401, 503) },
       },
     },
     async () => ({ workers: await Promise.all((await backend.list()).map(fromWorker)) }),
@@ -48,7 +48,7 @@ export const workerRoutes: FastifyPluginAsyncZod<{
         operationId: 'getWorker',
         summary: 'Look at a worker',
         params: nameParams,
-        response: { 200: workerSchema, ...errorResponses(401, 404, 422, 503) },
+        response: { ...answer('The worker', workerSchema), ...errorResponses(401, 404, 422, 503) },
       },
     },
     async ({ params }) => fromWorker(await workerOr404(params.name)),
@@ -88,7 +88,7 @@ export const workerRoutes: FastifyPluginAsyncZod<{
         summary: 'Terminate a worker',
         description: 'A task that still runs on it is cancelled, and its worker ends with it.',
         params: nameParams,
-        response: { 200: doneSchema, ...errorResponses(401, 404, 422, 503) },
+        response: { ...answer('Done', doneSchema), ...errorResponses(401, 404, 422, 503) },
       },
     },
     async ({ params }) => {
@@ -113,7 +113,10 @@ export const workerRoutes: FastifyPluginAsyncZod<{
         summary: 'Terminate workers stuck in Provisioning',
         description: 'Answers with their names.',
         body: cleanupRequestSchema.nullish(),
-        response: { 200: cleanupSchema, ...errorResponses(401, 422, 503) },
+        response: {
+          ...answer('The workers terminated', cleanupSchema),
+          ...errorResponses(401, 422, 503),
+        },
       },
     },
     async ({ body }) => {

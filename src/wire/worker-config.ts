@@ -59,12 +59,7 @@ export const gitConfigSchema = z
 const workerSize = z
   .string()
   .max(100)
-  .transform(
-    (size) => WORKER_SIZES.find((known) => known.toLowerCase() === size.toLowerCase()) ?? size,
-  )
-  .refine((size) => (WORKER_SIZES as readonly string[]).includes(size), {
-    message: `must be one of ${WORKER_SIZES.join(', ')}`,
-  })
+  .refine((size) => knownSize(size) !== undefined, `must be one of ${WORKER_SIZES.join(', ')}`)
 
 const fields = {
   worker_image: line(512).nullish().describe('Container image; local workers do not use it'),
@@ -196,7 +191,7 @@ function fromFields(wire: WireFields, path: string[]): WorkerConfig {
   const modules = wire.modules_log_level
   return present({
     workerImage: wire.worker_image,
-    workerSize: wire.worker_size,
+    workerSize: wire.worker_size && knownSize(wire.worker_size),
     envVariables:
       wire.env_variables &&
       Object.fromEntries(
@@ -209,6 +204,11 @@ function fromFields(wire: WireFields, path: string[]): WorkerConfig {
     gitConfigs: wire.git_configs?.map(fromGitConfig),
     withoutEffect: withoutEffect.length > 0 ? withoutEffect : undefined,
   })
+}
+
+/** The size in the table's spelling. */
+function knownSize(size: string): string | undefined {
+  return WORKER_SIZES.find((known) => known.toLowerCase() === size.toLowerCase())
 }
 
 function fromGitConfig(wire: z.output<typeof gitConfigSchema>): GitConfig {

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Runs for a minute (STEPS seconds) and prints its progress: something to follow, and to cancel.
+set -euo pipefail
+
+steps=${STEPS:-60}
+for ((step = 1; step <= steps; step++)); do
+  echo "step $step of $steps"
+  sleep 1
+done
+echo done

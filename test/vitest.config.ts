@@ -1,0 +1,14 @@
+import { defineConfig } from 'vitest/config'
+
+export default defineConfig({
+  test: {
+    root: new URL('.', import.meta.url).pathname,
+    include: ['**/*.test.ts'],
+    exclude: ['chaos/**'],
+    testTimeout: 30_000,
+    hookTimeout: 30_000,
+    // The tests start processes: more of them than cores would only make them wait for each other.
+    maxWorkers: 2,
+    restoreMocks: true,
+  },
+})
