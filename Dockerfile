@@ -1,0 +1,23 @@
+FROM node:26-slim
+
+RUN apt-get update \
+  && apt-get install -y --no-install-recommends bash ca-certificates git python3 tini \
+  && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /app
+COPY package.json package-lock.json .npmrc ./
+# Node comes with the image; the npm package that brings it elsewhere is a development dependency.
+RUN npm ci --omit=dev --ignore-scripts && npm cache clean --force
+COPY src ./src
+COPY tasks ./tasks
+
+RUN mkdir /data && chown node:node /data
+USER node
+ENV DATA_DIR=/data HOST=0.0.0.0 PORT=3000
+VOLUME /data
+EXPOSE 3000
+HEALTHCHECK --interval=10s --timeout=3s --start-period=10s \
+  CMD ["node", "-e", "fetch(`http://127.0.0.1:${process.env.PORT}${process.env.BASE_PATH ?? ''}/health/ready`).then((answer) => process.exit(answer.ok ? 0 : 1), () => process.exit(1))"]
+# Passes on signals, and reaps what tasks leave behind.
+ENTRYPOINT ["tini", "--"]
+CMD ["node", "src/main.ts"]
