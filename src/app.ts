@@ -9,9 +9,11 @@ import { HttpCallbackSender } from './callbacks/sender.ts'
 import type { Config } from './config.ts'
 import { CallbackDispatcher } from './core/callbacks.ts'
 import { InvalidRequestError } from './core/errors.ts'
+import { Masker } from './core/masking.ts'
 import type { CallbackSender, WorkerBackend } from './core/ports.ts'
 import { Reaper } from './core/reaper.ts'
 import { Submissions } from './core/submissions.ts'
+import type { Task } from './core/task.ts'
 import { TaskFiles } from './core/task-files.ts'
 import { TaskRunner } from './core/task-runner.ts'
 import { publishOpenApi } from './openapi.ts'
@@ -49,8 +51,11 @@ export interface AppOptions {
 export interface App {
   /** Ready, not listening. Closing it releases everything; running local tasks go on. */
   http: FastifyInstance
-  /** Refuses new tasks from now on; the first step of a shutdown. */
-  drain(): void
+  /**
+   * Takes no more tasks, lets go of those that run, and waits for callback attempts under way; requests are
+   * still answered, new tasks and `/health/ready` with 503. Closing does this as well. Idempotent.
+   */
+  stop(): Promise<void>
   reaper: Reaper
 }
 
@@ -104,6 +109,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
       now,
       log,
     })
+    const maskerFor = (task: Task) => new Masker([task.callbackUrlToken, ...config.apiTokens])
     const queue = new EmbeddedQueue()
     const runner = new TaskRunner({
       store: tasks,
@@ -113,6 +119,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
       concurrency: config.concurrency,
       provisioningTimeoutMs: config.provisioningTimeoutMs,
       maxLogBytes: config.maxLogBytes,
+      maskerFor,
       now,
       log,
     })
@@ -137,10 +144,11 @@ export async function buildApp(options: AppOptions): Promise<App> {
         log,
       },
     )
-    http.addHook('onClose', async () => {
+    const stop = async () => {
       submissions.drain()
       await Promise.all([runner.close(), callbacks.close(config.shutdownGraceMs), reaper.close()])
-    })
+    }
+    http.addHook('onClose', stop)
 
     http.setValidatorCompiler(({ schema }) => (data) => {
       // Holds: every schema of ours is zod's.
@@ -169,8 +177,8 @@ export async function buildApp(options: AppOptions): Promise<App> {
             timeoutSecondsMax: config.taskTimeoutSeconds,
           })
           await secured.register(taskRoutes, { tasks, deliveries, runner, callbacks })
-          await secured.register(taskLogRoutes, { tasks, backend })
-          await secured.register(workerRoutes, { tasks, backend, runner, reaper })
+          await secured.register(taskLogRoutes, { tasks, backend, maskerFor })
+          await secured.register(workerRoutes, { tasks, backend, runner, reaper, maskerFor })
         })
       },
       { prefix: config.basePath },
@@ -179,7 +187,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
     await runner.start()
     callbacks.start()
     reaper.start()
-    return { http, drain: () => submissions.drain(), reaper }
+    return { http, stop, reaper }
   }
 }
 

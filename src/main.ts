@@ -16,7 +16,7 @@ try {
     if (stopping) process.exit(1)
     stopping = true
     log.info({ signal }, 'stopping; local tasks go on and are found again at the next start')
-    app.drain()
+    await app.stop()
     await app.http.close()
     process.exit(0)
   }

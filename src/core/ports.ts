@@ -161,12 +161,17 @@ export interface TaskStore {
   claim(taskId: string): Promise<ClaimedTask | undefined>
   /** False: the claim is not ours any more, or the task is final. */
   markRunning(task: Task, startedAt: number): Promise<boolean>
-  /** Sets the outcome once, with log and delivery, in one transaction. False: someone else was first. */
+  /**
+   * Sets the outcome once, with log and delivery, in one transaction, and forgets the secrets that are not
+   * needed any more. False: someone else was first.
+   */
   finish(
-    task: Pick<TaskSummary, 'taskId' | 'claim'>,
+    task: Task,
     end: {
       outcome: Outcome
       log: LogTail
+      /** Bytes that the task logged, before anything was masked or cut. */
+      logBytes: number
       delivery: NewDelivery | undefined
       finishedAt: number
       keepWorker: boolean

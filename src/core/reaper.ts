@@ -23,11 +23,15 @@ export class Reaper {
     this.#options = options
   }
 
+  /** Sweeps now, and every `intervalMs` from then on. */
   start(): void {
-    const { intervalMs, log } = this.#options
-    this.#timer = setInterval(() => {
-      this.#sweep = this.sweep().catch((err: unknown) => log.error({ err }, 'sweep failed'))
-    }, intervalMs)
+    const sweep = () => {
+      this.#sweep = this.sweep().catch((err: unknown) =>
+        this.#options.log.error({ err }, 'sweep failed'),
+      )
+    }
+    sweep()
+    this.#timer = setInterval(sweep, this.#options.intervalMs)
     this.#timer.unref()
   }
 

@@ -1,5 +1,6 @@
 import type { CallbackDispatcher } from './callbacks.ts'
 import { TaskRunnerError } from './errors.ts'
+import { type Masker, maskedTail } from './masking.ts'
 import type {
   ClaimedTask,
   Completion,
@@ -16,7 +17,7 @@ import type { Outcome, Task } from './task.ts'
 import { taskEnvironment } from './worker-config.ts'
 
 export const LOG_BYTES_KEPT = 5 * 1024 * 1024
-const EMPTY_LOG: LogTail = { content: Buffer.alloc(0), totalBytes: 0 }
+const EMPTY_LOG = { log: { content: Buffer.alloc(0), totalBytes: 0 }, rawBytes: 0 }
 const RETRY_MS = 500
 const RETRY_MAX_MS = 15_000
 
@@ -28,6 +29,8 @@ export interface TaskRunnerOptions {
   concurrency: number
   provisioningTimeoutMs: number
   maxLogBytes: number
+  /** Knows what must not show in the task's log. */
+  maskerFor: (task: Task) => Masker
   now: () => number
   log: Logger
 }
@@ -205,7 +208,7 @@ export class TaskRunner {
    */
   async #settle(task: Task, outcome: Outcome, worker?: Worker): Promise<void> {
     const { taskId, callbackUrl } = task
-    const log = worker ? await this.#takeLog(worker) : EMPTY_LOG
+    const { log, rawBytes } = worker ? await this.#takeLog(worker, task) : EMPTY_LOG
     const delivery = callbackUrl === null ? undefined : this.#callbacks.prepare(callbackUrl)
     const keepWorker =
       !task.terminateOnCompletion && worker !== undefined && outcome.status !== 'cancelled'
@@ -213,6 +216,7 @@ export class TaskRunner {
       this.#store.finish(task, {
         outcome,
         log,
+        logBytes: rawBytes,
         delivery,
         finishedAt: this.#options.now(),
         keepWorker,
@@ -249,14 +253,14 @@ export class TaskRunner {
     if (!keepWorker && task.claim > 0) await this.#terminate(task)
   }
 
-  async #takeLog(worker: Worker): Promise<LogTail> {
+  async #takeLog(worker: Worker, task: Task): Promise<{ log: LogTail; rawBytes: number }> {
     try {
-      return await worker.logs({ maxBytes: LOG_BYTES_KEPT })
+      return await maskedTail(worker, this.#options.maskerFor(task), LOG_BYTES_KEPT)
     } catch (err) {
       // The outcome is worth more than the log.
       this.#log.error({ err, taskId: worker.taskId }, 'the log could not be read')
       const content = Buffer.from('[task-runner] the log could not be read\n')
-      return { content, totalBytes: content.length }
+      return { log: { content, totalBytes: content.length }, rawBytes: 0 }
     }
   }
 

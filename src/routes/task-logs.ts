@@ -2,6 +2,7 @@ import { once } from 'node:events'
 import type { ServerResponse } from 'node:http'
 import type { FastifyPluginAsyncZod } from 'fastify-type-provider-zod'
 import { z } from 'zod'
+import { type Masker, maskedTail } from '../core/masking.ts'
 import type { LogTail, TaskStore, WorkerBackend } from '../core/ports.ts'
 import { isFinal, type Task } from '../core/task.ts'
 import { LOG_BYTES_KEPT } from '../core/task-runner.ts'
@@ -19,7 +20,8 @@ const KEEP_ALIVE_MS = 20_000
 export const taskLogRoutes: FastifyPluginAsyncZod<{
   tasks: TaskStore
   backend: WorkerBackend
-}> = async (app, { tasks, backend }) => {
+  maskerFor: (task: Task) => Masker
+}> = async (app, { tasks, backend, maskerFor }) => {
   const closing = new AbortController()
   app.addHook('preClose', async () => closing.abort())
 
@@ -100,7 +102,7 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
       return { content: content.subarray(Math.max(0, content.length - maxBytes)), totalBytes }
     }
     const worker = await backend.find(task.workerName)
-    if (worker) return worker.logs({ maxBytes })
+    if (worker) return (await maskedTail(worker, maskerFor(task), maxBytes)).log
     // It may have ended, and its worker gone, between the two looks.
     const again = await tasks.log(task.taskId)
     return again ?? { content: Buffer.alloc(0), totalBytes: 0 }
@@ -119,16 +121,28 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
         const { totalBytes } = await worker.logs({ maxBytes: 0 })
         at = Math.max(0, totalBytes - start.maxBytes)
       }
+      const masked = maskerFor(task).stream()
       // A character may be cut by the border of two pieces: its beginning waits for its end.
       let rest: Buffer = Buffer.alloc(0)
-      for await (const bytes of worker.follow({ from: at, signal })) {
+      const sendPiece = async (bytes: Buffer, isLast: boolean) => {
         const piece = Buffer.concat([rest, bytes])
-        const whole = piece.length - incompleteBytes(piece)
+        const whole = isLast ? piece.length : piece.length - incompleteBytes(piece)
         rest = piece.subarray(whole)
-        at += whole
-        if (whole > 0)
+        at = read - masked.heldBytes() - rest.length
+        if (whole > 0) {
           await send(response, signal, { id: at, data: piece.subarray(0, whole).toString() })
+        }
       }
+      let read = at
+      // A tail begins with a whole line: half of one could hold half of a secret.
+      let isInsideLine = start.from === undefined && at > 0
+      for await (const bytes of worker.follow({ from: at, signal })) {
+        read += bytes.length
+        const shown = isInsideLine ? bytes.subarray(bytes.indexOf('\n') + 1) : bytes
+        isInsideLine = false
+        await sendPiece(masked.push(shown), false)
+      }
+      await sendPiece(masked.flush(), true)
     }
     const ended = await finalTask(task, signal)
     if (!ended) return
@@ -136,10 +150,16 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
     const log = await tasks.log(task.taskId)
     if (log) {
       const keptFrom = log.totalBytes - log.content.length
-      const from = at ?? Math.max(keptFrom, log.totalBytes - start.maxBytes)
+      // Offsets count what was logged. Where values were masked the kept log is shorter: rather send a few
+      // bytes again than leave any out.
+      const maskedBytes = (ended.logBytes ?? 0) - log.totalBytes
+      const from = at === undefined ? log.totalBytes - start.maxBytes : at - maskedBytes
       const missing = log.content.subarray(Math.max(0, from - keptFrom))
       if (missing.length > 0) {
-        await send(response, signal, { id: log.totalBytes, data: missing.toString() })
+        await send(response, signal, {
+          id: ended.logBytes ?? log.totalBytes,
+          data: missing.toString(),
+        })
       }
     }
     const { status, reason } = ended

@@ -1,9 +1,10 @@
 import type { FastifyPluginAsyncZod } from 'fastify-type-provider-zod'
 import { z } from 'zod'
 import { TaskRunnerError } from '../core/errors.ts'
+import { Masker, maskedTail } from '../core/masking.ts'
 import type { TaskStore, Worker, WorkerBackend } from '../core/ports.ts'
 import type { Reaper } from '../core/reaper.ts'
-import { isFinal } from '../core/task.ts'
+import { isFinal, type Task } from '../core/task.ts'
 import { LOG_BYTES_KEPT, type TaskRunner } from '../core/task-runner.ts'
 import { line } from '../wire/fields.ts'
 import { logText } from '../wire/log-text.ts'
@@ -26,7 +27,8 @@ export const workerRoutes: FastifyPluginAsyncZod<{
   backend: WorkerBackend
   runner: TaskRunner
   reaper: Reaper
-}> = async (app, { tasks, backend, runner, reaper }) => {
+  maskerFor: (task: Task) => Masker
+}> = async (app, { tasks, backend, runner, reaper, maskerFor }) => {
   app.get(
     '/workers',
     {
@@ -71,7 +73,9 @@ export const workerRoutes: FastifyPluginAsyncZod<{
     },
     async ({ params }, reply) => {
       const worker = await workerOr404(params.name)
-      const text = logText(await worker.logs({ maxBytes: LOG_BYTES_KEPT }))
+      const task = await tasks.get(worker.taskId)
+      const masker = task ? maskerFor(task) : new Masker([])
+      const text = logText((await maskedTail(worker, masker, LOG_BYTES_KEPT)).log)
       return reply
         .type('text/plain; charset=utf-8')
         .header('x-content-type-options', 'nosniff')

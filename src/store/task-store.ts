@@ -56,8 +56,6 @@ export class SqlTaskStore implements TaskStore {
   }
 
   async insert(task: NewTask): Promise<boolean> {
-    const { workerConfig, callbackUrl, callbackUrlToken } = task
-    const sealed: Sealed = { workerConfig, callbackUrl, callbackUrlToken }
     const { numInsertedOrUpdatedRows } = await this.#db
       .insertInto('tasks')
       .values({
@@ -72,7 +70,7 @@ export class SqlTaskStore implements TaskStore {
         worker_state: 'none',
         terminate_on_completion: task.terminateOnCompletion ? 1 : 0,
         timeout_seconds: task.timeoutSeconds,
-        has_callback: callbackUrl === null ? 0 : 1,
+        has_callback: task.callbackUrl === null ? 0 : 1,
         claim: 0,
         cancel_requested_at: null,
         created_at: task.createdAt,
@@ -80,7 +78,7 @@ export class SqlTaskStore implements TaskStore {
         finished_at: null,
         log_bytes: null,
         digest: task.digest,
-        sealed: this.#sealer.seal(JSON.stringify(sealed), task.taskId),
+        sealed: this.#seal(task),
       })
       .onConflict((conflict) => conflict.column('task_id').doNothing())
       .executeTakeFirst()
@@ -170,7 +168,8 @@ export class SqlTaskStore implements TaskStore {
         exit_code: outcome.exitCode,
         signal: outcome.signal,
         finished_at: finishedAt,
-        log_bytes: log.totalBytes,
+        log_bytes: end.logBytes,
+        sealed: this.#seal(withoutSpentSecrets(task)),
         ...(end.keepWorker ? { worker_state: 'kept' as const } : {}),
       })
       .where('task_id', '=', task.taskId)
@@ -280,9 +279,29 @@ export class SqlTaskStore implements TaskStore {
       .select([...SUMMARY_COLUMNS, 'deliveries.status as delivery_status'])
   }
 
+  #seal(task: Sealed & { taskId: string }): Uint8Array {
+    const { workerConfig, callbackUrl, callbackUrlToken } = task
+    const sealed: Sealed = { workerConfig, callbackUrl, callbackUrlToken }
+    return this.#sealer.seal(JSON.stringify(sealed), task.taskId)
+  }
+
   #unseal(row: { task_id: string; sealed: Uint8Array }): Sealed {
     // Holds: `insert` sealed exactly this, and nobody else has the key.
     return JSON.parse(this.#sealer.unseal(row.sealed, row.task_id)) as Sealed
+  }
+}
+
+/** The values of variables have served; the token may be needed for a delivery on request. */
+function withoutSpentSecrets(task: Task): Task {
+  const { envVariables, ...config } = task.workerConfig
+  const names = Object.keys(envVariables ?? {})
+  const workerConfig = envVariables
+    ? { ...config, envVariables: Object.fromEntries(names.map((name) => [name, ''])) }
+    : config
+  return {
+    ...task,
+    workerConfig,
+    callbackUrlToken: task.callbackUrl === null ? null : task.callbackUrlToken,
   }
 }
 

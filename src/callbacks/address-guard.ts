@@ -1,0 +1,152 @@
+import { type LookupAddress, lookup as systemLookup } from 'node:dns'
+import { isIP } from 'node:net'
+import { networkInterfaces } from 'node:os'
+import ipaddr from 'ipaddr.js'
+import { buildConnector } from 'undici'
+import { isLoopbackName } from '../core/loopback.ts'
+
+type Network = [ipaddr.IPv4 | ipaddr.IPv6, number]
+type Lookup = (
+  hostname: string,
+  options: { all: true },
+  done: (err: NodeJS.ErrnoException | null, addresses: LookupAddress[]) => void,
+) => void
+
+const NAMED: Record<string, readonly string[]> = {
+  loopback: ['127.0.0.0/8', '::1/128'],
+  private: ['10.0.0.0/8', '172.16.0.0/12', '192.168.0.0/16', 'fc00::/7'],
+}
+
+/** Where clouds keep credentials, and the links that lead there: may be called only when named outright. */
+const METADATA = networks([
+  '169.254.0.0/16',
+  'fe80::/10',
+  'fd00:ec2::254/128', // AWS
+  '168.63.129.16/32', // Azure; looks public
+  '100.100.100.200/32', // Alibaba
+  '192.0.0.192/32', // Oracle
+])
+
+/** Ranges that ipaddr.js 2.5 takes for public (IANA special-purpose registries; whitequark/ipaddr.js#203). */
+const NOT_PUBLIC = networks(['::/96', '100:0:0:1::/64', '192.31.196.0/24', '192.52.193.0/24'])
+
+/** A connection that the rules forbid. Final: trying again would not change it. */
+export class BlockedAddressError extends Error {
+  override name = 'BlockedAddressError'
+}
+
+/**
+ * Keeps callbacks away from addresses that their sender has no business with (SSRF). Public addresses may be
+ * called, others only when the operator allows them. The judgement that counts is made on the very address
+ * that is dialled, so that a name cannot be pointed elsewhere after a check.
+ */
+export class AddressGuard {
+  readonly #allowed: Network[]
+  readonly #lookup: Lookup
+  readonly #lookups = new Map<string, Promise<LookupAddress[]>>()
+  /** Our own port: what listens there takes callbacks on the sample routes alone. */
+  ownPort: number | undefined
+
+  /** `allowed`: CIDRs, `private`, `loopback`. Throws on anything else. */
+  constructor(allowed: readonly string[], lookup: Lookup = systemLookup) {
+    this.#allowed = networks(allowed.flatMap((name) => NAMED[name] ?? [name]))
+    this.#lookup = lookup
+  }
+
+  /** Why a URL can be refused without asking anybody; undefined when only connecting will tell. */
+  refusal(url: URL): string | undefined {
+    const host = url.hostname.replace(/^\[|\]$/g, '')
+    const name = host.replace(/\.$/, '')
+    const literal = isIP(host) !== 0 ? host : isLocalhost(name) ? '127.0.0.1' : undefined
+    if (literal !== undefined && !this.allows(literal))
+      return 'may not be called: not a public address'
+    const own = literal !== undefined && isLoopbackName(literal) && portOf(url) === this.ownPort
+    if (own && !/\/sample-task-runner-callback2?\/?$/.test(url.pathname)) {
+      return 'may not be called: it is this service itself'
+    }
+    return undefined
+  }
+
+  /** Whether an address may be dialled. `address` in canonical text, as `URL` and resolvers give it. */
+  allows(address: string): boolean {
+    // A mapped IPv4 address is judged as what it is.
+    const parsed = ipaddr.process(address)
+    const named = this.#allowed.filter((network) => contains(network, parsed))
+    const metadata = METADATA.find((network) => contains(network, parsed))
+    if (metadata) return named.some((network) => isWithin(network, metadata))
+    if (named.length > 0) return true
+    return parsed.range() === 'unicast' && !NOT_PUBLIC.some((network) => contains(network, parsed))
+  }
+
+  /**
+   * undici's connector behind the guard. Literal addresses are judged here, since they never reach `lookup`;
+   * names in `lookup`, whose answer is what is dialled.
+   */
+  connector(options: { timeoutMs: number }): buildConnector.connector {
+    const connect = buildConnector({
+      timeout: options.timeoutMs,
+      allowH2: false,
+      lookup: (hostname, lookupOptions, done) => {
+        this.#resolve(hostname).then(
+          (addresses) => {
+            const [first] = addresses
+            if (lookupOptions.all) done(null, addresses)
+            else if (first) done(null, first.address, first.family)
+          },
+          (err: NodeJS.ErrnoException) => done(err, ''),
+        )
+      },
+    })
+    return (target, done) => {
+      const host = target.hostname.replace(/^\[|\]$/g, '')
+      const toUs = Number(target.port) === this.ownPort && !isLoopbackName(host)
+      const blocked = (isIP(host) !== 0 && !this.allows(host)) || (toUs && isOwnAddress(host))
+      if (blocked) done(new BlockedAddressError('the address may not be called'), null)
+      else connect(target, done)
+    }
+  }
+
+  /** One lookup at a time for a name: a resolver that hangs holds up that name alone. */
+  async #resolve(hostname: string): Promise<LookupAddress[]> {
+    const running =
+      this.#lookups.get(hostname) ??
+      new Promise<LookupAddress[]>((resolve, reject) => {
+        this.#lookup(hostname, { all: true }, (err, addresses) =>
+          err ? reject(err) : resolve(addresses),
+        )
+      }).finally(() => this.#lookups.delete(hostname))
+    this.#lookups.set(hostname, running)
+    const addresses = (await running).filter(({ address }) => this.allows(address))
+    if (addresses.length === 0) throw new BlockedAddressError('the address may not be called')
+    return addresses
+  }
+}
+
+function isLocalhost(name: string): boolean {
+  return name === 'localhost' || name.endsWith('.localhost')
+}
+
+function portOf(url: URL): number {
+  return url.port === '' ? (url.protocol === 'https:' ? 443 : 80) : Number(url.port)
+}
+
+function isOwnAddress(host: string): boolean {
+  return Object.values(networkInterfaces()).some((all) =>
+    all?.some(({ address }) => address === host),
+  )
+}
+
+function networks(cidrs: readonly string[]): Network[] {
+  return cidrs.map((cidr) => {
+    const whole = cidr.includes('/') ? cidr : `${cidr}/${cidr.includes(':') ? 128 : 32}`
+    return ipaddr.parseCIDR(whole)
+  })
+}
+
+function contains([base, bits]: Network, address: ipaddr.IPv4 | ipaddr.IPv6): boolean {
+  return base.kind() === address.kind() && address.match(base, bits)
+}
+
+function isWithin([base, bits]: Network, [outerBase, outerBits]: Network): boolean {
+  return bits >= outerBits && contains([outerBase, outerBits], base)
+}
