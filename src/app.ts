@@ -5,6 +5,7 @@ import Fastify, { type FastifyInstance, LogController } from 'fastify'
 import { serializerCompiler, type ZodTypeProvider } from 'fastify-type-provider-zod'
 import type { z } from 'zod'
 import packageJson from '../package.json' with { type: 'json' }
+import { AddressGuard } from './callbacks/address-guard.ts'
 import { HttpCallbackSender } from './callbacks/sender.ts'
 import type { Config } from './config.ts'
 import { CallbackDispatcher } from './core/callbacks.ts'
@@ -93,11 +94,18 @@ export async function buildApp(options: AppOptions): Promise<App> {
       options.backend ?? (await localBackend(config, options.taskUmask ?? process.umask()))
     http.addHook('onClose', () => backend.close())
 
+    const guard = new AddressGuard(config.callbackAllowedNetworks)
+    http.addHook('onListen', async () => {
+      const address = http.server.address()
+      guard.ownPort = typeof address === 'object' ? address?.port : undefined
+    })
     const sender =
       options.sender ??
       new HttpCallbackSender({
         timeoutMs: config.callbackTimeoutMs,
         userAgent: `task-runner/${packageJson.version}`,
+        guard,
+        signingKeys: config.callbackSigningKeys,
       })
     http.addHook('onClose', () => sender.close())
 
@@ -140,6 +148,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
         queuedMax: config.queuedMax,
         defaultTimeoutSeconds: config.taskTimeoutSeconds,
         digestKey: sealer.derive('request digest'),
+        callbackUrlRefusal: (url) => guard.refusal(new URL(url)),
         now,
         log,
       },

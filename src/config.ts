@@ -2,6 +2,8 @@ import { readFileSync } from 'node:fs'
 import { availableParallelism } from 'node:os'
 import { resolve } from 'node:path'
 import { z } from 'zod'
+import { isNetwork } from './callbacks/address-guard.ts'
+import { signingKey } from './callbacks/signature.ts'
 import { isLoopbackName } from './core/loopback.ts'
 
 /** What the service needs to know. Immutable, read once. Nothing but this file reads the environment. */
@@ -22,6 +24,10 @@ export interface Config {
   maxLogBytes: number
   callbackTimeoutMs: number
   callbackRetryDelaysMs: readonly number[]
+  /** Decoded `whsec_…` secrets. */
+  callbackSigningKeys: readonly Buffer[]
+  /** CIDRs, `private`, `loopback`: what may be called besides public addresses. */
+  callbackAllowedNetworks: readonly string[]
   sealingKey: Buffer | undefined
   pythonCommand: string
   /** Undefined: bash where there is one, else sh. */
@@ -79,6 +85,8 @@ const schema = z.object({
   CALLBACK_RETRY_SECONDS: list
     .pipe(z.array(z.coerce.number<string>().min(0).max(SECONDS_MAX)).max(100))
     .default([5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400]),
+  CALLBACK_SIGNING_SECRETS: list.default([]),
+  CALLBACK_ALLOWED_NETWORKS: list.optional(),
   SEALING_KEY: z
     .base64()
     .transform((key) => Buffer.from(key, 'base64'))
@@ -116,6 +124,15 @@ export function loadConfig(env: NodeJS.ProcessEnv = process.env): Config {
       `HOST: "${values.HOST}" is not loopback and there are no API_TOKENS; set tokens, or AUTH=off`,
     )
   }
+  const signingKeys = values.CALLBACK_SIGNING_SECRETS.map(signingKey)
+  if (signingKeys.includes(undefined)) {
+    problems.push('CALLBACK_SIGNING_SECRETS: each must be whsec_ and 24 to 64 bytes in base64')
+  }
+  const allowedNetworks =
+    values.CALLBACK_ALLOWED_NETWORKS ?? (isLoopbackName(values.HOST) ? ['loopback', 'private'] : [])
+  for (const network of allowedNetworks.filter((network) => !isNetwork(network))) {
+    problems.push(`CALLBACK_ALLOWED_NETWORKS: "${network}" is not a CIDR, "private" or "loopback"`)
+  }
   if (problems.length > 0) throw new ConfigError(listed(problems))
   return {
     host: values.HOST,
@@ -133,6 +150,8 @@ export function loadConfig(env: NodeJS.ProcessEnv = process.env): Config {
     maxLogBytes: Math.round(values.MAX_LOG_MB * 1024 * 1024),
     callbackTimeoutMs: values.CALLBACK_TIMEOUT_SECONDS * 1000,
     callbackRetryDelaysMs: values.CALLBACK_RETRY_SECONDS.map((seconds) => seconds * 1000),
+    callbackSigningKeys: signingKeys.filter((key) => key !== undefined),
+    callbackAllowedNetworks: allowedNetworks,
     sealingKey: values.SEALING_KEY,
     pythonCommand: values.PYTHON_COMMAND,
     shellCommand: values.SHELL_COMMAND,

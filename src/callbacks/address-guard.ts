@@ -83,31 +83,40 @@ export class AddressGuard {
    * names in `lookup`, whose answer is what is dialled.
    */
   connector(options: { timeoutMs: number }): buildConnector.connector {
-    const connect = buildConnector({
-      timeout: options.timeoutMs,
-      allowH2: false,
-      lookup: (hostname, lookupOptions, done) => {
-        this.#resolve(hostname).then(
-          (addresses) => {
-            const [first] = addresses
-            if (lookupOptions.all) done(null, addresses)
-            else if (first) done(null, first.address, first.family)
-          },
-          (err: NodeJS.ErrnoException) => done(err, ''),
-        )
-      },
-    })
+    const build = (isAllowed: (address: string) => boolean) =>
+      buildConnector({
+        timeout: options.timeoutMs,
+        allowH2: false,
+        lookup: (hostname, lookupOptions, done) => {
+          this.#resolve(hostname, isAllowed).then(
+            (addresses) => {
+              const [first] = addresses
+              if (lookupOptions.all) done(null, addresses)
+              else if (first) done(null, first.address, first.family)
+            },
+            (err: NodeJS.ErrnoException) => done(err, ''),
+          )
+        },
+      })
+    const connect = build((address) => this.allows(address))
+    // Our own port is reached by loopback names alone, for which `refusal` has looked at the path.
+    const connectToOwnPort = build((address) => this.allows(address) && !isOwnAddress(address))
     return (target, done) => {
       const host = target.hostname.replace(/^\[|\]$/g, '')
-      const toUs = Number(target.port) === this.ownPort && !isLoopbackName(host)
-      const blocked = (isIP(host) !== 0 && !this.allows(host)) || (toUs && isOwnAddress(host))
-      if (blocked) done(new BlockedAddressError('the address may not be called'), null)
+      const isOwnPort = Number(target.port) === this.ownPort && !isLoopbackName(host)
+      const isBlocked =
+        isIP(host) !== 0 && (!this.allows(host) || (isOwnPort && isOwnAddress(host)))
+      if (isBlocked) done(new BlockedAddressError('the address may not be called'), null)
+      else if (isOwnPort) connectToOwnPort(target, done)
       else connect(target, done)
     }
   }
 
   /** One lookup at a time for a name: a resolver that hangs holds up that name alone. */
-  async #resolve(hostname: string): Promise<LookupAddress[]> {
+  async #resolve(
+    hostname: string,
+    isAllowed: (address: string) => boolean,
+  ): Promise<LookupAddress[]> {
     const running =
       this.#lookups.get(hostname) ??
       new Promise<LookupAddress[]>((resolve, reject) => {
@@ -116,9 +125,19 @@ export class AddressGuard {
         )
       }).finally(() => this.#lookups.delete(hostname))
     this.#lookups.set(hostname, running)
-    const addresses = (await running).filter(({ address }) => this.allows(address))
+    const addresses = (await running).filter(({ address }) => isAllowed(address))
     if (addresses.length === 0) throw new BlockedAddressError('the address may not be called')
     return addresses
+  }
+}
+
+/** Whether `CALLBACK_ALLOWED_NETWORKS` may hold this. */
+export function isNetwork(name: string): boolean {
+  if (Object.hasOwn(NAMED, name)) return true
+  try {
+    return networks([name]).length === 1
+  } catch {
+    return false
   }
 }
 

@@ -1,25 +1,38 @@
 import { Agent, request } from 'undici'
 import type { AttemptResult, CallbackSender } from '../core/ports.ts'
 import { encodeCallback } from '../wire/callback.ts'
+import { type AddressGuard, BlockedAddressError } from './address-guard.ts'
+import { signatures } from './signature.ts'
 
 /** Of the answer; a receiver that sends more loses its connection, not its status. */
 const ANSWER_BYTES_MAX = 64 * 1024
 const CONNECTIONS_PER_ORIGIN = 16
 
+/** A connection that was kept open and fails sooner than this was closed by the receiver meanwhile. */
+const STALE_MS = 1_000
+const CONNECTION_LOST = new Set(['UND_ERR_SOCKET', 'ECONNRESET', 'EPIPE'])
+
+export interface SenderOptions {
+  /** One whole attempt: connect, send, answer. */
+  timeoutMs: number
+  userAgent: string
+  guard: AddressGuard
+  /** Each signs every callback (Standard Webhooks); none: no signature. */
+  signingKeys: readonly Buffer[]
+}
+
 /** Sends callbacks: plain HTTP/1.1 POSTs, no redirects, each under one deadline. */
 export class HttpCallbackSender implements CallbackSender {
   readonly #agent: Agent
-  readonly #timeoutMs: number
-  readonly #userAgent: string
+  readonly #options: SenderOptions
 
-  constructor(options: { timeoutMs: number; userAgent: string }) {
-    this.#timeoutMs = options.timeoutMs
-    this.#userAgent = options.userAgent
+  constructor(options: SenderOptions) {
+    this.#options = options
     this.#agent = new Agent({
       allowH2: false,
       connections: CONNECTIONS_PER_ORIGIN,
-      // Below the whole deadline: undici honours no abort signal while it connects (nodejs/undici#386).
-      connect: { timeout: Math.max(1_000, options.timeoutMs - 1_000) },
+      // undici honours no abort signal while it connects (nodejs/undici#386): this ends what is left behind.
+      connect: options.guard.connector({ timeoutMs: options.timeoutMs }),
       // A POST on a connection that the receiver is just closing fails: keep idle ones only briefly.
       keepAliveTimeout: 1_000,
       keepAliveMaxTimeout: 1_000,
@@ -30,14 +43,17 @@ export class HttpCallbackSender implements CallbackSender {
     delivery: Parameters<CallbackSender['send']>[0],
     signal: AbortSignal,
   ): Promise<AttemptResult> {
-    const deadline = AbortSignal.any([signal, AbortSignal.timeout(this.#timeoutMs)])
+    const refusal = this.#options.guard.refusal(new URL(delivery.url))
+    if (refusal !== undefined) return BLOCKED
+    const deadline = AbortSignal.any([signal, AbortSignal.timeout(this.#options.timeoutMs)])
     const overdue = Promise.withResolvers<never>()
     const onOverdue = () => overdue.reject(deadline.reason)
     deadline.addEventListener('abort', onOverdue)
     if (deadline.aborted) onOverdue()
     try {
-      return await Promise.race([this.#post(delivery, deadline), overdue.promise])
+      return await Promise.race([this.#postOnce(delivery, deadline), overdue.promise])
     } catch (err) {
+      if (err instanceof BlockedAddressError) return BLOCKED
       return { statusCode: null, error: coarse(err), retryAfterMs: null }
     } finally {
       deadline.removeEventListener('abort', onOverdue)
@@ -48,24 +64,45 @@ export class HttpCallbackSender implements CallbackSender {
     await this.#agent.destroy()
   }
 
-  async #post(
+  /** Once, and again at once when the connection turned out to be closed: the same `webhook-id` makes that safe. */
+  async #postOnce(
     delivery: Parameters<CallbackSender['send']>[0],
     signal: AbortSignal,
   ): Promise<AttemptResult> {
     const body = await encodeCallback(delivery.payload)
+    const startedAt = performance.now()
+    try {
+      return await this.#post(delivery, body, signal)
+    } catch (err) {
+      const lost = CONNECTION_LOST.has(String((err as NodeJS.ErrnoException).code))
+      if (!lost || signal.aborted || performance.now() - startedAt > STALE_MS) throw err
+      return await this.#post(delivery, body, signal)
+    }
+  }
+
+  async #post(
+    delivery: Parameters<CallbackSender['send']>[0],
+    body: Buffer,
+    signal: AbortSignal,
+  ): Promise<AttemptResult> {
+    const { timeoutMs, userAgent, signingKeys } = this.#options
+    const { webhookId: id, timestamp } = delivery
     const answer = await request(delivery.url, {
       dispatcher: this.#agent,
       method: 'POST',
       body,
       signal,
-      headersTimeout: this.#timeoutMs,
-      bodyTimeout: this.#timeoutMs,
+      headersTimeout: timeoutMs,
+      bodyTimeout: timeoutMs,
       headers: {
         'content-type': 'application/json',
-        'user-agent': this.#userAgent,
+        'user-agent': userAgent,
         ...(delivery.token === null ? {} : { authorization: `Bearer ${delivery.token}` }),
-        'webhook-id': delivery.webhookId,
-        'webhook-timestamp': String(delivery.timestamp),
+        'webhook-id': id,
+        'webhook-timestamp': String(timestamp),
+        ...(signingKeys.length === 0
+          ? {}
+          : { 'webhook-signature': signatures(signingKeys, { id, timestamp, body }) }),
       },
     })
     // The status decides; what a broken answer did after it does not matter.
@@ -78,6 +115,14 @@ export class HttpCallbackSender implements CallbackSender {
       retryAfterMs: retryAfterMs(answer.headers['retry-after'], Date.now()),
     }
   }
+}
+
+/** Final, and told without saying which address it was. */
+const BLOCKED: AttemptResult = {
+  statusCode: null,
+  error: 'blocked: the address may not be called',
+  retryAfterMs: null,
+  blocked: true,
 }
 
 /** RFC 9110, section 10.2.3: seconds, or a date. Anything else is ignored. */

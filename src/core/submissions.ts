@@ -1,5 +1,5 @@
 import { createHmac } from 'node:crypto'
-import { TaskRunnerError } from './errors.ts'
+import { InvalidRequestError, TaskRunnerError } from './errors.ts'
 import type { Logger, TaskQueue, TaskStore } from './ports.ts'
 import { type TaskRequest, type TaskStatus, workerNameFor } from './task.ts'
 import type { TaskFiles } from './task-files.ts'
@@ -14,6 +14,8 @@ export interface SubmissionOptions {
   defaultTimeoutSeconds: number
   /** Keys the digest of requests, which covers tokens. */
   digestKey: Buffer
+  /** Why an address may not be called, as far as that can be told before calling it. */
+  callbackUrlRefusal: (url: string) => string | undefined
   now: () => number
   log: Logger
 }
@@ -64,6 +66,8 @@ export class Submissions {
         retryAfterSeconds: RETRY_AFTER_SECONDS,
       })
     }
+    const refusal = request.callbackUrl && this.#options.callbackUrlRefusal(request.callbackUrl)
+    if (refusal) throw new InvalidRequestError([{ path: 'callback_url', message: refusal }])
     await this.#files.find(request.taskFileName)
     const defaults = await this.#files.defaultsFor(request.taskFileName)
     const inserted = await this.#store.insert({
