@@ -11,7 +11,7 @@ import type { Config } from './config.ts'
 import { CallbackDispatcher } from './core/callbacks.ts'
 import { InvalidRequestError } from './core/errors.ts'
 import { Masker } from './core/masking.ts'
-import type { CallbackSender, WorkerBackend } from './core/ports.ts'
+import type { CallbackSender, DeliveryStore, TaskStore, WorkerBackend } from './core/ports.ts'
 import { Reaper } from './core/reaper.ts'
 import { Submissions } from './core/submissions.ts'
 import type { Task } from './core/task.ts'
@@ -37,14 +37,24 @@ import { LocalBackend } from './workers/local/local-backend.ts'
 
 const BODY_BYTES_MAX = 4 * 1024 * 1024
 const PARAM_LENGTH_MAX = 4096
+/** To receive a request whole, and to answer it; following a log is exempt. */
+const REQUEST_TIMEOUT_MS = 30_000
+const CONNECTIONS_MAX = 10_000
 const SWEEP_MS = 60_000
+
+export interface Ports {
+  tasks: TaskStore
+  deliveries: DeliveryStore
+  backend: WorkerBackend
+  sender: CallbackSender
+}
 
 export interface AppOptions {
   config: Config
   /** Of the tasks; default: the process's own. */
   taskUmask?: number
-  backend?: WorkerBackend
-  sender?: CallbackSender
+  /** Lets tests stand between the rules and the outside world, to fail or to die at a chosen moment. */
+  wrapPorts?: (ports: Ports) => Ports
   now?: () => number
   random?: () => number
 }
@@ -72,7 +82,10 @@ export async function buildApp(options: AppOptions): Promise<App> {
     bodyLimit: BODY_BYTES_MAX,
     routerOptions: { ignoreTrailingSlash: true, maxParamLength: PARAM_LENGTH_MAX },
     forceCloseConnections: 'idle',
+    requestTimeout: REQUEST_TIMEOUT_MS,
+    handlerTimeout: REQUEST_TIMEOUT_MS,
   }).withTypeProvider<ZodTypeProvider>()
+  http.server.maxConnections = CONNECTIONS_MAX
   try {
     return await wire()
   } catch (err) {
@@ -87,26 +100,26 @@ export async function buildApp(options: AppOptions): Promise<App> {
 
     const connection = await openSqlite(join(config.dataDir, 'task-runner.db'))
     http.addHook('onClose', () => connection.close())
-    const tasks = new SqlTaskStore(connection, sealer)
-    const deliveries = new SqlDeliveryStore(connection, tasks)
-
-    const backend =
-      options.backend ?? (await localBackend(config, options.taskUmask ?? process.umask()))
-    http.addHook('onClose', () => backend.close())
+    const taskStore = new SqlTaskStore(connection, sealer)
 
     const guard = new AddressGuard(config.callbackAllowedNetworks)
     http.addHook('onListen', async () => {
       const address = http.server.address()
       guard.ownPort = typeof address === 'object' ? address?.port : undefined
     })
-    const sender =
-      options.sender ??
-      new HttpCallbackSender({
+    const { wrapPorts = (ports) => ports } = options
+    const { tasks, deliveries, backend, sender } = wrapPorts({
+      tasks: taskStore,
+      deliveries: new SqlDeliveryStore(connection, taskStore),
+      backend: await localBackend(config, options.taskUmask ?? process.umask()),
+      sender: new HttpCallbackSender({
         timeoutMs: config.callbackTimeoutMs,
         userAgent: `task-runner/${packageJson.version}`,
         guard,
         signingKeys: config.callbackSigningKeys,
-      })
+      }),
+    })
+    http.addHook('onClose', () => backend.close())
     http.addHook('onClose', () => sender.close())
 
     const callbacks = new CallbackDispatcher({

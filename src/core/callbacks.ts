@@ -17,6 +17,8 @@ const ATTEMPTS_MAX = 128
 const ATTEMPTS_PER_ORIGIN_MAX = 16
 /** The longest the dispatcher sleeps: bounds what a clock jump or a missed wake-up can cost. */
 const POLL_MS = 30_000
+/** Smaller steps are the clock being kept right. */
+const CLOCK_JUMP_MS = 2_000
 /** After the store failed. */
 const STORE_RETRY_MS = 1_000
 
@@ -63,6 +65,7 @@ export class CallbackDispatcher {
   readonly #underWay = new Map<string, number>()
   readonly #attempts = new Set<Promise<void>>()
   readonly #abort = new AbortController()
+  #clock: { now: number; steady: number }
   #timer: NodeJS.Timeout | undefined
   #draining: Promise<void> | undefined
   #timerAt = Number.POSITIVE_INFINITY
@@ -85,6 +88,7 @@ export class CallbackDispatcher {
     this.#schedule = options.schedule
     this.#leaseMs = options.attemptTimeoutMs * 2 + 10_000
     this.#now = options.now
+    this.#clock = { now: options.now(), steady: performance.now() }
     this.#log = options.log
   }
 
@@ -189,6 +193,7 @@ export class CallbackDispatcher {
   /** Starts attempts while there is room and something due. Returns for how long to sleep, in ms. */
   async #drain(): Promise<number> {
     this.#backlog = false
+    await this.#heedClock()
     while (!this.#closed) {
       if (this.#total() >= ATTEMPTS_MAX) {
         this.#backlog = true
@@ -209,6 +214,17 @@ export class CallbackDispatcher {
     if (nextDueAt === undefined) return POLL_MS
     // Due, yet not taken: there was no room, and the end of an attempt wakes us before this does.
     return Math.min(Math.max(nextDueAt - this.#now(), 0) || STORE_RETRY_MS, POLL_MS)
+  }
+
+  /** A clock that is set back would put off every delivery by as much: they are moved along with it. */
+  async #heedClock(): Promise<void> {
+    const now = this.#now()
+    const steady = performance.now()
+    const jumpMs = now - this.#clock.now - (steady - this.#clock.steady)
+    this.#clock = { now, steady }
+    if (jumpMs > -CLOCK_JUMP_MS) return
+    this.#log.warn({ jumpMs }, 'the clock was set back')
+    await this.#store.shiftDue(jumpMs)
   }
 
   async #attempt(

@@ -247,6 +247,8 @@ export interface DeliveryStore {
     attempt: AttemptRecord,
     next: { status: Exclude<CallbackStatus, 'none'>; nextAttemptAt: number | null },
   ): Promise<void>
+  /** Moves all that is due in the future by as much as the clock was set back or forth. */
+  shiftDue(byMs: number): Promise<void>
   /** Gives a delivery back without an attempt made. */
   release(taskId: string): Promise<void>
   /** Makes the delivery due now. `in_flight`: an attempt is under way. Undefined: there is none. */

@@ -16,6 +16,7 @@ export interface ReaperOptions {
 /** Compares what exists with what is remembered, and ends what should not be there. */
 export class Reaper {
   readonly #options: ReaperOptions
+  #lastLeaked: number | undefined
   #timer: NodeJS.Timeout | undefined
   #sweep: Promise<unknown> = Promise.resolve()
 
@@ -58,7 +59,9 @@ export class Reaper {
       log.warn({ worker: worker.name, taskId: worker.taskId }, 'terminating a worker left behind')
       await this.#end(worker)
     }
-    log[leaked > 0 ? 'warn' : 'debug']({ leaked }, 'workers leaked')
+    const level = leaked > 0 ? 'warn' : leaked === this.#lastLeaked ? 'debug' : 'info'
+    this.#lastLeaked = leaked
+    log[level]({ leaked }, 'workers leaked')
     const removed = await store.removeFinishedBefore(now() - retentionMs)
     if (removed > 0) log.info({ removed }, 'removed tasks past their retention')
     return leaked

@@ -13,6 +13,8 @@ import { taskIdParams, taskOr404 } from './tasks.ts'
 const MEGABYTE = 1024 * 1024
 const TAIL_MB_MAX = LOG_BYTES_KEPT / MEGABYTE
 const QUEUED_POLL_MS = 250
+/** As long as timers can be; Fastify takes no 0 here. */
+const FOLLOW_TIMEOUT_MS = 2 ** 31 - 1
 /** Proxies close streams that are silent for a minute. */
 const KEEP_ALIVE_MS = 20_000
 
@@ -28,6 +30,7 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
   app.get(
     '/tasks/:task_id/logs',
     {
+      handlerTimeout: FOLLOW_TIMEOUT_MS,
       schema: {
         tags: ['Tasks'],
         operationId: 'getTaskLogs',

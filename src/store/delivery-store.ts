@@ -109,6 +109,14 @@ export class SqlDeliveryStore implements DeliveryStore {
     ])
   }
 
+  async shiftDue(byMs: number): Promise<void> {
+    await this.#db
+      .updateTable('deliveries')
+      .set((eb) => ({ next_attempt_at: eb('next_attempt_at', '+', byMs) }))
+      .where('status', '=', 'pending')
+      .execute()
+  }
+
   async release(taskId: string): Promise<void> {
     await this.#db
       .updateTable('deliveries')

@@ -2,13 +2,14 @@ import { open } from 'node:fs/promises'
 import { join } from 'node:path'
 import { setTimeout as pause } from 'node:timers/promises'
 import { Worker as Thread } from 'node:worker_threads'
-import type {
-  Completion,
-  LogTail,
-  Worker,
-  WorkerBackend,
-  WorkerSpec,
-  WorkerStatus,
+import {
+  type Completion,
+  type LogTail,
+  type Worker,
+  type WorkerBackend,
+  WorkerError,
+  type WorkerSpec,
+  type WorkerStatus,
 } from '../../core/ports.ts'
 import type { LocalSettings, WorkerInfo } from './local-workers.ts'
 import type { Answer, Call, Methods } from './thread.ts'
@@ -48,7 +49,14 @@ export class LocalBackend implements WorkerBackend {
       notes.push(`worker_image "${spec.image}" is not used by local workers`)
     if (spec.size !== undefined)
       notes.push(`worker_size "${spec.size}" is not enforced on local workers`)
-    return this.#worker(await this.#call('provision', spec, notes))
+    try {
+      return this.#worker(await this.#call('provision', spec, notes))
+    } catch (err) {
+      const code = /^(ENOSPC|EDQUOT|EROFS)\b/.exec(err instanceof Error ? err.message : '')?.[1]
+      if (code === undefined) throw err
+      const message = `The worker's folder could not be written (${code}: disk full or read-only)`
+      throw new WorkerError('internal_error', message, { cause: err })
+    }
   }
 
   async find(name: string): Promise<Worker | undefined> {
