@@ -60,6 +60,11 @@ export class LocalWorkers {
   constructor(settings: LocalSettings) {
     this.#settings = settings
     mkdirSync(settings.workersDir, { recursive: true, mode: 0o700 })
+    // A folder without its record was being made when the service was killed: nothing runs in it.
+    for (const name of readdirSync(settings.workersDir)) {
+      const folder = this.#folder(name)
+      if (!folders.readRecord(folder)) folders.remove(folder)
+    }
     this.#watch = setInterval(() => this.#look(), WATCH_MS)
   }
 
@@ -116,11 +121,7 @@ export class LocalWorkers {
   }
 
   list(): WorkerInfo[] {
-    return readdirSync(this.#settings.workersDir).map(
-      (name) =>
-        // A folder without its record was being made when the service was killed.
-        this.find(name) ?? { name, taskId: '', size: null, createdAt: 0, status: 'Provisioning' },
-    )
+    return readdirSync(this.#settings.workersDir).flatMap((name) => this.find(name) ?? [])
   }
 
   async completion(name: string): Promise<Completion> {

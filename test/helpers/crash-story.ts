@@ -1,0 +1,95 @@
+import { mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { expect } from 'vitest'
+import { type Receiver, startReceiver } from './receiver.ts'
+import { processesOf, type Service, startService } from './service.ts'
+
+/** A data folder that outlives its services, a receiver, and what was promised to its clients. */
+export interface CrashStory extends AsyncDisposable {
+  env: Record<string, string>
+  receiver: Receiver
+  start(env?: Record<string, string>): Promise<Service>
+  /** Posts as a careful client does: again, until it is answered. Gives up when the service is gone. */
+  submit(service: Service, taskId: string): Promise<boolean>
+  /** Everything that must hold once the dust has settled. */
+  expectAllKept(service: Service, taskIds: string[]): Promise<void>
+}
+
+export async function startCrashStory(): Promise<CrashStory> {
+  const folder = await mkdtemp(join(tmpdir(), 'task-runner-crash-'))
+  const tasksDir = join(folder, 'tasks')
+  const runs = join(folder, 'runs')
+  const dataDir = join(folder, 'data')
+  await writeFile(runs, '')
+  const { mkdir } = await import('node:fs/promises')
+  await mkdir(tasksDir)
+  await writeFile(
+    join(tasksDir, 'note.sh'),
+    `echo "$TASK_ID" >>${runs}\nsleep 0.1\necho "ran $TASK_ID"\n`,
+  )
+  const receiver = await startReceiver()
+  const services: Service[] = []
+  const env = { DATA_DIR: dataDir, TASKS_DIR: tasksDir, MAX_CONCURRENT_TASKS: '3' }
+  const get = async (service: Service, path: string) =>
+    (await (await fetch(service.url + path)).json()) as Record<string, unknown>
+  return {
+    env,
+    receiver,
+    async start(more = {}) {
+      const service = await startService({ ...env, ...more })
+      services.push(service)
+      return service
+    },
+    async submit(service, taskId) {
+      const body = JSON.stringify({
+        task_id: taskId,
+        task_file_name: 'note.sh',
+        worker_config: {},
+        callback_url: receiver.url,
+      })
+      try {
+        const headers = { 'content-type': 'application/json' }
+        const answer = await fetch(`${service.url}/task-runner`, { method: 'POST', headers, body })
+        return answer.status === 200
+      } catch {
+        return false
+      }
+    },
+    async expectAllKept(service, taskIds) {
+      const options = { timeout: 25_000, interval: 50 }
+      for (const taskId of taskIds) {
+        await expect
+          .poll(() => get(service, `/tasks/${taskId}`), options)
+          .toMatchObject({ status: 'succeeded', exit_code: 0, callback_status: 'delivered' })
+        const ids = receiver.received
+          .filter(({ body }) => body.task_id === taskId)
+          .map(({ headers }) => headers['webhook-id'])
+        expect(new Set(ids).size, `webhook-ids of ${taskId}`).toBe(1)
+        expect(await (await fetch(`${service.url}/tasks/${taskId}/logs`)).text()).toBe(
+          `ran ${taskId}\n`,
+        )
+      }
+      for (const { body } of receiver.received) {
+        expect(body).toEqual({
+          task_name: 'note.sh',
+          task_id: body.task_id,
+          success: true,
+          logs: `ran ${body.task_id}\n`,
+        })
+      }
+      const ran = (await readFile(runs, 'utf8')).trim().split('\n')
+      expect(ran.sort(), 'every script ran exactly once').toEqual([...taskIds].sort())
+      await expect.poll(() => get(service, '/workers'), options).toEqual({ workers: [] })
+      expect(await readdir(join(dataDir, 'workers'))).toEqual([])
+      expect(processesOf(dataDir)).toEqual([])
+      const waiting = await get(service, '/tasks?status=queued')
+      expect(waiting.tasks).toEqual([])
+    },
+    async [Symbol.asyncDispose]() {
+      for (const service of services) await service.kill()
+      await receiver[Symbol.asyncDispose]()
+      await rm(folder, { recursive: true, force: true })
+    },
+  }
+}

@@ -1,0 +1,60 @@
+import { type ChildProcess, spawn } from 'node:child_process'
+import { once } from 'node:events'
+import { readdirSync, readFileSync } from 'node:fs'
+import { createInterface } from 'node:readline'
+import { testEnv } from './app.ts'
+
+export interface Service {
+  url: string
+  process: ChildProcess
+  /** Every line it logged. */
+  log: string[]
+  /** Settles when the process has ended, with its exit code or signal. */
+  ended: Promise<number | string>
+  kill(signal?: NodeJS.Signals): Promise<number | string>
+}
+
+const MAIN = new URL('../../src/main.ts', import.meta.url).pathname
+const WITH_FAILPOINT = new URL('./service-with-failpoint.ts', import.meta.url).pathname
+
+/** The real service as a process; with KILL_AT in `env`, one that dies at that point. */
+export async function startService(env: Record<string, string>): Promise<Service> {
+  const script = env.KILL_AT === undefined ? MAIN : WITH_FAILPOINT
+  const child = spawn(process.execPath, [script], {
+    env: testEnv({ PORT: '0', LOG_LEVEL: 'info', ...env }),
+    stdio: ['ignore', 'pipe', 'pipe'],
+  })
+  const ended = once(child, 'exit').then(([code, signal]) => code ?? signal)
+  const log: string[] = []
+  const listening = Promise.withResolvers<string>()
+  createInterface(child.stderr).on('line', (line) => log.push(line))
+  createInterface(child.stdout).on('line', (line) => {
+    log.push(line)
+    if (line.includes('"msg":"listening"')) listening.resolve(JSON.parse(line).address)
+  })
+  // One that dies before it listens is told by `ended`.
+  void ended.then(() => listening.resolve(''))
+  return {
+    url: await listening.promise,
+    process: child,
+    log,
+    ended,
+    async kill(signal = 'SIGKILL') {
+      child.kill(signal)
+      return ended
+    },
+  }
+}
+
+/** Processes of this machine with one of these worker names, or of any worker in this data folder, in their environment. */
+export function processesOf(dataDir: string): number[] {
+  return readdirSync('/proc')
+    .map(Number)
+    .filter((pid) => {
+      try {
+        return readFileSync(`/proc/${pid}/environ`, 'utf8').includes(`HOME=${dataDir}/workers/`)
+      } catch {
+        return false
+      }
+    })
+}
