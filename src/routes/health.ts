@@ -1,4 +1,5 @@
 import type { FastifyPluginAsyncZod } from 'fastify-type-provider-zod'
+import { TaskRunnerError } from '../core/errors.ts'
 import { healthSchema } from '../wire/responses.ts'
 import { answer } from './responses.ts'
 
@@ -51,10 +52,7 @@ export const healthRoutes: FastifyPluginAsyncZod<{
           } catch (err) {
             request.log.warn({ err, part: name }, 'not ready')
             // The message of one of our own errors is meant for callers; others stay in the log.
-            return [
-              name,
-              err instanceof Error && 'retryAfterSeconds' in err ? err.message : 'failed',
-            ] as const
+            return [name, err instanceof TaskRunnerError ? err.message : 'failed'] as const
           }
         }),
       )
