@@ -20,7 +20,8 @@ import { TaskRunner } from './core/task-runner.ts'
 import { publishOpenApi } from './openapi.ts'
 import { EmbeddedQueue } from './queue/embedded.ts'
 import { requireToken } from './routes/authentication.ts'
-import { installErrorHandler } from './routes/error-handler.ts'
+import { installBodyParser } from './routes/body-parser.ts'
+import { answerBrokenHttp, answerError, installErrorHandler } from './routes/error-handler.ts'
 import { healthRoutes } from './routes/health.ts'
 import { sampleCallbackRoutes } from './routes/sample-callbacks.ts'
 import { taskLogRoutes } from './routes/task-logs.ts'
@@ -84,6 +85,10 @@ export async function buildApp(options: AppOptions): Promise<App> {
     forceCloseConnections: 'idle',
     requestTimeout: REQUEST_TIMEOUT_MS,
     handlerTimeout: REQUEST_TIMEOUT_MS,
+    // Answered by the routes, in the API's own words.
+    return503OnClosing: false,
+    frameworkErrors: answerError,
+    clientErrorHandler: answerBrokenHttp,
   }).withTypeProvider<ZodTypeProvider>()
   http.server.maxConnections = CONNECTIONS_MAX
   try {
@@ -101,6 +106,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
     const connection = await openSqlite(join(config.dataDir, 'task-runner.db'))
     http.addHook('onClose', () => connection.close())
     const taskStore = new SqlTaskStore(connection, sealer)
+    await taskStore.verifyKey()
 
     const guard = new AddressGuard(config.callbackAllowedNetworks)
     http.addHook('onListen', async () => {
@@ -180,6 +186,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
     })
     http.setSerializerCompiler(serializerCompiler)
     installErrorHandler(http)
+    installBodyParser(http)
     await publishOpenApi(http, { basePath: config.basePath })
     await http.register(
       async (api) => {

@@ -107,13 +107,16 @@ const schema = z.object({
 /** Throws `ConfigError` that lists every problem, and repeats no value: some are secret. */
 export function loadConfig(env: NodeJS.ProcessEnv = process.env): Config {
   // An empty variable is how many tools write "not set".
-  const set = Object.fromEntries(Object.entries(env).filter(([, value]) => value !== ''))
-  const parsed = schema.safeParse(set)
-  const problems = parsed.success
-    ? []
-    : parsed.error.issues.map((issue) => `${String(issue.path[0])}: ${issue.message}`)
-  if (!parsed.success) throw new ConfigError(listed(problems))
-  const values = parsed.data
+  const set = Object.fromEntries(
+    Object.entries(env)
+      .map(([name, value]) => [name, value?.trim()] as const)
+      .filter(([, value]) => value !== ''),
+  )
+  const issues = schema.safeParse(set).error?.issues ?? []
+  const problems = issues.map((issue) => `${String(issue.path[0])}: ${issue.message}`)
+  // Combinations are judged as far as their parts are right.
+  for (const issue of issues) delete set[String(issue.path[0])]
+  const values = schema.parse(set)
   const apiTokens = [...values.API_TOKENS, ...tokensFromFile(values.API_TOKENS_FILE, problems)]
   if (apiTokens.some((token) => !/^[\x21-\x7e]+$/.test(token))) {
     problems.push('API_TOKENS: a token holds white space or characters outside ASCII')

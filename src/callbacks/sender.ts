@@ -147,6 +147,7 @@ function coarse(err: unknown): string {
     return 'no answer in time'
   }
   if (code === 'ENOTFOUND' || code === 'EAI_AGAIN') return 'the name could not be resolved'
-  if (typeof code === 'string' && /CERT|SSL|TLS/.test(code)) return 'no trusted TLS connection'
+  if (typeof code === 'string' && /CERT|SSL|TLS|VERIFY/.test(code))
+    return 'no trusted TLS connection'
   return 'no connection'
 }

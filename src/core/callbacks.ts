@@ -124,7 +124,10 @@ export class CallbackDispatcher {
     delivery: NewDelivery,
     content: { url: string; token: string | null; payload: CallbackPayload },
   ): Promise<void> {
-    if (delivery.leaseUntil === null) return
+    if (delivery.leaseUntil === null) {
+      this.wake()
+      return
+    }
     await this.#track(
       this.#attempt(
         {

@@ -42,6 +42,9 @@ export class TaskRunnerError extends Error {
   }
 }
 
+/** A hostile request can be wrong in a hundred thousand places. */
+const ERRORS_TOLD_MAX = 100
+
 /** The request itself is wrong; names each field. */
 export class InvalidRequestError extends TaskRunnerError {
   override name = 'InvalidRequestError'
@@ -52,6 +55,10 @@ export class InvalidRequestError extends TaskRunnerError {
       error.path === '' ? error.message : `${error.path}: ${error.message}`,
     )
     super('invalid_request', `Invalid request: ${named.slice(0, 5).join('; ')}`)
-    this.errors = errors
+    const more = errors.length - ERRORS_TOLD_MAX
+    this.errors =
+      more > 0
+        ? [...errors.slice(0, ERRORS_TOLD_MAX), { path: '', message: `and ${more} more` }]
+        : errors
   }
 }

@@ -22,32 +22,32 @@ export class Masker {
 
   /** The text from `from` on, with its values masked; what lies before is only looked at. */
   mask(text: Buffer, from = 0): Buffer {
-    const runs = this.#runs(text)
-      .filter(([, to]) => to > from)
-      .map(([start, to]): Run => [Math.max(start, from) - from, to - from])
+    const runs = clipped(this.#runs(text), from, text.length)
     const rest = text.subarray(from)
     return runs.length === 0 ? rest : replaced(rest, runs)
   }
 
   /**
    * Masks a text that comes in pieces. `flush` gives what was held back, at the end; `heldBytes` is how much
-   * of the text that is at the moment.
+   * of the text that is at the moment. The first `lookedAtBytes` are not given out: what stands before a
+   * beginning in the middle of a text tells whether it is in the middle of a value.
    */
-  stream(): { push(piece: Buffer): Buffer; flush(): Buffer; heldBytes(): number } {
+  stream(lookedAtBytes = 0): { push(piece: Buffer): Buffer; flush(): Buffer; heldBytes(): number } {
     let held: Buffer = Buffer.alloc(0)
+    let unshown = lookedAtBytes
     // Of what is held: bytes that belong to a run whose mask went out already.
     let maskedAhead = 0
     const advance = (text: Buffer, border: number): Buffer => {
+      const from = Math.min(unshown, border)
       const runs = this.#runs(text, maskedAhead)
-      const before = runs
-        .filter(([from]) => from < border)
-        .map(([from, to]): Run => [from, Math.min(to, border)])
-      const across = runs.find(([from, to]) => from < border && to > border)
-      const out = replaced(text.subarray(0, border), before)
-      const wasAhead = maskedAhead > 0 && border > 0
+      const across = runs.find(([start, end]) => start < border && end > border)
+      const shown = clipped(runs, from, border)
+      const out = replaced(text.subarray(from, border), shown)
+      const wasShown = maskedAhead > from && border > from
       maskedAhead = across ? across[1] - border : Math.max(0, maskedAhead - border)
+      unshown -= from
       held = text.subarray(border)
-      return wasAhead ? out.subarray(MASK.length) : out
+      return wasShown ? out.subarray(MASK.length) : out
     }
     return {
       push: (piece) => {
@@ -55,7 +55,7 @@ export class Masker {
         return advance(text, this.#safeBorder(text))
       },
       flush: () => advance(held, held.length),
-      heldBytes: () => held.length - maskedAhead,
+      heldBytes: () => Math.max(0, held.length - maskedAhead - unshown),
     }
   }
 
@@ -87,6 +87,13 @@ export class Masker {
     }
     return text.length
   }
+}
+
+/** The runs between two borders, counted from the first. */
+function clipped(runs: Run[], from: number, border: number): Run[] {
+  return runs
+    .filter(([start, end]) => end > from && start < border)
+    .map(([start, end]) => [Math.max(start, from) - from, Math.min(end, border) - from])
 }
 
 function replaced(text: Buffer, runs: Run[]): Buffer {

@@ -109,6 +109,8 @@ export interface TaskQueue {
   /** Tasks that wait. */
   readonly length: number
   enqueue(taskId: string): void
+  /** Takes a waiting task out again, if it still waits. */
+  remove(taskId: string): void
   /** Hands out a task at once, whatever the limit: it runs already. It counts against the limit. */
   resume(taskId: string): void
   /** Hands waiting tasks to `handler`, oldest first, at most `concurrency` at a time. */

@@ -27,6 +27,7 @@ export class Submissions {
   readonly #files: TaskFiles
   readonly #options: SubmissionOptions
   #draining = false
+  #arriving = 0
 
   constructor(
     ports: { store: TaskStore; queue: TaskQueue; files: TaskFiles },
@@ -61,11 +62,21 @@ export class Submissions {
         retryAfterSeconds: RETRY_AFTER_SECONDS,
       })
     }
-    if (this.#queue.length >= this.#options.queuedMax) {
+    // Those on their way to the queue count as well: many may be at this point at once.
+    if (this.#queue.length + this.#arriving >= this.#options.queuedMax) {
       throw new TaskRunnerError('queue_full', `${this.#queue.length} tasks are waiting already`, {
         retryAfterSeconds: RETRY_AFTER_SECONDS,
       })
     }
+    this.#arriving += 1
+    try {
+      return await this.#accept(request, digest)
+    } finally {
+      this.#arriving -= 1
+    }
+  }
+
+  async #accept(request: TaskRequest, digest: string): Promise<Submitted> {
     const refusal = request.callbackUrl && this.#options.callbackUrlRefusal(request.callbackUrl)
     if (refusal) throw new InvalidRequestError([{ path: 'callback_url', message: refusal }])
     await this.#files.find(request.taskFileName)

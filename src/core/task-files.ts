@@ -3,6 +3,9 @@ import { join, sep } from 'node:path'
 import { InvalidRequestError, TaskRunnerError } from './errors.ts'
 import { mergeWorkerConfigs, type WorkerConfig } from './worker-config.ts'
 
+/** Folders that workers get no copy of. */
+export const NOT_COPIED: readonly string[] = ['.git', '__pycache__']
+
 export const TASK_FILE_EXTENSIONS = ['.py', '.sh', '.js', '.mjs', '.ts'] as const
 
 /** The tasks folder: which files may run, and the worker defaults that lie beside them. */
@@ -21,7 +24,8 @@ export class TaskFiles {
    */
   async find(name: string): Promise<void> {
     const folder = await realpath(this.#folder)
-    const path = await realpath(join(folder, name)).catch(ignoreMissing)
+    const isCopied = !name.split('/').some((part) => NOT_COPIED.includes(part))
+    const path = !isCopied ? undefined : await realpath(join(folder, name)).catch(ignoreMissing)
     if (path !== undefined && !path.startsWith(folder + sep)) {
       throw new InvalidRequestError([
         { path: 'task_file_name', message: 'leads out of the tasks folder' },
@@ -67,7 +71,10 @@ export class TaskFiles {
   }
 }
 
+/** A name that cannot be is as good as one that is not there. */
+const MISSING = new Set(['ENOENT', 'ENOTDIR', 'ENAMETOOLONG', 'ELOOP'])
+
 function ignoreMissing(err: NodeJS.ErrnoException): undefined {
-  if (err.code === 'ENOENT' || err.code === 'ENOTDIR') return undefined
+  if (MISSING.has(err.code ?? '')) return undefined
   throw err
 }

@@ -96,6 +96,7 @@ export class TaskRunner {
   async cancel(taskId: string): Promise<Task> {
     const task = await this.#store.requestCancel(taskId, this.#options.now())
     if (task?.status === 'queued') {
+      this.#queue.remove(taskId)
       const full = await this.#store.get(taskId)
       if (full) await this.#settle({ ...full, claim: task.claim }, CANCELLED)
     }
@@ -228,15 +229,19 @@ export class TaskRunner {
     }
     const { status, reason, exitCode } = outcome
     this.#log.info({ taskId, status, reason, exitCode }, 'task finished')
-    this.#background(this.#tellAndTerminate(task, outcome, log, delivery, keepWorker))
+    this.#background(
+      this.#tell(task, outcome, log, delivery).then(async () => {
+        if (!keepWorker && task.claim > 0) await this.#terminate(task, worker)
+      }),
+    )
   }
 
-  async #tellAndTerminate(
+  /** Settles when the first attempt has ended, whatever it gave. */
+  async #tell(
     task: Task,
     outcome: Outcome,
     logs: LogTail,
     delivery: NewDelivery | undefined,
-    keepWorker: boolean,
   ): Promise<void> {
     if (delivery && task.callbackUrl !== null) {
       await this.#callbacks.attemptNow(task.taskId, delivery, {
@@ -250,7 +255,6 @@ export class TaskRunner {
         },
       })
     }
-    if (!keepWorker && task.claim > 0) await this.#terminate(task)
   }
 
   async #takeLog(worker: Worker, task: Task): Promise<{ log: LogTail; rawBytes: number }> {
@@ -265,9 +269,9 @@ export class TaskRunner {
   }
 
   /** Terminates a worker, again and again until it is gone or we are shutting down. */
-  async #terminate(task: Pick<Task, 'taskId' | 'workerName'>): Promise<void> {
+  async #terminate(task: Pick<Task, 'taskId' | 'workerName'>, known?: Worker): Promise<void> {
     await this.#persistently('terminating a worker', async () => {
-      const worker = await this.#backend.find(task.workerName)
+      const worker = known ?? (await this.#backend.find(task.workerName))
       await worker?.terminate()
       await this.#store.workerTerminated(task.taskId)
     })

@@ -2,20 +2,24 @@ import type { TaskQueue } from '../core/ports.ts'
 
 /** A first-in first-out queue inside the process. It may be lost at any time: the store is the truth. */
 export class EmbeddedQueue implements TaskQueue {
-  #waiting: string[] = []
-  /** Index of the oldest in `#waiting`: shifting an array of 100,000 for each task would be slow. */
-  #head = 0
+  readonly #waiting = new Set<string>()
+  /** Where the oldest is: looking for it anew each time would step over all that went before. */
+  #oldest: Iterator<string> | undefined
   readonly #active = new Set<Promise<void>>()
   #concurrency = 0
   #handler: ((taskId: string) => Promise<void>) | undefined
 
   get length(): number {
-    return this.#waiting.length - this.#head
+    return this.#waiting.size
   }
 
   enqueue(taskId: string): void {
-    this.#waiting.push(taskId)
+    this.#waiting.add(taskId)
     this.#fill()
+  }
+
+  remove(taskId: string): void {
+    this.#waiting.delete(taskId)
   }
 
   resume(taskId: string): void {
@@ -33,14 +37,15 @@ export class EmbeddedQueue implements TaskQueue {
   }
 
   #fill(): void {
-    while (this.#handler && this.length > 0 && this.#active.size < this.#concurrency) {
-      const taskId = this.#waiting[this.#head]
-      this.#head += 1
-      if (this.#head > 1_000 && this.#head * 2 > this.#waiting.length) {
-        this.#waiting = this.#waiting.slice(this.#head)
-        this.#head = 0
+    while (this.#handler && this.#waiting.size > 0 && this.#active.size < this.#concurrency) {
+      this.#oldest ??= this.#waiting.values()
+      const next = this.#oldest.next()
+      if (next.done) {
+        this.#oldest = undefined
+        continue
       }
-      if (taskId !== undefined) this.#hand(taskId)
+      this.#waiting.delete(next.value)
+      this.#hand(next.value)
     }
   }
 

@@ -1,4 +1,5 @@
-import type { FastifyError, FastifyInstance } from 'fastify'
+import type { Socket } from 'node:net'
+import type { FastifyError, FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
 import { type ErrorCode, InvalidRequestError, TaskRunnerError } from '../core/errors.ts'
 
 /** The only place that knows which failure has which HTTP status. */
@@ -36,19 +37,46 @@ const FRAMEWORK_ERRORS: Record<string, [ErrorCode, string]> = {
 }
 
 export function installErrorHandler(app: FastifyInstance): void {
-  app.setErrorHandler((err: FastifyError | TaskRunnerError, request, reply) => {
-    const known = asTaskRunnerError(err)
-    const status = STATUS_OF[known.code]
-    if (status >= 500) request.log.error({ err }, 'request failed')
-    if (known.retryAfterSeconds !== undefined)
-      void reply.header('retry-after', known.retryAfterSeconds)
-    if (known.code === 'unauthorized') void reply.header('www-authenticate', 'Bearer')
-    return reply.code(status).type('application/json').send(bodyOf(known))
-  })
+  app.setErrorHandler(answerError)
   app.setNotFoundHandler((request, reply) => {
     const message = `There is no ${request.method} ${request.url.split('?', 1)[0]}`
     return reply.code(404).send({ success: false, message })
   })
+}
+
+/** Answers what went wrong, wherever it did. */
+export function answerError(
+  err: FastifyError | TaskRunnerError,
+  request: FastifyRequest,
+  reply: FastifyReply,
+): void {
+  const known = asTaskRunnerError(err)
+  const status = STATUS_OF[known.code]
+  if (status >= 500) request.log.error({ err }, 'request failed')
+  if (known.retryAfterSeconds !== undefined) reply.header('retry-after', known.retryAfterSeconds)
+  if (known.code === 'unauthorized') reply.header('www-authenticate', 'Bearer')
+  // Already text: these answers have no schema on routes that do not declare their status.
+  reply
+    .code(status)
+    .type('application/json')
+    .serializer(String)
+    .send(JSON.stringify(bodyOf(known)))
+}
+
+/** What is not HTTP, too long or too slow. Nothing of it is logged: it may hold a token. */
+export function answerBrokenHttp(err: NodeJS.ErrnoException, socket: Socket): void {
+  if (!socket.writable || err.code === 'ECONNRESET') return void socket.destroy()
+  const [status, message] =
+    err.code === 'HPE_HEADER_OVERFLOW'
+      ? ['431 Request Header Fields Too Large', 'The headers are too large']
+      : err.code === 'ERR_HTTP_REQUEST_TIMEOUT'
+        ? ['408 Request Timeout', 'The request came too slowly']
+        : ['400 Bad Request', 'This is not HTTP']
+  const body = JSON.stringify({ success: false, message })
+  const length = Buffer.byteLength(body)
+  socket.end(
+    `HTTP/1.1 ${status}\r\nContent-Type: application/json\r\nContent-Length: ${length}\r\nConnection: close\r\n\r\n${body}`,
+  )
 }
 
 /** The API's one error shape. */

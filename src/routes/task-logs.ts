@@ -6,7 +6,7 @@ import { type Masker, maskedTail } from '../core/masking.ts'
 import type { LogTail, TaskStore, WorkerBackend } from '../core/ports.ts'
 import { isFinal, type Task } from '../core/task.ts'
 import { LOG_BYTES_KEPT } from '../core/task-runner.ts'
-import { incompleteBytes, logText } from '../wire/log-text.ts'
+import { cutLine, incompleteBytes, logText } from '../wire/log-text.ts'
 import { errorResponses } from './responses.ts'
 import { taskIdParams, taskOr404 } from './tasks.ts'
 
@@ -76,7 +76,10 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
         'content-type': 'text/event-stream',
         'cache-control': 'no-store',
         'x-accel-buffering': 'no',
+        // Kept alive, it would keep a service that stops from stopping.
+        connection: 'close',
       })
+      reply.raw.flushHeaders()
       const gone = new AbortController()
       reply.raw.on('close', () => gone.abort())
       const signal = AbortSignal.any([gone.signal, closing.signal])
@@ -124,27 +127,27 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
         const { totalBytes } = await worker.logs({ maxBytes: 0 })
         at = Math.max(0, totalBytes - start.maxBytes)
       }
-      const masked = maskerFor(task).stream()
-      // A character may be cut by the border of two pieces: its beginning waits for its end.
+      const masker = maskerFor(task)
+      const before = Math.min(masker.overlapBytes, at)
+      const masked = masker.stream(before)
+      let read = at - before
+      // A character, or a line end, may be cut by the border of two pieces: its beginning waits for its end.
       let rest: Buffer = Buffer.alloc(0)
       const sendPiece = async (bytes: Buffer, isLast: boolean) => {
         const piece = Buffer.concat([rest, bytes])
-        const whole = isLast ? piece.length : piece.length - incompleteBytes(piece)
+        const whole = isLast ? piece.length : piece.length - unfinishedBytes(piece)
         rest = piece.subarray(whole)
         at = read - masked.heldBytes() - rest.length
         if (whole > 0) {
           await send(response, signal, { id: at, data: piece.subarray(0, whole).toString() })
         }
       }
-      let read = at
-      // A tail begins with a whole line: half of one could hold half of a secret.
-      let isInsideLine = start.from === undefined && at > 0
-      for await (const bytes of worker.follow({ from: at, signal })) {
+      for await (const bytes of worker.follow({ from: read, signal })) {
         read += bytes.length
-        const shown = isInsideLine ? bytes.subarray(bytes.indexOf('\n') + 1) : bytes
-        isInsideLine = false
-        await sendPiece(masked.push(shown), false)
+        await sendPiece(masked.push(bytes), false)
       }
+      // Cut short by us: what was held back may be half a secret, and comes whole when they ask again.
+      if (signal.aborted) return
       await sendPiece(masked.flush(), true)
     }
     const ended = await finalTask(task, signal)
@@ -157,12 +160,10 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
       // bytes again than leave any out.
       const maskedBytes = (ended.logBytes ?? 0) - log.totalBytes
       const from = at === undefined ? log.totalBytes - start.maxBytes : at - maskedBytes
-      const missing = log.content.subarray(Math.max(0, from - keptFrom))
-      if (missing.length > 0) {
-        await send(response, signal, {
-          id: ended.logBytes ?? log.totalBytes,
-          data: missing.toString(),
-        })
+      const cut = at === undefined ? '' : cutLine(keptFrom - from)
+      const missing = log.content.subarray(Math.max(0, from - keptFrom)).toString()
+      if (missing !== '') {
+        await send(response, signal, { id: ended.logBytes ?? log.totalBytes, data: cut + missing })
       }
     }
     const { status, reason } = ended
@@ -190,6 +191,13 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
     }
     return undefined
   }
+}
+
+const CARRIAGE_RETURN = 13
+
+/** How many bytes at the end wait for what follows: a character, or a line end of two. */
+function unfinishedBytes(piece: Buffer): number {
+  return piece.at(-1) === CARRIAGE_RETURN ? 1 : incompleteBytes(piece)
 }
 
 /** One event; waits while the reader is slower than the log. */

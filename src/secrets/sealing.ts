@@ -1,5 +1,5 @@
-import { createCipheriv, createDecipheriv, createHmac, randomBytes } from 'node:crypto'
-import { chmod, link, readFile, unlink, writeFile } from 'node:fs/promises'
+import { createCipheriv, createDecipheriv, createHmac, randomBytes, randomUUID } from 'node:crypto'
+import { link, readFile, unlink, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 
 const KEY_BYTES = 32
@@ -54,12 +54,12 @@ export async function keyFromFolder(folder: string): Promise<Buffer> {
   })
   if (stored !== undefined) return Buffer.from(stored, 'base64')
   // Linked into place whole: a crash never leaves half a key, and a second maker finds the first one's.
-  const draft = join(folder, `sealing.key.${process.pid}`)
+  const draft = join(folder, `sealing.key.${randomUUID()}`)
   await writeFile(draft, `${randomBytes(KEY_BYTES).toString('base64')}\n`, {
     mode: 0o600,
+    flag: 'wx',
     flush: true,
   })
-  await chmod(draft, 0o600)
   await link(draft, path).catch((err: NodeJS.ErrnoException) => {
     if (err.code !== 'EEXIST') throw err
   })

@@ -1,4 +1,4 @@
-import { chmod, mkdir } from 'node:fs/promises'
+import { mkdir, open } from 'node:fs/promises'
 import { dirname } from 'node:path'
 import { Worker } from 'node:worker_threads'
 import {
@@ -26,6 +26,10 @@ const TYPES = { serial: 'integer primary key autoincrement', bytes: 'blob' }
  */
 export async function openSqlite(path: string): Promise<Connection> {
   await mkdir(dirname(path), { recursive: true, mode: 0o700 })
+  // Made here for its mode, which SQLite gives to the files beside it as well.
+  const file = await open(path, 'a', 0o600)
+  await file.chmod(0o600)
+  await file.close()
   const thread = new SqliteThread(path)
   const db = new Kysely<Database>({
     dialect: {
@@ -36,7 +40,6 @@ export async function openSqlite(path: string): Promise<Connection> {
     },
   })
   try {
-    await chmod(path, 0o600).catch(() => thread.ready)
     await thread.ready
     const { error } = await new Migrator({
       db,

@@ -268,6 +268,22 @@ export class SqlTaskStore implements TaskStore {
     return Number(numDeletedRows)
   }
 
+  /** Throws when the newest task was sealed with another key: better at the start than task by task. */
+  async verifyKey(): Promise<void> {
+    const row = await this.#db
+      .selectFrom('tasks')
+      .select(['task_id', 'sealed'])
+      .orderBy('seq', 'desc')
+      .limit(1)
+      .executeTakeFirst()
+    if (!row) return
+    try {
+      this.#unseal(row)
+    } catch (cause) {
+      throw new Error('the stored tasks were encrypted with another SEALING_KEY', { cause })
+    }
+  }
+
   async check(): Promise<void> {
     await this.#db.selectFrom('tasks').select('seq').limit(1).execute()
   }

@@ -8,7 +8,12 @@ export function logText(log: LogTail): string {
   const { content, totalBytes } = log
   if (totalBytes <= content.length) return content.toString()
   const kept = content.subarray(characterStart(content))
-  return `[task-runner] ${totalBytes - kept.length} bytes of log before this line were cut\n${kept.toString()}`
+  return cutLine(totalBytes - kept.length) + kept.toString()
+}
+
+/** Says that the beginning of a log is not there; empty when it is. */
+export function cutLine(bytes: number): string {
+  return bytes > 0 ? `[task-runner] ${bytes} bytes of log before this line were cut\n` : ''
 }
 
 /** Index of the first byte that is not the rest of a character begun earlier (UTF-8 has at most 3 of these). */

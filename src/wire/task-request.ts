@@ -39,9 +39,11 @@ const bearerToken = z
 export function taskRequestSchema(timeoutSecondsMax: number) {
   return z
     .strictObject({
-      task_id: line(255).describe(
-        'Your name for this run, and its idempotency key: the same id with the same request starts nothing new',
-      ),
+      task_id: line(255)
+        .refine((id) => id !== '.' && id !== '..', 'must not be a relative path')
+        .describe(
+          'Your name for this run, and its idempotency key: the same id with the same request starts nothing new',
+        ),
       task_file_name: taskFileName.describe(
         `A file of the tasks folder (${TASK_FILE_EXTENSIONS.join(' ')})`,
       ),

@@ -12,7 +12,8 @@ const VARIABLES_BYTES_MAX = 1_000_000
 /** Set by the service, or read-only or numeric in shells, which would refuse to start the task. */
 const RESERVED_VARIABLES = new Set([
   ...['TASK_ID', 'TASK_FILE_NAME', 'WORKER_NAME'],
-  ...['OPTIND', 'PPID', 'UID', 'EUID', 'SHELLOPTS', 'BASHOPTS', '_'],
+  ...['OPTIND', 'PPID', 'UID', 'EUID', 'SHELLOPTS', 'BASHOPTS'],
+  ...['BASH_VERSINFO', '_'],
 ])
 
 const variableName = z
@@ -21,7 +22,13 @@ const variableName = z
   .refine((name) => !RESERVED_VARIABLES.has(name), 'is reserved')
 
 const envVariables = z
-  .record(variableName, z.union([text(VARIABLE_BYTES_MAX), z.number(), z.boolean()]))
+  .record(
+    variableName,
+    z.union(
+      [text(VARIABLE_BYTES_MAX), z.number(), z.boolean()],
+      'must be a string, number or boolean',
+    ),
+  )
   .superRefine((variables, context) => {
     let total = 0
     for (const [name, value] of Object.entries(variables)) {
@@ -38,10 +45,10 @@ const envVariables = z
     }
   })
 
-const gitRemote = z
-  .string()
-  .max(2048)
-  .refine((url) => /^(https?|ssh):\/\/[^\s]+$/.test(url), 'must be an http(s) or ssh URL')
+const gitRemote = line(2048).refine(
+  (url) => /^(https?|ssh):\/\/[^\s]+$/.test(url),
+  'must be an http(s) or ssh URL',
+)
 
 export const gitConfigSchema = z
   .strictObject({
@@ -135,13 +142,14 @@ type WireFields = z.output<typeof additionalSchema>
 export function toWorkerConfig(
   { additional_params, ...outright }: z.output<typeof workerConfigSchema>,
   path: string[] = ['worker_config'],
+  prepare: (fields: object) => object = (fields) => fields,
 ): WorkerConfig {
   const given = fromFields(outright, path)
   if (additional_params == null || additional_params === '') return given
   const hidden = [...path, 'additional_params']
   return mergeWorkerConfigs(
     fromFields(
-      parseWith(additionalSchema, decodeParams(additional_params, hidden), hidden),
+      parseWith(additionalSchema, prepare(decodeParams(additional_params, hidden)), hidden),
       hidden,
     ),
     given,
@@ -150,14 +158,25 @@ export function toWorkerConfig(
 
 /** A worker defaults file: in it `null`, `""` and `"None"` count as absent. */
 export function parseWorkerFile(json: string): WorkerConfig {
-  const whole: unknown = JSON.parse(json)
+  let whole: unknown
+  try {
+    whole = JSON.parse(json)
+  } catch {
+    // The parser's own words would repeat a piece of the file.
+    throw new Error('it is not valid JSON')
+  }
   if (whole === null || typeof whole !== 'object' || Array.isArray(whole)) {
     throw new Error('it does not hold a JSON object')
   }
-  const present = Object.entries(whole).filter(
+  const fields = parseWith(workerConfigSchema, withoutAbsent(whole))
+  return toWorkerConfig(fields, [], withoutAbsent)
+}
+
+function withoutAbsent(fields: object): object {
+  const present = Object.entries(fields).filter(
     ([, value]) => value !== null && value !== '' && value !== 'None',
   )
-  return toWorkerConfig(parseWith(workerConfigSchema, Object.fromEntries(present)), [])
+  return Object.fromEntries(present)
 }
 
 /** Domain -> wire for answers: values of variables are masked, secrets are not there at all. */
@@ -224,7 +243,7 @@ function fromGitConfig(wire: z.output<typeof gitConfigSchema>): GitConfig {
   })
 }
 
-function decodeParams(base64: string, path: string[]): unknown {
+function decodeParams(base64: string, path: string[]): object {
   const wrong = (message: string) => new InvalidRequestError([{ path: path.join('.'), message }])
   if (!/^[A-Za-z0-9+/\s]*={0,2}\s*$/.test(base64)) throw wrong('is not base64')
   let whole: unknown

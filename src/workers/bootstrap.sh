@@ -10,13 +10,15 @@
 # startup.sh (only with a startup script), and, written here, exit: "<phase> <exit code>".
 # Needs only sh and what the task itself needs.
 
-# choose_interpreter TASK_FILE PYTHON SHELL NODE: sets $interpreter and $option
+# Our variables have names that no task uses: one that came with the environment would reach the task changed.
+
+# choose_interpreter TASK_FILE PYTHON SHELL NODE: sets $__tr_interpreter and $__tr_option
 choose_interpreter() {
-  option=
+  __tr_option=
   case $1 in
-    *.py) interpreter=$2 option=-u ;; # unbuffered, so that logs flow
-    *.sh) interpreter=$3 ;;
-    *) interpreter=$4 ;;
+    *.py) __tr_interpreter=$2 __tr_option=-u ;; # unbuffered, so that logs flow
+    *.sh) __tr_interpreter=$3 ;;
+    *) __tr_interpreter=$4 ;;
   esac
 }
 
@@ -28,19 +30,19 @@ finish() {
 run() {
   if [ -f "$1/startup.sh" ]; then
     (cd "$1/home" && exec "$4" "$1/startup.sh")
-    code=$?
-    if [ "$code" != 0 ]; then
-      echo "[task-runner] the startup script failed with exit code $code"
-      finish "$1" startup "$code"
-      exit "$code"
+    __tr_code=$?
+    if [ "$__tr_code" != 0 ]; then
+      echo "[task-runner] the startup script failed with exit code $__tr_code"
+      finish "$1" startup "$__tr_code"
+      exit "$__tr_code"
     fi
   fi
   choose_interpreter "$2" "$3" "$4" "$5"
-  cd "$1/tasks" || exit 1
-  "$interpreter" $option "./$2"
-  code=$?
-  finish "$1" task "$code"
-  exit "$code"
+  # shellcheck disable=SC2086 # no option is no argument
+  cd "$1/tasks" && "$__tr_interpreter" $__tr_option "./$2"
+  __tr_code=$?
+  finish "$1" task "$__tr_code"
+  exit "$__tr_code"
 }
 
 case ${1-} in

@@ -15,10 +15,12 @@ import {
   renameSync,
   rmSync,
   statSync,
+  symlinkSync,
   writeFileSync,
 } from 'node:fs'
-import { join, sep } from 'node:path'
+import { dirname, join, relative, sep } from 'node:path'
 import type { LogTail } from '../../core/ports.ts'
+import { NOT_COPIED } from '../../core/task-files.ts'
 import type { ProcessIdentity } from './processes.ts'
 
 /** `worker.json`. */
@@ -43,14 +45,19 @@ export interface Contents {
   notes: string[]
 }
 
-const NOT_COPIED = new Set(['.git', 'node_modules', '__pycache__', '.venv'])
+/** Installed packages are many files that tasks only read. */
+const LINKED: readonly string[] = ['node_modules', '.venv']
 const CRLF_LOOK_BYTES = 4096
 
 /** Makes the folder ready for its task. `worker.json` comes last, by renaming: with it the folder is whole. */
 export function prepare(folder: string, tasksDir: string, contents: Contents): void {
-  remove(folder)
-  mkdirSync(folder, { mode: 0o700 })
-  chmodSync(folder, 0o700)
+  try {
+    mkdirSync(folder, { mode: 0o700 })
+  } catch (err) {
+    if ((err as NodeJS.ErrnoException).code !== 'EEXIST') throw err
+    remove(folder)
+    mkdirSync(folder, { mode: 0o700 })
+  }
   for (const name of ['home', 'tmp']) mkdirSync(join(folder, name), { mode: 0o700 })
   copyTasks(realpathSync(tasksDir), join(folder, 'tasks'))
   if (contents.startupScript !== undefined) {
@@ -120,10 +127,11 @@ function writeRecord(folder: string, record: WorkerRecord): void {
 function copyTasks(from: string, to: string, root = from): void {
   mkdirSync(to, { mode: 0o700 })
   for (const entry of readdirSync(from, { withFileTypes: true })) {
-    if (NOT_COPIED.has(entry.name)) continue
+    if (NOT_COPIED.includes(entry.name)) continue
     const source = join(from, entry.name)
     const target = join(to, entry.name)
-    if (entry.isDirectory()) copyTasks(source, target, root)
+    if (LINKED.includes(entry.name)) symlinkSync(source, target)
+    else if (entry.isDirectory()) copyTasks(source, target, root)
     else if (entry.isFile()) copyFileSync(source, target, constants.COPYFILE_FICLONE)
     else if (entry.isSymbolicLink()) copyLinked(source, target, root)
   }
@@ -132,10 +140,10 @@ function copyTasks(from: string, to: string, root = from): void {
 function copyLinked(link: string, target: string, root: string): void {
   if (!existsSync(link)) return
   const real = realpathSync(link)
-  // Only files: a linked folder could contain itself.
-  if (real.startsWith(root + sep) && statSync(real).isFile()) {
-    copyFileSync(real, target, constants.COPYFILE_FICLONE)
-  }
+  if (!real.startsWith(root + sep)) return
+  if (statSync(real).isFile()) copyFileSync(real, target, constants.COPYFILE_FICLONE)
+  // Leads to the same place inside the copy; a linked folder may contain itself.
+  else symlinkSync(relative(dirname(link), real), target)
 }
 
 /** What a user would otherwise search for long. */

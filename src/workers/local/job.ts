@@ -38,18 +38,17 @@ export function jobText(job: Job, interpreters: Interpreters, bootstrap: string)
   const redirects = `</dev/null >>${folder}/log 2>&1`
   const command = job.hasStartupScript
     ? `/bin/sh ${quote(bootstrap)} run ${folder} ${file} ${commands}`
-    : `"$interpreter" $option ${quote(`./${job.taskFileName}`)}`
+    : `"$__tr_interpreter" $__tr_option ${quote(`./${job.taskFileName}`)}`
   return [
     '{',
     `cd ${folder}/tasks && echo yes >${folder}/started && {`,
     `choose_interpreter ${file} ${commands}`,
     `${environment}${command} ${redirects}`,
-    'code=$?',
-    'cd /',
-    `finish ${folder} task "$code"`,
-    // Ignoring PIPE only here: the task must not inherit it.
-    `trap '' PIPE; echo ${quote(job.name)}; trap - PIPE`,
+    `finish ${folder} task $?`,
     '}',
+    'cd /',
+    // Told also when the task could not begin. Ignoring PIPE only here: the task must not inherit it.
+    `trap '' PIPE; echo ${quote(job.name)}; trap - PIPE`,
     '}',
     '',
   ].join('\n')

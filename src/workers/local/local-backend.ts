@@ -144,6 +144,8 @@ async function* follow(
 
 /** The promise's outcome, or a rejection as soon as `signal` aborts. */
 async function until<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
+  // When the abort comes first, nobody waits for the promise any more.
+  promise.catch(() => {})
   signal.throwIfAborted()
   const aborted = Promise.withResolvers<never>()
   const onAbort = () => aborted.reject(signal.reason)

@@ -33,6 +33,9 @@ export interface WorkerInfo {
 const WATCH_MS = 100
 const KILL_ROUND_MS = 5
 const KILL_ROUNDS_MAX = 400
+const BEGIN_ROUNDS_MAX = 200
+/** A process id used again could hide a leftover from the finder's memory for so long. */
+const FORGET_MS = 60_000
 
 /** A worker whose task has not ended, as far as we know. */
 interface Live {
@@ -56,6 +59,7 @@ export class LocalWorkers {
   readonly #terminating = new Set<string>()
   readonly #leftovers = new LeftoverFinder()
   readonly #watch: NodeJS.Timeout
+  readonly #forget: NodeJS.Timeout
 
   constructor(settings: LocalSettings) {
     this.#settings = settings
@@ -66,6 +70,7 @@ export class LocalWorkers {
       if (!folders.readRecord(folder)) folders.remove(folder)
     }
     this.#watch = setInterval(() => this.#look(), WATCH_MS)
+    this.#forget = setInterval(() => this.#leftovers.forget(), FORGET_MS)
   }
 
   /** Idempotent by name: a task that was started is attached to, never started again. */
@@ -91,6 +96,7 @@ export class LocalWorkers {
       })
     } catch (err) {
       this.#idleSlots.push(slot)
+      folders.remove(folder)
       throw err
     }
     this.#live.set(spec.name, newLive(folder, record, slot))
@@ -126,7 +132,9 @@ export class LocalWorkers {
 
   async completion(name: string): Promise<Completion> {
     const live = this.#live.get(name) ?? this.#attach(name)
-    return live ? live.ended.promise : this.#completionOf(this.#folder(name))
+    if (live) return live.ended.promise
+    await this.#endLeftovers(name)
+    return this.#completionOf(this.#folder(name))
   }
 
   tail(name: string, maxBytes: number): LogTail {
@@ -136,8 +144,15 @@ export class LocalWorkers {
   /** TERM to the task's group, KILL after the grace period, then whatever carries the worker's name. */
   async stop(name: string): Promise<void> {
     const live = this.#live.get(name) ?? this.#attach(name)
-    if (!live) return
+    if (!live) {
+      await this.#endLeftovers(name)
+      return
+    }
     const { pid } = live.record.slot
+    // A shell that has not begun would take the signal for itself, and then begin.
+    for (let round = 0; round < BEGIN_ROUNDS_MAX && !folders.hasStarted(live.folder); round += 1) {
+      await pause(KILL_ROUND_MS)
+    }
     if (isAlive(live.record.slot)) signalGroup(pid, 'SIGTERM')
     const inTime = new AbortController()
     const ended = live.ended.promise.then(() => inTime.abort())
@@ -158,7 +173,7 @@ export class LocalWorkers {
     this.#terminating.add(name)
     try {
       await this.stop(name)
-      if (!(await this.#endLeftovers(name, undefined))) {
+      if (!(await this.#endLeftovers(name))) {
         throw new Error('processes of the worker cannot be ended')
       }
       folders.remove(this.#folder(name))
@@ -170,6 +185,7 @@ export class LocalWorkers {
   /** Lets go: tasks under way end without us. */
   close(): void {
     clearInterval(this.#watch)
+    clearInterval(this.#forget)
     for (const slot of this.#idleSlots) slot.retire()
     for (const { slot } of this.#live.values()) slot?.retire()
   }
@@ -179,8 +195,9 @@ export class LocalWorkers {
     const folder = this.#folder(name)
     const record = folders.readRecord(folder)
     if (!record) return undefined
+    if (this.#live.has(name)) return this.#info(record)
     // Its shell either has the job in its pipe and is about to start it, or sees the pipe's end and goes.
-    while (!this.#live.has(name) && !folders.hasStarted(folder) && isAlive(record.slot)) {
+    while (!folders.hasStarted(folder) && isAlive(record.slot)) {
       await pause(KILL_ROUND_MS)
     }
     return folders.hasStarted(folder) ? this.#info(record) : undefined
@@ -229,8 +246,8 @@ export class LocalWorkers {
   async #settle(live: Live): Promise<void> {
     if (live.settling) return
     live.settling = true
-    const { name, slot } = live.record
-    const clean = await this.#endLeftovers(name, slot.pid)
+    const { name } = live.record
+    const clean = await this.#endLeftovers(name)
     this.#live.delete(name)
     if (live.slot?.isAlive) {
       if (clean) this.#idleSlots.push(live.slot)
@@ -248,25 +265,23 @@ export class LocalWorkers {
     )
   }
 
-  /** False: some cannot be ended (another user's, or stuck in the kernel). */
-  async #endLeftovers(name: string, group: number | undefined): Promise<boolean> {
-    // A shell that is gone leaves its number to others once its group is empty.
-    const slotPid =
-      group !== undefined && (identify(group) === undefined || this.#isSlotOf(name, group))
-        ? group
-        : undefined
+  /**
+   * Ends whatever carries the worker's name or is in the group of its shell, besides the shell. False: some
+   * cannot be ended (another user's, or stuck in the kernel).
+   */
+  async #endLeftovers(name: string): Promise<boolean> {
+    const slot = folders.readRecord(this.#folder(name))?.slot
+    // The group counts while the shell is this worker's, and after it has gone. A shell that serves another
+    // worker by now, or a process that got its number, has a group of others.
+    const isOwn = slot && (this.#live.has(name) || identify(slot.pid) === undefined)
+    const group = isOwn ? slot.pid : undefined
     for (let round = 0; round < KILL_ROUNDS_MAX; round += 1) {
-      const pids = this.#leftovers.find(name, slotPid)
+      const pids = this.#leftovers.find(name, group)
       if (pids.length === 0) return true
       for (const pid of pids) kill(pid)
       await pause(KILL_ROUND_MS)
     }
     return false
-  }
-
-  #isSlotOf(name: string, pid: number): boolean {
-    const slot = this.#live.get(name)?.record.slot
-    return slot !== undefined && slot.pid === pid && isAlive(slot)
   }
 
   #completionOf(folder: string): Completion {

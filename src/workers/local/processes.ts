@@ -54,7 +54,9 @@ export class LeftoverFinder {
         known.set(pid, { worker: process_.worker, group: process_.group })
       }
       if (pid === group) continue
-      if (process_.worker === workerName || process_.group === group) found.push(pid)
+      const belongs = process_.worker === workerName || process_.group === group
+      // Asked again: what was known alive may be a zombie by now, which nobody can end.
+      if (belongs && identify(pid)) found.push(pid)
     }
     this.#known = known
     return found

@@ -1,4 +1,6 @@
-import { type ChildProcessWithoutNullStreams, spawn } from 'node:child_process'
+import { type ChildProcessByStdio, spawn } from 'node:child_process'
+import { Socket } from 'node:net'
+import type { Readable, Writable } from 'node:stream'
 import { quote } from './job.ts'
 import { identify, type ProcessIdentity } from './processes.ts'
 
@@ -10,7 +12,7 @@ import { identify, type ProcessIdentity } from './processes.ts'
  */
 export class SlotShell {
   readonly identity: ProcessIdentity
-  readonly #child: ChildProcessWithoutNullStreams
+  readonly #child: ChildProcessByStdio<Writable, Readable, null>
 
   /** `onTaskEnd` is called with the name of the worker whose task has ended, its exit file being written. */
   constructor(options: {
@@ -19,7 +21,12 @@ export class SlotShell {
     onTaskEnd: (name: string) => void
     onExit: () => void
   }) {
-    this.#child = spawn('/bin/sh', ['-s'], { cwd: '/', detached: true, env: {}, stdio: 'pipe' })
+    this.#child = spawn('/bin/sh', ['-s'], {
+      cwd: '/',
+      detached: true,
+      env: {},
+      stdio: ['pipe', 'pipe', 'ignore'],
+    })
     const { pid } = this.#child
     this.#child.on('error', options.onExit)
     this.#child.on('exit', options.onExit)
@@ -28,7 +35,6 @@ export class SlotShell {
     this.identity = identity
     // The shell's end is told by its exit event.
     this.#child.stdin.on('error', () => {})
-    this.#child.stderr.resume()
     let unread = ''
     this.#child.stdout.setEncoding('utf8').on('data', (chunk: string) => {
       const lines = (unread + chunk).split('\n')
@@ -49,9 +55,13 @@ export class SlotShell {
     this.#child.stdin.write(job)
   }
 
-  /** It ends after its current task. */
+  /** It ends after its current task, for which nobody here waits. */
   retire(): void {
     this.#child.stdin.end()
     this.#child.unref()
+    for (const pipe of [this.#child.stdin, this.#child.stdout]) {
+      // They are; the types only say streams.
+      if (pipe instanceof Socket) pipe.unref()
+    }
   }
 }

@@ -1,0 +1,62 @@
+import { createServer } from 'node:http'
+import type { AddressInfo } from 'node:net'
+
+/** Takes callbacks, answers at once, counts each delivery once, and knows which failed. */
+export class Receiver implements AsyncDisposable {
+  readonly #server
+  readonly #seen = new Set<string>()
+  readonly #waiting = new Set<{ count: number; reached: () => void }>()
+  failed = 0
+
+  private constructor() {
+    this.#server = createServer((request, response) => {
+      const chunks: Buffer[] = []
+      request.on('data', (chunk: Buffer) => chunks.push(chunk))
+      request.on('end', () => {
+        response.end('{}')
+        const id = String(request.headers['webhook-id'])
+        if (this.#seen.has(id)) return
+        this.#seen.add(id)
+        if (!Buffer.concat(chunks).includes('"success":true')) this.failed += 1
+        for (const waiting of this.#waiting) {
+          if (this.#seen.size >= waiting.count) waiting.reached()
+        }
+      })
+    })
+  }
+
+  static async start(): Promise<Receiver> {
+    const receiver = new Receiver()
+    await new Promise<void>((resolve) => receiver.#server.listen(0, '127.0.0.1', resolve))
+    return receiver
+  }
+
+  get url(): string {
+    // Holds: a TCP server that listens.
+    const { port } = this.#server.address() as AddressInfo
+    return `http://127.0.0.1:${port}/callback`
+  }
+
+  get count(): number {
+    return this.#seen.size
+  }
+
+  async reaches(count: number): Promise<void> {
+    if (this.count >= count) return
+    await new Promise<void>((resolve) => {
+      const waiting = {
+        count,
+        reached: () => {
+          this.#waiting.delete(waiting)
+          resolve()
+        },
+      }
+      this.#waiting.add(waiting)
+    })
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.#server.closeAllConnections()
+    await new Promise((resolve) => this.#server.close(resolve))
+  }
+}

@@ -1,0 +1,145 @@
+import { mkdir, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { Pool } from 'undici'
+import { open } from './open.ts'
+import { NodeProcess } from './process.ts'
+
+const MAIN = new URL('../src/main.ts', import.meta.url).pathname
+const CONNECTIONS = 8
+/** What tasks see of the environment, on both sides of a comparison. */
+export const ENVIRONMENT = { PATH: '/usr/local/bin:/usr/bin:/bin', LANG: 'C.UTF-8' }
+export const PYTHON = '/usr/bin/python3'
+
+export interface Accepted {
+  taskId: string
+  latencyMs: number
+}
+
+/** The real service, as `npm start` runs it, on folders of its own; whatever it started ends with it. */
+export class Service implements AsyncDisposable {
+  readonly process: NodeProcess
+  readonly folder: string
+  readonly #pool: Pool
+  readonly #callbackUrl: string | null
+  #submitted = 0
+  #closed: Promise<void> | undefined
+
+  private constructor(
+    folder: string,
+    options: { process: NodeProcess; address: string; callbackUrl: string | null },
+  ) {
+    this.folder = folder
+    this.process = options.process
+    this.#pool = new Pool(options.address, { connections: CONNECTIONS })
+    this.#callbackUrl = options.callbackUrl
+    open.add(this)
+  }
+
+  static async start(options: {
+    /** Name -> text of each task file. */
+    tasks: Record<string, string>
+    callbackUrl: string | null
+    env?: Record<string, string>
+    nodeOptions?: readonly string[]
+  }): Promise<Service> {
+    const folder = await mkdtemp(join(tmpdir(), 'task-runner-bench-'))
+    const tasksDir = join(folder, 'tasks')
+    await mkdir(tasksDir)
+    for (const [name, text] of Object.entries(options.tasks)) {
+      await writeFile(join(tasksDir, name), text)
+    }
+    const process = new NodeProcess([...(options.nodeOptions ?? []), MAIN], {
+      folder,
+      env: {
+        ...ENVIRONMENT,
+        PORT: '0',
+        DATA_DIR: join(folder, 'data'),
+        TASKS_DIR: tasksDir,
+        PYTHON_COMMAND: PYTHON,
+        SHELL_COMMAND: '/usr/bin/bash',
+        SHUTDOWN_GRACE_SECONDS: '1',
+        ...options.env,
+      },
+    })
+    const listening = await process
+      .line((line) => line.includes('"msg":"listening"'))
+      .catch(async (err: unknown) => {
+        await process[Symbol.asyncDispose]()
+        await rm(folder, { recursive: true })
+        throw err
+      })
+    // Holds: main.ts logs the address with this message.
+    const { address } = JSON.parse(listening) as { address: string }
+    return new Service(folder, { process, address, callbackUrl: options.callbackUrl })
+  }
+
+  /** Throws unless the answer is 200, which means that the task is on disk. */
+  async submit(taskFileName: string): Promise<Accepted> {
+    this.#submitted += 1
+    const taskId = `bench-${this.#submitted}`
+    const startedAt = performance.now()
+    const { statusCode, body } = await this.#pool.request({
+      method: 'POST',
+      path: '/task-runner',
+      headers: { 'content-type': 'application/json' },
+      body: JSON.stringify({
+        task_id: taskId,
+        task_file_name: taskFileName,
+        worker_config: {},
+        callback_url: this.#callbackUrl,
+      }),
+    })
+    const text = await body.text()
+    if (statusCode !== 200) throw new Error(`not accepted: ${statusCode} ${text}`)
+    return { taskId, latencyMs: performance.now() - startedAt }
+  }
+
+  /** Keeps all connections busy until `count` tasks are accepted. */
+  async submitMany(taskFileName: string, count: number): Promise<void> {
+    let left = count
+    const client = async () => {
+      while (left > 0) {
+        left -= 1
+        await this.submit(taskFileName)
+      }
+    }
+    await Promise.all(Array.from({ length: CONNECTIONS }, client))
+  }
+
+  /** The cheapest answer the service can give: a round trip that touches neither store nor workers. */
+  async ping(): Promise<void> {
+    const { body } = await this.#pool.request({ method: 'GET', path: '/health/live' })
+    await body.dump()
+  }
+
+  async task(taskId: string): Promise<Record<string, unknown>> {
+    const { body } = await this.#pool.request({ method: 'GET', path: `/tasks/${taskId}` })
+    // Holds: every answer of the API is a JSON object.
+    return (await body.json()) as Record<string, unknown>
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    this.#closed ??= this.#close()
+    return this.#closed
+  }
+
+  async #close(): Promise<void> {
+    open.delete(this)
+    await this.#pool.destroy()
+    await this.process[Symbol.asyncDispose]()
+    await this.#endTasks()
+    await rm(this.folder, { recursive: true, force: true, maxRetries: 5 })
+  }
+
+  /** Local tasks outlive the service by design. */
+  async #endTasks(): Promise<void> {
+    const workersDir = join(this.folder, 'data', 'workers')
+    for (const name of await readdir(workersDir).catch(() => [])) {
+      const record = await readFile(join(workersDir, name, 'worker.json'), 'utf8').catch(() => '')
+      const pid = Number(/"pid":(\d+)/.exec(record)?.[1])
+      const command = await readFile(`/proc/${pid}/cmdline`, 'utf8').catch(() => '')
+      if (command === '/bin/sh\0-s\0') process.kill(-pid, 'SIGKILL')
+    }
+  }
+}

@@ -1,0 +1,81 @@
+/** What the machine itself can do, without us. */
+import { spawn } from 'node:child_process'
+import { once } from 'node:events'
+import { type FileHandle, mkdtemp, open as openFile, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { open } from './open.ts'
+import { ENVIRONMENT, PYTHON } from './service.ts'
+
+const INTERPRETERS: Record<string, string> = { sh: '/usr/bin/bash', py: `${PYTHON} -u` }
+const WRITE_BYTES = 4096
+
+/** A shell command line, in milliseconds. Its output is dropped unless it redirects it. */
+export async function timeOf(command: string, folder: string): Promise<number> {
+  const startedAt = performance.now()
+  const child = spawn('/bin/sh', ['-c', command], {
+    cwd: folder,
+    env: { ...ENVIRONMENT, HOME: folder },
+    stdio: ['ignore', 'ignore', 'inherit'],
+  })
+  const [code] = await once(child, 'exit')
+  if (code !== 0) throw new Error(`exit code ${code} from: ${command}`)
+  return performance.now() - startedAt
+}
+
+export type ScriptsPerSecond = (file: string, count: number, folder: string) => Promise<number>
+
+/** Ways to run a script many times, all with the interpreter the service uses, writing to one file. */
+export const RUN_MANY: Record<string, ScriptsPerSecond> = {
+  'shell loop': async (file, count, folder) => {
+    const loop = `i=0; while [ $i -lt ${count} ]; do ${interpreter(file)} ./${file}; i=$((i+1)); done`
+    return (count * 1000) / (await timeOf(`{ ${loop}; } >output </dev/null`, folder))
+  },
+  'xargs -P2': xargs(2),
+  'xargs -P4': xargs(4),
+  'xargs -P8': xargs(8),
+}
+
+function xargs(processes: number): ScriptsPerSecond {
+  return async (file, count, folder) => {
+    const command = `seq ${count} | xargs -P ${processes} -n 1 ${interpreter(file)} ./${file} >output`
+    return (count * 1000) / (await timeOf(command, folder))
+  }
+}
+
+function interpreter(file: string): string {
+  const command = INTERPRETERS[file.slice(file.lastIndexOf('.') + 1)]
+  if (command === undefined) throw new Error(`no interpreter for ${file}`)
+  return command
+}
+
+/** Appends and waits for the disk, as any durable accept must. Returns the milliseconds each took. */
+export class DurableWriter implements AsyncDisposable {
+  readonly folder: string
+  readonly #file: FileHandle
+  readonly #content = Buffer.alloc(WRITE_BYTES, 'x')
+
+  private constructor(folder: string, file: FileHandle) {
+    this.folder = folder
+    this.#file = file
+    open.add(this)
+  }
+
+  static async start(): Promise<DurableWriter> {
+    const folder = await mkdtemp(join(tmpdir(), 'task-runner-bench-disk-'))
+    return new DurableWriter(folder, await openFile(join(folder, 'file'), 'a'))
+  }
+
+  async write(): Promise<number> {
+    const startedAt = performance.now()
+    await this.#file.write(this.#content)
+    await this.#file.datasync()
+    return performance.now() - startedAt
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    if (!open.delete(this)) return
+    await this.#file.close()
+    await rm(this.folder, { recursive: true })
+  }
+}

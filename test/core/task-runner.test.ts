@@ -1,0 +1,743 @@
+import { mkdtemp, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest'
+import { CallbackDispatcher } from '../../src/core/callbacks.ts'
+import { Masker } from '../../src/core/masking.ts'
+import {
+  type AttemptResult,
+  type CallbackSender,
+  type Completion,
+  type Logger,
+  type NewTask,
+  type TaskStore,
+  type Worker,
+  type WorkerBackend,
+  WorkerError,
+  type WorkerSpec,
+} from '../../src/core/ports.ts'
+import { isFinal, type Task } from '../../src/core/task.ts'
+import { TaskRunner } from '../../src/core/task-runner.ts'
+import { EmbeddedQueue } from '../../src/queue/embedded.ts'
+import { Sealer } from '../../src/secrets/sealing.ts'
+import type { Connection } from '../../src/store/connection.ts'
+import { SqlDeliveryStore } from '../../src/store/delivery-store.ts'
+import { openSqlite } from '../../src/store/sqlite.ts'
+import { SqlTaskStore } from '../../src/store/task-store.ts'
+
+const SILENT: Logger = { debug() {}, info() {}, warn() {}, error() {} }
+const DONE: Completion = { reason: 'completed', exitCode: 0, signal: null, message: null }
+const CALLBACK = 'https://receiver.example/hook'
+const PROVISIONING_MS = 150
+const WAIT = { timeout: 10_000, interval: 5 }
+
+/** What happened, in order, as the ports saw it. */
+let events: string[]
+
+/** A worker whose task the test ends. Outlives the runner, as a real one does. */
+class ScriptedWorker implements Worker {
+  readonly backend = 'scripted'
+  readonly image = null
+  readonly size = null
+  readonly createdAt = 1
+  readonly name: string
+  readonly taskId: string
+  readonly ended = Promise.withResolvers<Completion>()
+  log = 'a log\n'
+  terminateFailures = 0
+  stops = 0
+  readonly #gone: () => void
+
+  constructor(spec: WorkerSpec, gone: () => void) {
+    this.name = spec.name
+    this.taskId = spec.taskId
+    this.#gone = gone
+  }
+
+  async status() {
+    return 'Running' as const
+  }
+
+  completion(signal: AbortSignal): Promise<Completion> {
+    return new Promise((resolve, reject) => {
+      void this.ended.promise.then(resolve)
+      if (signal.aborted) reject(signal.reason)
+      signal.addEventListener('abort', () => reject(signal.reason))
+    })
+  }
+
+  async stop(): Promise<void> {
+    this.stops += 1
+    events.push('stop')
+    this.ended.resolve({ ...DONE, reason: 'signal', exitCode: 143, signal: 'SIGTERM' })
+  }
+
+  async logs() {
+    events.push('log')
+    const content = Buffer.from(this.log)
+    return { content, totalBytes: content.length }
+  }
+
+  async *follow(): AsyncIterable<Buffer> {}
+
+  async terminate(): Promise<void> {
+    events.push('terminate')
+    if (this.terminateFailures > 0) {
+      this.terminateFailures -= 1
+      throw new Error('cannot be ended')
+    }
+    this.#gone()
+  }
+}
+
+class ScriptedBackend implements WorkerBackend {
+  readonly name = 'scripted'
+  readonly workers = new Map<string, ScriptedWorker>()
+  readonly specs: WorkerSpec[] = []
+  /** Stands in front of each provisioning. */
+  before: (signal: AbortSignal, spec: WorkerSpec) => Promise<void> = async () => {}
+
+  async provision(spec: WorkerSpec, signal: AbortSignal): Promise<Worker> {
+    this.specs.push(spec)
+    await this.before(signal, spec)
+    return this.workers.get(spec.name) ?? this.make(spec)
+  }
+
+  make(spec: WorkerSpec): ScriptedWorker {
+    const worker = new ScriptedWorker(spec, () => this.workers.delete(spec.name))
+    this.workers.set(spec.name, worker)
+    return worker
+  }
+
+  async find(name: string): Promise<Worker | undefined> {
+    return this.workers.get(name)
+  }
+
+  async list(): Promise<Worker[]> {
+    return [...this.workers.values()]
+  }
+
+  async check(): Promise<void> {}
+  async close(): Promise<void> {}
+}
+
+/** Rejects when the signal aborts, as a backend does that takes its time. */
+const untilAborted = (signal: AbortSignal) =>
+  new Promise<never>((_, reject) => {
+    if (signal.aborted) reject(signal.reason)
+    signal.addEventListener('abort', () => reject(signal.reason))
+  })
+
+class FakeSender implements CallbackSender {
+  readonly sent: Array<Parameters<CallbackSender['send']>[0]> = []
+  answer: () => Promise<AttemptResult> = async () => ({
+    ...{ statusCode: 200, error: null, retryAfterMs: null },
+  })
+
+  send(request: Parameters<CallbackSender['send']>[0]): Promise<AttemptResult> {
+    events.push('attempt')
+    this.sent.push(request)
+    return this.answer()
+  }
+
+  async close(): Promise<void> {}
+}
+
+describe('TaskRunner', () => {
+  let folder: string
+  let connection: Connection
+  let store: SqlTaskStore
+  let deliveries: SqlDeliveryStore
+  let backend: ScriptedBackend
+  let sender: FakeSender
+  const opened: Array<{ close: () => Promise<void> }> = []
+
+  beforeAll(async () => {
+    folder = await mkdtemp(join(tmpdir(), 'task-runner-unit-'))
+    connection = await openSqlite(join(folder, 'test.db'))
+    store = new SqlTaskStore(connection, new Sealer(Buffer.alloc(32)))
+    deliveries = new SqlDeliveryStore(connection, store)
+  })
+  beforeEach(async () => {
+    events = []
+    backend = new ScriptedBackend()
+    sender = new FakeSender()
+    for (const table of ['delivery_attempts', 'deliveries', 'task_logs', 'tasks'] as const) {
+      await connection.db.deleteFrom(table).execute()
+    }
+  })
+  afterEach(async () => {
+    for (const each of opened.splice(0)) await each.close()
+  })
+  afterAll(async () => {
+    await connection.close()
+    await rm(folder, { recursive: true, force: true })
+  })
+
+  function open(overrides: Partial<TaskStore> = {}, concurrency = 4) {
+    const queue = new EmbeddedQueue()
+    const callbacks = new CallbackDispatcher({
+      store: deliveries,
+      sender,
+      schedule: { delaysMs: [60_000], random: () => 0.5 },
+      attemptTimeoutMs: 1_000,
+      now: Date.now,
+      log: SILENT,
+    })
+    const runner = new TaskRunner({
+      // Methods of the store, each replaceable by the test.
+      store: new Proxy<TaskStore>(store, {
+        get(target, name) {
+          const method = overrides[name as keyof TaskStore] ?? target[name as keyof TaskStore]
+          return async (...args: never[]) => {
+            const answer = await (method as (...args: never[]) => unknown).apply(target, args)
+            if (name === 'finish') events.push(answer ? 'commit' : 'second')
+            return answer
+          }
+        },
+      }),
+      queue,
+      backend,
+      callbacks,
+      concurrency,
+      provisioningTimeoutMs: PROVISIONING_MS,
+      maxLogBytes: 1_000_000,
+      maskerFor: (task) => new Masker([task.callbackUrlToken]),
+      now: Date.now,
+      log: SILENT,
+    })
+    let isClosed = false
+    const close = async () => {
+      if (isClosed) return
+      isClosed = true
+      await Promise.all([runner.close(), callbacks.close(0)])
+    }
+    opened.push({ close })
+    return { runner, queue, close }
+  }
+
+  let ids = 0
+
+  async function stored(overrides: Partial<NewTask> = {}): Promise<NewTask> {
+    ids += 1
+    const task: NewTask = {
+      ...{ taskId: `task ${ids}`, taskFileName: 'a.sh', workerConfig: {}, callbackUrl: CALLBACK },
+      ...{ callbackUrlToken: null, terminateOnCompletion: true, timeoutSeconds: 1_000 },
+      ...{ digest: '', workerName: `worker-${ids}`, createdAt: 1 },
+      ...overrides,
+    }
+    expect(await store.insert(task)).toBe(true)
+    return task
+  }
+
+  async function started(
+    overrides: Partial<NewTask> = {},
+    storeOverrides: Partial<TaskStore> = {},
+  ) {
+    const task = await stored(overrides)
+    const service = open(storeOverrides)
+    await service.runner.start()
+    return { task, ...service }
+  }
+
+  async function workerOf(task: { workerName: string }): Promise<ScriptedWorker> {
+    await expect.poll(() => backend.workers.get(task.workerName), WAIT).toBeDefined()
+    // Holds: it was just seen.
+    return backend.workers.get(task.workerName) as ScriptedWorker
+  }
+
+  async function isIn(task: { taskId: string }, status: string): Promise<Task> {
+    await expect.poll(async () => (await store.get(task.taskId))?.status, WAIT).toBe(status)
+    // Holds: it was just seen.
+    return (await store.get(task.taskId)) as Task
+  }
+
+  async function finalOf(task: { taskId: string }): Promise<Task> {
+    await expect
+      .poll(async () => isFinal((await store.get(task.taskId))?.status ?? 'queued'), WAIT)
+      .toBe(true)
+    // Holds: it was just seen.
+    return (await store.get(task.taskId)) as Task
+  }
+
+  const workerGone = (task: { workerName: string }) =>
+    expect.poll(() => backend.workers.has(task.workerName), WAIT).toBe(false)
+  const delivered = (task: { taskId: string }) =>
+    expect.poll(async () => (await deliveries.state(task.taskId))?.status, WAIT).toBe('delivered')
+
+  describe('the story of a run', () => {
+    test('the worker gets what the task asked for', async () => {
+      const { task } = await started({
+        taskFileName: 'b.py',
+        workerConfig: {
+          ...{ envVariables: { MINE: '1', TASK_ID: 'forged' }, startupScript: 'echo' },
+          ...{ workerImage: 'image', workerSize: 'Small', withoutEffect: ['email'] },
+        },
+      })
+      await workerOf(task)
+      expect(backend.specs).toEqual([
+        {
+          ...{ name: task.workerName, taskId: task.taskId, taskFileName: 'b.py' },
+          environment: {
+            MINE: '1',
+            TASK_ID: task.taskId,
+            TASK_FILE_NAME: 'b.py',
+            WORKER_NAME: task.workerName,
+          },
+          ...{ startupScript: 'echo', image: 'image', size: 'Small', maxLogBytes: 1_000_000 },
+          notes: ['email has no effect here'],
+        },
+      ])
+    })
+
+    test('its end has an order: log, commit, first attempt, termination', async () => {
+      const { task } = await started()
+      const worker = await workerOf(task)
+      await isIn(task, 'running')
+      worker.ended.resolve(DONE)
+      await workerGone(task)
+      expect(events).toEqual(['log', 'commit', 'attempt', 'terminate'])
+      expect(await store.get(task.taskId)).toMatchObject({
+        ...{ status: 'succeeded', reason: 'completed', exitCode: 0, claim: 1 },
+        ...{ startedAt: expect.any(Number), finishedAt: expect.any(Number), logBytes: 6 },
+      })
+      expect((await store.log(task.taskId))?.content.toString()).toBe('a log\n')
+      expect(sender.sent).toMatchObject([
+        {
+          url: CALLBACK,
+          payload: { taskName: 'a.sh', taskId: task.taskId, success: true },
+        },
+      ])
+      await expect.poll(() => store.workersToTerminate(), WAIT).toEqual([])
+    })
+
+    test('a slow receiver holds neither a slot nor the outcome', async () => {
+      const answer = Promise.withResolvers<AttemptResult>()
+      sender.answer = () => answer.promise
+      const [one, two] = [await stored(), await stored()]
+      const service = open({}, 1)
+      await service.runner.start()
+      ;(await workerOf(one)).ended.resolve(DONE)
+      await isIn(one, 'succeeded')
+      await workerOf(two)
+      expect(events).toEqual(['log', 'commit', 'attempt'])
+      answer.resolve({ statusCode: 500, error: 'answered 500', retryAfterMs: null })
+      await workerGone(one)
+    })
+
+    test('a failed attempt does not keep the worker', async () => {
+      sender.answer = async () => ({ statusCode: 500, error: 'answered 500', retryAfterMs: null })
+      const { task } = await started()
+      ;(await workerOf(task)).ended.resolve(DONE)
+      await workerGone(task)
+      expect(await deliveries.state(task.taskId)).toMatchObject({ status: 'pending' })
+    })
+
+    test('without a callback nothing is sent, and the worker still ends', async () => {
+      const { task } = await started({ callbackUrl: null })
+      ;(await workerOf(task)).ended.resolve(DONE)
+      await workerGone(task)
+      expect(events).toEqual(['log', 'commit', 'terminate'])
+    })
+
+    test.each<[Completion, object]>([
+      [{ ...DONE, exitCode: null }, { status: 'failed' }],
+      [{ ...DONE, reason: 'exit_code', exitCode: 0 }, { status: 'failed' }],
+      [
+        { reason: 'exit_code', exitCode: 3, signal: null, message: 'Exit code 3' },
+        { status: 'failed', reason: 'exit_code', exitCode: 3, message: 'Exit code 3' },
+      ],
+      [
+        { reason: 'oom_killed', exitCode: 137, signal: 'SIGKILL', message: 'x' },
+        { status: 'failed', reason: 'oom_killed', exitCode: 137, signal: 'SIGKILL' },
+      ],
+      [
+        { reason: 'worker_lost', exitCode: null, signal: null, message: 'x' },
+        { status: 'failed', reason: 'worker_lost', exitCode: null },
+      ],
+    ])('only an observed exit code 0 is success: %j', async (completion, expected) => {
+      const { task } = await started()
+      ;(await workerOf(task)).ended.resolve(completion)
+      expect(await finalOf(task)).toMatchObject(expected)
+      await delivered(task)
+      expect(sender.sent[0]?.payload.success).toBe(false)
+    })
+
+    test('secrets that the task printed are masked in the log that is kept and sent', async () => {
+      const { task } = await started({ callbackUrlToken: 'the-token' })
+      const worker = await workerOf(task)
+      worker.log = 'it is the-token.\n'
+      worker.ended.resolve(DONE)
+      await delivered(task)
+      expect(sender.sent[0]?.payload.logs.content.toString()).toBe('it is ***.\n')
+      expect((await store.log(task.taskId))?.content.toString()).toBe('it is ***.\n')
+      expect((await store.get(task.taskId))?.logBytes).toBe(worker.log.length)
+    })
+
+    test('a log that cannot be read costs the log, not the outcome', async () => {
+      const { task } = await started()
+      const worker = await workerOf(task)
+      worker.logs = () => Promise.reject(new Error('ENOENT'))
+      worker.ended.resolve({ ...DONE, reason: 'exit_code', exitCode: 4 })
+      expect(await finalOf(task)).toMatchObject({ reason: 'exit_code', exitCode: 4 })
+      expect((await store.log(task.taskId))?.content.toString()).toContain('could not be read')
+    })
+
+    test('no more tasks run at once than may', async () => {
+      const tasks = [await stored(), await stored(), await stored()]
+      const service = open({}, 2)
+      await service.runner.start()
+      await workerOf(tasks[1] as NewTask)
+      await isIn(tasks[0] as NewTask, 'running')
+      await isIn(tasks[1] as NewTask, 'running')
+      expect(backend.specs).toHaveLength(2)
+      expect(service.queue.length).toBe(1)
+      ;(await workerOf(tasks[0] as NewTask)).ended.resolve(DONE)
+      await workerOf(tasks[2] as NewTask)
+    })
+
+    test('a worker that is wanted for a look inside is kept', async () => {
+      const { task } = await started({ terminateOnCompletion: false })
+      ;(await workerOf(task)).ended.resolve(DONE)
+      await delivered(task)
+      expect(await store.workerOwner(task.taskId)).toMatchObject({ kept: true })
+      expect(await store.workersToTerminate()).toEqual([])
+      expect(events).not.toContain('terminate')
+    })
+  })
+
+  describe('a worker that cannot be had', () => {
+    test('in time fails the task, which calls back; what was begun is ended', async () => {
+      backend.before = async (signal, spec) => {
+        backend.make(spec)
+        await untilAborted(signal)
+      }
+      const { task } = await started()
+      expect(await finalOf(task)).toMatchObject({
+        ...{ status: 'failed', reason: 'provisioning_timeout', exitCode: null, startedAt: null },
+      })
+      await workerGone(task)
+      expect(sender.sent).toMatchObject([{ payload: { success: false } }])
+    })
+
+    test('for a reason of its own passes that on', async () => {
+      backend.before = async () => {
+        throw new WorkerError('image_pull_failed', 'There is no image "x"')
+      }
+      const { task } = await started()
+      expect(await finalOf(task)).toMatchObject({
+        ...{ status: 'failed', reason: 'image_pull_failed', message: 'There is no image "x"' },
+      })
+      await delivered(task)
+    })
+
+    test('through a fault of ours tells nothing of it', async () => {
+      backend.before = async () => {
+        throw new Error('secret detail')
+      }
+      const { task } = await started()
+      const end = await finalOf(task)
+      expect(end).toMatchObject({ status: 'failed', reason: 'internal_error' })
+      expect(end.message).not.toContain('secret')
+      await delivered(task)
+    })
+  })
+
+  describe('cancelling', () => {
+    test('a queued task ends without a worker, and calls back', async () => {
+      const [running, task] = [await stored(), await stored()]
+      const { runner } = open({}, 1)
+      await runner.start()
+      await isIn(running, 'running')
+      expect(await runner.cancel(task.taskId)).toMatchObject({
+        ...{ status: 'cancelled', reason: 'cancelled' },
+      })
+      await delivered(task)
+      ;(await workerOf(running)).ended.resolve(DONE)
+      await workerGone(running)
+      expect(backend.specs).toHaveLength(1)
+      expect(await store.workersToTerminate()).toEqual([])
+    })
+
+    test('a provisioning task ends at once, and what was begun is ended', async () => {
+      const began = Promise.withResolvers<void>()
+      backend.before = async (signal, spec) => {
+        backend.make(spec)
+        began.resolve()
+        await untilAborted(signal)
+      }
+      const { task, runner } = await started()
+      await began.promise
+      await runner.cancel(task.taskId)
+      expect(await finalOf(task)).toMatchObject({ status: 'cancelled', reason: 'cancelled' })
+      await workerGone(task)
+      await delivered(task)
+    })
+
+    test('a running task is stopped, keeps its log, and calls back', async () => {
+      const { task, runner } = await started()
+      const worker = await workerOf(task)
+      await isIn(task, 'running')
+      await runner.cancel(task.taskId)
+      expect(await finalOf(task)).toMatchObject({ status: 'cancelled', reason: 'cancelled' })
+      await workerGone(task)
+      expect(worker.stops).toBe(1)
+      expect(events).toEqual(['stop', 'log', 'commit', 'attempt', 'terminate'])
+      expect((await store.log(task.taskId))?.content.toString()).toBe('a log\n')
+    })
+
+    test('twice, or after the end, changes nothing', async () => {
+      const { task, runner } = await started()
+      await isIn(task, 'running')
+      await Promise.all([runner.cancel(task.taskId), runner.cancel(task.taskId)])
+      const end = await finalOf(task)
+      await workerGone(task)
+      expect(await runner.cancel(task.taskId)).toMatchObject({
+        ...{ status: 'cancelled', finishedAt: end.finishedAt },
+      })
+      expect(events.filter((event) => event === 'commit')).toHaveLength(1)
+      expect(sender.sent).toHaveLength(1)
+    })
+
+    test('a task that is over leaves its outcome', async () => {
+      const { task, runner } = await started()
+      ;(await workerOf(task)).ended.resolve(DONE)
+      await finalOf(task)
+      expect(await runner.cancel(task.taskId)).toMatchObject({ status: 'succeeded' })
+    })
+
+    test('an unknown task says so', async () => {
+      const { runner } = open()
+      await expect(runner.cancel('unknown')).rejects.toMatchObject({ code: 'task_not_found' })
+    })
+
+    test('in the moment of the exit gives one outcome and one callback, whichever it is', async () => {
+      const { runner, queue } = open()
+      await runner.start()
+      for (let turn = 0; turn < 20; turn += 1) {
+        const task = await stored()
+        queue.enqueue(task.taskId)
+        const worker = await workerOf(task)
+        await isIn(task, 'running')
+        const cancelling = runner.cancel(task.taskId)
+        if (turn % 2 === 0) worker.ended.resolve(DONE)
+        else void cancelling.then(() => worker.ended.resolve(DONE))
+        await cancelling
+        const end = await finalOf(task)
+        expect(['succeeded/completed', 'cancelled/cancelled']).toContain(
+          `${end.status}/${end.reason}`,
+        )
+        await delivered(task)
+        const sent = sender.sent.filter(({ payload }) => payload.taskId === task.taskId)
+        expect(sent.map(({ payload }) => payload.success)).toEqual([end.status === 'succeeded'])
+      }
+    })
+
+    test('a worker that would be kept is ended all the same', async () => {
+      const { task, runner } = await started({ terminateOnCompletion: false })
+      await isIn(task, 'running')
+      await runner.cancel(task.taskId)
+      await workerGone(task)
+    })
+
+    test('a request that a crash overtook is honoured at the next start', async () => {
+      const task = await stored()
+      await store.requestCancel(task.taskId, 1)
+      const { runner } = open()
+      await runner.start()
+      expect(await finalOf(task)).toMatchObject({ status: 'cancelled' })
+      await delivered(task)
+    })
+
+    test('a worker that cannot be stopped does not keep the task from its end', async () => {
+      const { task, runner } = await started()
+      const worker = await workerOf(task)
+      worker.stop = () => Promise.reject(new Error('cannot be stopped'))
+      await isIn(task, 'running')
+      await runner.cancel(task.taskId)
+      expect(await finalOf(task)).toMatchObject({ status: 'cancelled' })
+      await workerGone(task)
+    })
+  })
+
+  describe('the time limit', () => {
+    test('a task that runs longer is stopped, keeps its log, and calls back', async () => {
+      const { task } = await started({ timeoutSeconds: 0.1 })
+      const worker = await workerOf(task)
+      expect(await finalOf(task)).toMatchObject({ status: 'failed', reason: 'timed_out' })
+      await workerGone(task)
+      expect(worker.stops).toBe(1)
+      expect(events).toEqual(['stop', 'log', 'commit', 'attempt', 'terminate'])
+    })
+
+    test('counts from the start of the task, not of the service', async () => {
+      const task = await stored({ timeoutSeconds: 60 })
+      const claimed = await store.claim(task.taskId)
+      if (!claimed) throw new Error('not claimed')
+      await store.markRunning(claimed, Date.now() - 61_000)
+      backend.make({ name: task.workerName, taskId: task.taskId } as WorkerSpec)
+      const { runner } = open()
+      await runner.start()
+      expect(await finalOf(task)).toMatchObject({ reason: 'timed_out' })
+    })
+  })
+
+  describe('shutdown and the next start', () => {
+    test('a running task stays live, and the next runner attaches to its worker', async () => {
+      const { task, close } = await started()
+      const worker = await workerOf(task)
+      const { startedAt } = await isIn(task, 'running')
+      await close()
+      expect(await store.get(task.taskId)).toMatchObject({ status: 'running' })
+      expect(events).toEqual([])
+
+      const { runner } = open()
+      await runner.start()
+      worker.ended.resolve({ ...DONE, reason: 'exit_code', exitCode: 7 })
+      expect(await finalOf(task)).toMatchObject({ exitCode: 7, startedAt, claim: 2 })
+      await workerGone(task)
+      expect(backend.specs).toHaveLength(1)
+      expect(sender.sent).toHaveLength(1)
+    })
+
+    test('a task in provisioning stays so, and the next runner provisions it', async () => {
+      const began = Promise.withResolvers<void>()
+      backend.before = (signal) => {
+        began.resolve()
+        return untilAborted(signal)
+      }
+      const { task, close } = await started()
+      await began.promise
+      await close()
+      expect(await store.get(task.taskId)).toMatchObject({ status: 'provisioning' })
+      backend.before = async () => {}
+      const { runner } = open()
+      await runner.start()
+      ;(await workerOf(task)).ended.resolve(DONE)
+      expect(await finalOf(task)).toMatchObject({ status: 'succeeded' })
+    })
+
+    test('a queued task is run by the next runner', async () => {
+      const [running, waiting] = [await stored(), await stored()]
+      const first = open({}, 1)
+      await first.runner.start()
+      await isIn(running, 'running')
+      await first.close()
+      expect(await store.get(waiting.taskId)).toMatchObject({ status: 'queued' })
+      const { runner } = open()
+      await runner.start()
+      await workerOf(waiting)
+    })
+
+    test('a running task whose worker is gone is lost, and calls back', async () => {
+      const task = await stored()
+      const claimed = await store.claim(task.taskId)
+      if (!claimed) throw new Error('not claimed')
+      await store.markRunning(claimed, Date.now())
+      const { runner } = open()
+      await runner.start()
+      expect(await finalOf(task)).toMatchObject({ status: 'failed', reason: 'worker_lost' })
+      await delivered(task)
+      expect(sender.sent[0]?.payload.success).toBe(false)
+      expect(backend.specs).toEqual([])
+    })
+
+    test('a worker that a crash kept from its termination is terminated', async () => {
+      const task = await stored({ callbackUrl: null })
+      const claimed = await store.claim(task.taskId)
+      if (!claimed) throw new Error('not claimed')
+      await store.finish(claimed, {
+        outcome: { ...DONE, status: 'succeeded' },
+        log: { content: Buffer.alloc(0), totalBytes: 0 },
+        ...{ logBytes: 0, delivery: undefined, finishedAt: 1, keepWorker: false },
+      })
+      backend.make({ name: task.workerName, taskId: task.taskId } as WorkerSpec)
+      const { runner } = open()
+      await runner.start()
+      await workerGone(task)
+      await expect.poll(() => store.workersToTerminate(), WAIT).toEqual([])
+    })
+
+    test('close waits for the commit of a run that has ended', async () => {
+      const gate = Promise.withResolvers<void>()
+      const reached = Promise.withResolvers<void>()
+      const { task, close } = await started(
+        {},
+        {
+          finish: async (...args) => {
+            reached.resolve()
+            await gate.promise
+            return store.finish(...args)
+          },
+        },
+      )
+      ;(await workerOf(task)).ended.resolve(DONE)
+      await reached.promise
+      const closing = close()
+      gate.resolve()
+      await closing
+      expect(await store.get(task.taskId)).toMatchObject({ status: 'succeeded' })
+    })
+  })
+
+  describe('what fails is tried again', () => {
+    const failing = <T extends unknown[], R>(times: number, then: (...args: T) => Promise<R>) => {
+      let left = times
+      return (...args: T): Promise<R> => {
+        left -= 1
+        return left >= 0 ? Promise.reject(new Error('store down')) : then(...args)
+      }
+    }
+
+    test('claiming, marking running, and committing', async () => {
+      const { task } = await started(
+        {},
+        {
+          claim: failing(1, (taskId: string) => store.claim(taskId)),
+          markRunning: failing(1, (...args: Parameters<TaskStore['markRunning']>) =>
+            store.markRunning(...args),
+          ),
+          finish: failing(1, (...args: Parameters<TaskStore['finish']>) => store.finish(...args)),
+        },
+      )
+      ;(await workerOf(task)).ended.resolve(DONE)
+      expect(await finalOf(task)).toMatchObject({ status: 'succeeded', claim: 1 })
+      await delivered(task)
+      await workerGone(task)
+      expect(sender.sent).toHaveLength(1)
+    })
+
+    test('terminating, until it is done', async () => {
+      const { task } = await started()
+      const worker = await workerOf(task)
+      worker.terminateFailures = 2
+      worker.ended.resolve(DONE)
+      await workerGone(task)
+      expect(events.filter((event) => event === 'terminate')).toHaveLength(3)
+      await expect.poll(() => store.workersToTerminate(), WAIT).toEqual([])
+    })
+
+    test('a termination that a shutdown cuts short is remembered', async () => {
+      const { task, close } = await started()
+      const worker = await workerOf(task)
+      worker.terminateFailures = 1
+      worker.ended.resolve(DONE)
+      await expect.poll(() => events, WAIT).toContain('terminate')
+      await close()
+      const { taskId, workerName } = task
+      expect(await store.workersToTerminate()).toEqual([{ taskId, workerName }])
+    })
+
+    test('a task that someone else took over is left alone', async () => {
+      const { task } = await started()
+      const worker = await workerOf(task)
+      await isIn(task, 'running')
+      await store.claim(task.taskId)
+      worker.ended.resolve(DONE)
+      await expect.poll(() => events, WAIT).toContain('second')
+      expect(await store.get(task.taskId)).toMatchObject({ status: 'running', claim: 2 })
+      expect(sender.sent).toEqual([])
+      expect(events).not.toContain('terminate')
+    })
+  })
+})

@@ -1,0 +1,676 @@
+/** What TaskStore and DeliveryStore must do over every database. Each adapter's test calls this. */
+import { randomBytes } from 'node:crypto'
+import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest'
+import type { LogTail, NewDelivery, NewTask } from '../../src/core/ports.ts'
+import type { Outcome } from '../../src/core/task.ts'
+import { Sealer } from '../../src/secrets/sealing.ts'
+import type { Connection } from '../../src/store/connection.ts'
+import { SqlDeliveryStore } from '../../src/store/delivery-store.ts'
+import { SqlTaskStore } from '../../src/store/task-store.ts'
+
+export const SEALER = new Sealer(Buffer.alloc(32, 7))
+export const ORIGIN = 'https://receiver.example'
+export const SUCCESS: Outcome = {
+  ...{ status: 'succeeded', reason: 'completed' },
+  ...{ message: null, exitCode: 0, signal: null },
+}
+export const EMPTY: LogTail = { content: Buffer.alloc(0), totalBytes: 0 }
+
+let tasks = 0
+
+export function newTask(overrides: Partial<NewTask> = {}): NewTask {
+  tasks += 1
+  return {
+    taskId: `task ${tasks}`,
+    taskFileName: 'one.sh',
+    workerConfig: {},
+    callbackUrl: null,
+    callbackUrlToken: null,
+    terminateOnCompletion: true,
+    timeoutSeconds: 60,
+    digest: `digest ${tasks}`,
+    workerName: `worker-${tasks}`,
+    createdAt: 1_000 + tasks,
+    ...overrides,
+  }
+}
+
+export function storesOver(connection: Connection) {
+  const store = new SqlTaskStore(connection, SEALER)
+  return { store, deliveries: new SqlDeliveryStore(connection, store) }
+}
+
+type End = Parameters<SqlTaskStore['finish']>[1]
+
+export function end(overrides: Partial<End> = {}): End {
+  return {
+    outcome: SUCCESS,
+    log: EMPTY,
+    logBytes: 0,
+    delivery: undefined,
+    finishedAt: 5_000,
+    keepWorker: false,
+    ...overrides,
+  }
+}
+
+function newDelivery(overrides: Partial<NewDelivery> = {}): NewDelivery {
+  return { webhookId: `msg_${tasks}`, origin: ORIGIN, leaseUntil: null, ...overrides }
+}
+
+/** `open` gives an empty database each time. */
+export function describeStores(name: string, open: () => Promise<Connection>): void {
+  describe(`${name}, as a TaskStore and DeliveryStore`, () => {
+    let connection: Connection
+    let store: SqlTaskStore
+    let deliveries: SqlDeliveryStore
+
+    beforeAll(async () => {
+      connection = await open()
+      ;({ store, deliveries } = storesOver(connection))
+    })
+    // One database for all, emptied in between: opening one takes longer than most tests.
+    beforeEach(async () => {
+      for (const table of ['delivery_attempts', 'deliveries', 'task_logs', 'tasks'] as const) {
+        await connection.db.deleteFrom(table).execute()
+      }
+    })
+    afterAll(() => connection.close())
+
+    async function inserted(overrides: Partial<NewTask> = {}): Promise<NewTask> {
+      const task = newTask(overrides)
+      expect(await store.insert(task)).toBe(true)
+      return task
+    }
+
+    async function claimed(overrides: Partial<NewTask> = {}) {
+      const { taskId } = await inserted(overrides)
+      const task = await store.claim(taskId)
+      if (!task) throw new Error('not claimed')
+      return task
+    }
+
+    async function finished(
+      overrides: Partial<NewTask> = {},
+      how: Partial<End> = {},
+    ): Promise<string> {
+      const task = await claimed(overrides)
+      expect(await store.finish(task, end(how))).toBe(true)
+      return task.taskId
+    }
+
+    /** A finished task whose callback is due at `dueAt`. */
+    async function due(dueAt: number, overrides: Partial<NewDelivery> = {}): Promise<string> {
+      return finished(
+        { callbackUrl: `${overrides.origin ?? ORIGIN}/hook` },
+        { finishedAt: dueAt, delivery: newDelivery(overrides) },
+      )
+    }
+
+    describe('taking tasks in', () => {
+      test('a task comes back as it went in', async () => {
+        const task = await inserted({
+          workerConfig: { envVariables: { A: 'é' }, startupScript: 'x' },
+          callbackUrl: 'https://receiver.example/hook?a=b',
+          callbackUrlToken: 'a token',
+          terminateOnCompletion: false,
+        })
+        const { digest: _, ...seen } = task
+        expect(await store.get(task.taskId)).toEqual({
+          ...seen,
+          seq: expect.any(Number),
+          status: 'queued',
+          claim: 0,
+          callbackStatus: 'pending',
+          ...{ reason: null, message: null, exitCode: null, signal: null },
+          ...{ startedAt: null, finishedAt: null, logBytes: null },
+        })
+      })
+
+      test('an id is taken once; the second insert changes nothing', async () => {
+        const task = await inserted({ taskFileName: 'first.sh' })
+        expect(await store.insert({ ...task, taskFileName: 'second.sh' })).toBe(false)
+        expect(await store.get(task.taskId)).toMatchObject({ taskFileName: 'first.sh' })
+      })
+
+      test('of twenty inserts of one id at once, one is the first', async () => {
+        const task = newTask()
+        const answers = await Promise.all(Array.from({ length: 20 }, () => store.insert(task)))
+        expect(answers.filter((isFirst) => isFirst)).toEqual([true])
+        expect(await store.list({ limit: 100 })).toHaveLength(1)
+      })
+
+      test('the digest is told with the status; an unknown task has none', async () => {
+        const task = await inserted()
+        expect(await store.digestOf(task.taskId)).toEqual({ digest: task.digest, status: 'queued' })
+        expect(await store.digestOf('unknown')).toBeUndefined()
+        expect(await store.get('unknown')).toBeUndefined()
+      })
+
+      test.each([
+        "it's",
+        'a"b',
+        '%',
+        'é😀',
+        'x'.repeat(255),
+        '__proto__',
+        "'; drop table tasks; --",
+      ])('the id %j is like any other', async (taskId) => {
+        await inserted({ taskId })
+        expect(await store.get(taskId)).toMatchObject({ taskId, status: 'queued' })
+        expect(await store.claim(taskId)).toMatchObject({ taskId, claim: 1 })
+      })
+    })
+
+    describe('claiming', () => {
+      test('a claim moves a queued task to provisioning and raises its number', async () => {
+        const { taskId } = await inserted({ callbackUrlToken: 'a token' })
+        expect(await store.claim(taskId)).toMatchObject({
+          ...{ taskId, status: 'provisioning', claim: 1 },
+          ...{ cancelRequested: false, callbackUrlToken: 'a token' },
+        })
+        expect(await store.claim(taskId)).toMatchObject({ status: 'provisioning', claim: 2 })
+      })
+
+      test('a claim leaves a running task running, and remembers since when', async () => {
+        const task = await claimed()
+        expect(await store.markRunning(task, 4_000)).toBe(true)
+        expect(await store.claim(task.taskId)).toMatchObject({
+          ...{ status: 'running', claim: 2, startedAt: 4_000 },
+        })
+      })
+
+      test('a final or unknown task cannot be claimed', async () => {
+        expect(await store.claim(await finished())).toBeUndefined()
+        expect(await store.claim('unknown')).toBeUndefined()
+      })
+
+      test('claims at once all get a number of their own', async () => {
+        const { taskId } = await inserted()
+        const claims = await Promise.all(Array.from({ length: 10 }, () => store.claim(taskId)))
+        const numbers = claims.map((task) => task?.claim).toSorted((a = 0, b = 0) => a - b)
+        expect(numbers).toEqual([1, 2, 3, 4, 5, 6, 7, 8, 9, 10])
+      })
+    })
+
+    describe('an instance whose claim was taken over', () => {
+      test('does not mark the task running', async () => {
+        const stale = await claimed()
+        await store.claim(stale.taskId)
+        expect(await store.markRunning(stale, 4_000)).toBe(false)
+        expect(await store.get(stale.taskId)).toMatchObject({
+          ...{ status: 'provisioning', startedAt: null },
+        })
+      })
+
+      test('does not finish it: no outcome, no log, no delivery', async () => {
+        const stale = await claimed({ callbackUrl: `${ORIGIN}/hook` })
+        const task = await store.claim(stale.taskId)
+        const log = { content: Buffer.from('stale'), totalBytes: 5 }
+        expect(await store.finish(stale, end({ log, delivery: newDelivery() }))).toBe(false)
+        expect(await store.get(stale.taskId)).toMatchObject({ status: 'provisioning' })
+        expect(await store.log(stale.taskId)).toBeUndefined()
+        expect(await deliveries.state(stale.taskId)).toBeUndefined()
+        expect(task && (await store.finish(task, end()))).toBe(true)
+      })
+    })
+
+    describe('finishing', () => {
+      test('outcome, log and delivery are there together', async () => {
+        const task = await claimed({ callbackUrl: `${ORIGIN}/hook` })
+        const outcome: Outcome = {
+          ...{ status: 'failed', reason: 'signal', message: 'Ended by SIGKILL' },
+          ...{ exitCode: 137, signal: 'SIGKILL' },
+        }
+        const log = { content: Buffer.from('the log'), totalBytes: 99 }
+        const delivery = newDelivery({ webhookId: 'msg_a' })
+        expect(await store.finish(task, end({ outcome, log, logBytes: 99, delivery }))).toBe(true)
+        expect(await store.get(task.taskId)).toMatchObject({
+          ...outcome,
+          ...{ finishedAt: 5_000, logBytes: 99, callbackStatus: 'pending' },
+        })
+        expect(await store.log(task.taskId)).toEqual(log)
+        expect(await deliveries.state(task.taskId)).toEqual({
+          ...{ status: 'pending', webhookId: 'msg_a', nextAttemptAt: 5_000, attempts: [] },
+        })
+      })
+
+      test('of ten outcomes at once one wins, whole', async () => {
+        const task = await claimed({ callbackUrl: `${ORIGIN}/hook` })
+        const answers = await Promise.all(
+          Array.from({ length: 10 }, (_, index) =>
+            store.finish(
+              task,
+              end({
+                outcome: { ...SUCCESS, status: 'failed', reason: 'exit_code', exitCode: index },
+                log: { content: Buffer.from(`log ${index}`), totalBytes: index },
+                logBytes: index,
+                delivery: newDelivery({ webhookId: `msg_${index}` }),
+              }),
+            ),
+          ),
+        )
+        expect(answers.filter((won) => won)).toEqual([true])
+        const winner = answers.indexOf(true)
+        expect(await store.get(task.taskId)).toMatchObject({ exitCode: winner, logBytes: winner })
+        expect((await store.log(task.taskId))?.content.toString()).toBe(`log ${winner}`)
+        expect((await deliveries.state(task.taskId))?.webhookId).toBe(`msg_${winner}`)
+      })
+
+      test('the values of variables, which have served, are forgotten; their names are not', async () => {
+        const taskId = await finished({
+          workerConfig: { envVariables: { NAME: 'secret' }, startupScript: 'echo' },
+          callbackUrl: `${ORIGIN}/hook`,
+          callbackUrlToken: 'token',
+        })
+        expect(await store.get(taskId)).toMatchObject({
+          workerConfig: { envVariables: { NAME: '' }, startupScript: 'echo' },
+          ...{ callbackUrl: `${ORIGIN}/hook`, callbackUrlToken: 'token' },
+        })
+      })
+
+      test('a finished task is not finished, run or claimed again', async () => {
+        const task = await claimed()
+        await store.finish(task, end())
+        const again = end({ outcome: { ...SUCCESS, status: 'failed', reason: 'worker_lost' } })
+        expect(await store.finish(task, again)).toBe(false)
+        expect(await store.markRunning(task, 1)).toBe(false)
+        expect(await store.get(task.taskId)).toMatchObject(SUCCESS)
+      })
+
+      test('when a part cannot be written, nothing is', async () => {
+        const task = await claimed({ callbackUrl: `${ORIGIN}/hook` })
+        await connection.db
+          .insertInto('task_logs')
+          .values({
+            ...{ task_id: task.taskId, encoding: 'plain', total_bytes: 1 },
+            content: Buffer.from('x'),
+          })
+          .execute()
+        await expect(store.finish(task, end({ delivery: newDelivery() }))).rejects.toThrow()
+        expect(await store.get(task.taskId)).toMatchObject({ status: 'provisioning' })
+        expect(await deliveries.state(task.taskId)).toBeUndefined()
+      })
+
+      test.each([
+        ['empty', Buffer.alloc(0)],
+        ['of one byte', Buffer.from('x')],
+        ['binary', Buffer.from([0, 255, 128, 10, 0, 195])],
+        ['of every byte', Buffer.from(Array.from({ length: 256 }, (_, byte) => byte))],
+        ['just plain', Buffer.alloc(1024, 'a')],
+        ['just compressed', Buffer.alloc(1025, 'a')],
+        ['large and random', randomBytes(5 * 1024 * 1024)],
+        ['a part of a larger buffer', Buffer.from('0123456789').subarray(3, 6)],
+      ])('a log that is %s comes back byte for byte', async (_, content) => {
+        const log = { content, totalBytes: content.length + 7 }
+        const stored = await store.log(await finished({}, { log }))
+        expect(stored?.totalBytes).toBe(log.totalBytes)
+        expect(stored && Buffer.compare(stored.content, content)).toBe(0)
+      })
+    })
+
+    describe('cancelling', () => {
+      test('a request is noted, told with the next claim, and may be repeated', async () => {
+        const { taskId } = await inserted()
+        expect(await store.requestCancel(taskId, 2_000)).toMatchObject({ taskId, status: 'queued' })
+        expect(await store.requestCancel(taskId, 3_000)).toMatchObject({ taskId })
+        expect(await store.claim(taskId)).toMatchObject({ cancelRequested: true })
+      })
+
+      test('a final or unknown task has nothing to cancel', async () => {
+        expect(await store.requestCancel(await finished(), 2_000)).toBeUndefined()
+        expect(await store.requestCancel('unknown', 2_000)).toBeUndefined()
+      })
+    })
+
+    describe('lists', () => {
+      test('they are newest first, in pages that neither repeat nor miss a task', async () => {
+        const ids: string[] = []
+        for (let count = 0; count < 7; count += 1) ids.push((await inserted()).taskId)
+        const seen: string[] = []
+        let before: number | undefined
+        for (let page = 0; page < 3; page += 1) {
+          const tasks_ = await store.list({ limit: 3, before })
+          expect(tasks_).toHaveLength(page === 2 ? 1 : 3)
+          seen.push(...tasks_.map(({ taskId }) => taskId))
+          before = tasks_.at(-1)?.seq
+        }
+        expect(seen).toEqual(ids.toReversed())
+        expect(await store.list({ limit: 3, before })).toEqual([])
+      })
+
+      test('they are filtered by status and by file, and both', async () => {
+        const queued = await inserted({ taskFileName: 'a.sh' })
+        const running = await claimed({ taskFileName: 'a.sh' })
+        await store.markRunning(running, 1)
+        const done = await finished({ taskFileName: 'b.sh' })
+        const idsOf = async (filter: object) =>
+          (await store.list({ limit: 10, ...filter })).map(({ taskId }) => taskId)
+        expect(await idsOf({ status: 'succeeded' })).toEqual([done])
+        expect(await idsOf({ taskFileName: 'a.sh' })).toEqual([running.taskId, queued.taskId])
+        expect(await idsOf({ taskFileName: 'a.sh', status: 'queued' })).toEqual([queued.taskId])
+        expect(await idsOf({ taskFileName: 'b.sh', status: 'queued' })).toEqual([])
+      })
+
+      test('nothing secret is in them', async () => {
+        await inserted({
+          callbackUrl: `${ORIGIN}/secret-path`,
+          callbackUrlToken: 'secret-token',
+          workerConfig: { envVariables: { A: 'secret-value' } },
+        })
+        expect(JSON.stringify(await store.list({ limit: 10 }))).not.toContain('secret')
+      })
+
+      test('the callback state goes with a task', async () => {
+        const none = await inserted()
+        const pending = await inserted({ callbackUrl: `${ORIGIN}/hook` })
+        const given = await due(1)
+        await deliveries.recordAttempt(given, attempt(1), {
+          ...{ status: 'given_up', nextAttemptAt: null },
+        })
+        const statuses = new Map(
+          (await store.list({ limit: 10 })).map((task) => [task.taskId, task.callbackStatus]),
+        )
+        expect(statuses.get(none.taskId)).toBe('none')
+        expect(statuses.get(pending.taskId)).toBe('pending')
+        expect(statuses.get(given)).toBe('given_up')
+      })
+
+      test('live tasks come in the order they were accepted, whatever their state', async () => {
+        const one = await claimed()
+        const two = await inserted()
+        await finished()
+        const four = await inserted()
+        await store.markRunning(one, 1)
+        expect(await store.live()).toEqual([
+          { taskId: one.taskId, status: 'running' },
+          { taskId: two.taskId, status: 'queued' },
+          { taskId: four.taskId, status: 'queued' },
+        ])
+      })
+    })
+
+    describe('workers', () => {
+      test('the worker of a finished task is to be terminated, until it was', async () => {
+        const task = await claimed()
+        expect(await store.workersToTerminate()).toEqual([])
+        await store.finish(task, end())
+        const { taskId, workerName } = task
+        expect(await store.workersToTerminate()).toEqual([{ taskId, workerName }])
+        await store.workerTerminated(taskId)
+        expect(await store.workersToTerminate()).toEqual([])
+      })
+
+      test('neither a kept worker nor one that was never made is to be terminated', async () => {
+        const kept = await finished({}, { keepWorker: true })
+        const { taskId } = await inserted()
+        const cancelled = await store.get(taskId)
+        if (!cancelled) throw new Error('not stored')
+        await store.finish(
+          cancelled,
+          end({ outcome: { ...SUCCESS, status: 'cancelled', reason: 'cancelled' } }),
+        )
+        expect(await store.workersToTerminate()).toEqual([])
+        expect(await store.workerOwner(kept)).toEqual({
+          ...{ status: 'succeeded', finishedAt: 5_000, kept: true },
+        })
+        expect(await store.workerOwner(cancelled.taskId)).toMatchObject({ kept: false })
+        expect(await store.workerOwner('unknown')).toBeUndefined()
+      })
+    })
+
+    describe('retention', () => {
+      const gone = async (how: Partial<End>, overrides: Partial<NewTask> = {}) => {
+        const taskId = await finished(overrides, how)
+        await store.workerTerminated(taskId)
+        return taskId
+      }
+
+      test('finished tasks go with their logs and deliveries; younger and live ones stay', async () => {
+        const old = await gone({ finishedAt: 1_999 })
+        const delivered = await gone(
+          { finishedAt: 1_999, delivery: newDelivery() },
+          { callbackUrl: `${ORIGIN}/hook` },
+        )
+        await deliveries.recordAttempt(delivered, attempt(1), {
+          ...{ status: 'delivered', nextAttemptAt: null },
+        })
+        const young = await gone({ finishedAt: 2_000 })
+        const live = await claimed({ createdAt: 0 })
+        expect(await store.removeFinishedBefore(2_000)).toBe(2)
+        for (const taskId of [old, delivered]) {
+          expect(await store.get(taskId)).toBeUndefined()
+          expect(await store.log(taskId)).toBeUndefined()
+          expect(await deliveries.state(taskId)).toBeUndefined()
+        }
+        for (const taskId of [young, live.taskId]) expect(await store.get(taskId)).toBeDefined()
+        expect(await store.removeFinishedBefore(2_000)).toBe(0)
+      })
+
+      test('a task whose delivery is pending stays, however old', async () => {
+        const taskId = await gone(
+          { finishedAt: 1, delivery: newDelivery() },
+          { callbackUrl: `${ORIGIN}/hook` },
+        )
+        expect(await store.removeFinishedBefore(1e15)).toBe(0)
+        expect(await store.get(taskId)).toBeDefined()
+        await deliveries.recordAttempt(taskId, attempt(1), {
+          ...{ status: 'given_up', nextAttemptAt: null },
+        })
+        expect(await store.removeFinishedBefore(1e15)).toBe(1)
+      })
+
+      test('a task whose worker is still there stays', async () => {
+        const left = await finished({}, { finishedAt: 1 })
+        const kept = await finished({}, { finishedAt: 1, keepWorker: true })
+        expect(await store.removeFinishedBefore(1e15)).toBe(0)
+        for (const taskId of [left, kept]) await store.workerTerminated(taskId)
+        expect(await store.removeFinishedBefore(1e15)).toBe(2)
+      })
+    })
+
+    describe('deliveries', () => {
+      const take = (now: number, exceptOrigins: string[] = [], leaseUntil = now + 1e6) =>
+        deliveries.takeDue({ now, leaseUntil, exceptOrigins })
+
+      test('the oldest that is due is taken first, and none before its time', async () => {
+        const later = await due(3_000)
+        const first = await due(1_000)
+        const second = await due(2_000)
+        expect(await take(999)).toBeUndefined()
+        expect((await take(2_500))?.taskId).toBe(first)
+        expect((await take(2_500))?.taskId).toBe(second)
+        expect(await take(2_500)).toBeUndefined()
+        expect((await take(3_000))?.taskId).toBe(later)
+      })
+
+      test('what is taken tells what is needed for the attempt', async () => {
+        const taskId = await due(1_000, { webhookId: 'msg_x' })
+        expect(await take(1_000)).toEqual({
+          ...{ taskId, webhookId: 'msg_x', origin: ORIGIN },
+          ...{ attempts: 0, manual: false, deliveredBefore: false },
+        })
+      })
+
+      test('origins may be left out', async () => {
+        const a = await due(1_000, { origin: 'https://a.example' })
+        const b = await due(2_000, { origin: 'https://b.example' })
+        expect(await take(5_000, ['https://a.example', 'https://b.example'])).toBeUndefined()
+        expect((await take(5_000, ['https://a.example']))?.taskId).toBe(b)
+        expect((await take(5_000, ['https://c.example']))?.taskId).toBe(a)
+      })
+
+      test('takers at once never take the same', async () => {
+        for (let count = 0; count < 5; count += 1) await due(1_000)
+        const taken = await Promise.all(Array.from({ length: 10 }, () => take(1_000)))
+        const ids = taken.flatMap((each) => (each ? [each.taskId] : []))
+        expect(ids).toHaveLength(5)
+        expect(new Set(ids).size).toBe(5)
+      })
+
+      test('a lease that runs out makes the delivery due again', async () => {
+        const taskId = await due(1_000)
+        await take(1_000, [], 1_500)
+        expect(await take(1_499)).toBeUndefined()
+        expect((await take(1_500))?.taskId).toBe(taskId)
+      })
+
+      test('the lease of whoever commits holds from the start', async () => {
+        const taskId = await due(1_000, { leaseUntil: 9_000 })
+        expect(await take(8_999)).toBeUndefined()
+        expect((await deliveries.state(taskId))?.nextAttemptAt).toBeNull()
+        expect((await take(9_000))?.taskId).toBe(taskId)
+      })
+
+      test('the next due time is that of the earliest pending one', async () => {
+        expect(await deliveries.nextDueAt()).toBeUndefined()
+        const early = await due(1_000)
+        await due(2_000)
+        expect(await deliveries.nextDueAt()).toBe(1_000)
+        await deliveries.recordAttempt(early, attempt(1), {
+          ...{ status: 'delivered', nextAttemptAt: null },
+        })
+        expect(await deliveries.nextDueAt()).toBe(2_000)
+      })
+
+      test('its content is the stored outcome and log, with address and token', async () => {
+        const log = { content: Buffer.from('the log'), totalBytes: 8 }
+        const task = await claimed({
+          taskFileName: 'b.sh',
+          callbackUrl: `${ORIGIN}/hook?x=1`,
+          callbackUrlToken: 'token',
+        })
+        await store.finish(task, end({ log, delivery: newDelivery() }))
+        const { taskId } = task
+        expect(await deliveries.content(taskId)).toEqual({
+          url: `${ORIGIN}/hook?x=1`,
+          token: 'token',
+          payload: { taskName: 'b.sh', taskId, success: true, logs: log },
+        })
+        expect(await deliveries.content('unknown')).toBeUndefined()
+      })
+
+      test('attempts are recorded in order, and decide what comes next', async () => {
+        const taskId = await due(1_000)
+        await take(1_000)
+        await deliveries.recordAttempt(
+          taskId,
+          { ...attempt(1), statusCode: null, error: 'no connection' },
+          { status: 'pending', nextAttemptAt: 7_000 },
+        )
+        expect(await take(6_999)).toBeUndefined()
+        expect(await take(7_000)).toMatchObject({ taskId, attempts: 1 })
+        await deliveries.recordAttempt(taskId, attempt(2), {
+          ...{ status: 'delivered', nextAttemptAt: null },
+        })
+        expect(await deliveries.state(taskId)).toEqual({
+          status: 'delivered',
+          webhookId: expect.any(String),
+          nextAttemptAt: null,
+          attempts: [{ ...attempt(1), statusCode: null, error: 'no connection' }, attempt(2)],
+        })
+        expect(await store.get(taskId)).toMatchObject({ callbackStatus: 'delivered' })
+        expect(await take(1e15)).toBeUndefined()
+      })
+
+      test('an attempt that was overtaken changes nothing', async () => {
+        const taskId = await due(1_000)
+        await take(1_000)
+        await deliveries.recordAttempt(taskId, attempt(1), {
+          ...{ status: 'delivered', nextAttemptAt: null },
+        })
+        const before = await deliveries.state(taskId)
+        await deliveries.recordAttempt(
+          taskId,
+          { ...attempt(1), statusCode: 500, error: 'late' },
+          { status: 'pending', nextAttemptAt: 1 },
+        )
+        await deliveries.recordAttempt(taskId, attempt(5), {
+          ...{ status: 'given_up', nextAttemptAt: null },
+        })
+        expect(await deliveries.state(taskId)).toEqual(before)
+      })
+
+      test('a clock that was set back takes pending deliveries with it, and no others', async () => {
+        const taskId = await due(9_000)
+        const ended = await due(9_000)
+        await deliveries.recordAttempt(ended, attempt(1), {
+          ...{ status: 'delivered', nextAttemptAt: null },
+        })
+        await deliveries.shiftDue(-8_000)
+        expect(await take(999)).toBeUndefined()
+        expect((await take(1_000))?.taskId).toBe(taskId)
+        expect(await deliveries.state(ended)).toMatchObject({
+          ...{ status: 'delivered', nextAttemptAt: null },
+        })
+      })
+
+      test('a released delivery is due at once, without an attempt', async () => {
+        const taskId = await due(1_000)
+        await take(1_000)
+        await deliveries.release(taskId)
+        expect(await take(1)).toMatchObject({ taskId, attempts: 0 })
+      })
+
+      test('releasing a delivery that has ended does not open it again', async () => {
+        const taskId = await due(1_000)
+        await deliveries.recordAttempt(taskId, attempt(1), {
+          ...{ status: 'delivered', nextAttemptAt: null },
+        })
+        await deliveries.release(taskId)
+        expect(await take(1e15)).toBeUndefined()
+      })
+
+      test('redelivering one that was given up makes it due now, for one attempt by hand', async () => {
+        const taskId = await due(1_000)
+        await deliveries.recordAttempt(taskId, attempt(1), {
+          ...{ status: 'given_up', nextAttemptAt: null },
+        })
+        expect(await deliveries.redeliver(taskId, 4_000)).toBe('queued')
+        expect(await deliveries.redeliver(taskId, 4_000)).toBe('queued')
+        expect(await take(4_000)).toMatchObject({
+          ...{ taskId, attempts: 1, manual: true, deliveredBefore: false },
+        })
+      })
+
+      test('redelivering one that was delivered remembers that it was', async () => {
+        const taskId = await due(1_000)
+        await deliveries.recordAttempt(taskId, attempt(1), {
+          ...{ status: 'delivered', nextAttemptAt: null },
+        })
+        expect(await deliveries.redeliver(taskId, 4_000)).toBe('queued')
+        expect(await take(4_000)).toMatchObject({ manual: true, deliveredBefore: true })
+      })
+
+      test('redelivering one whose schedule goes on makes it earlier, and keeps its schedule', async () => {
+        const taskId = await due(9_000)
+        expect(await deliveries.redeliver(taskId, 4_000)).toBe('queued')
+        expect(await take(4_000)).toMatchObject({ taskId, manual: false })
+      })
+
+      test('one whose attempt is under way is not made due, until its lease has run out', async () => {
+        const taskId = await due(1_000)
+        await take(1_000, [], 2_000)
+        expect(await deliveries.redeliver(taskId, 1_999)).toBe('in_flight')
+        expect(await take(1_999)).toBeUndefined()
+        expect(await deliveries.redeliver(taskId, 2_000)).toBe('queued')
+      })
+
+      test('there is nothing to redeliver, nor a state, without a delivery', async () => {
+        const { taskId } = await inserted()
+        for (const id of [taskId, 'unknown']) {
+          expect(await deliveries.redeliver(id, 1)).toBeUndefined()
+          expect(await deliveries.state(id)).toBeUndefined()
+        }
+      })
+    })
+
+    test('the check resolves while the store can be read', async () => {
+      await expect(store.check()).resolves.toBeUndefined()
+    })
+  })
+}
+
+function attempt(number: number) {
+  return { number, startedAt: 1_000 * number, durationMs: 12, statusCode: 200, error: null }
+}

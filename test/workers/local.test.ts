@@ -1,0 +1,606 @@
+import { type ChildProcess, spawn } from 'node:child_process'
+import { once } from 'node:events'
+import {
+  chmod,
+  cp,
+  mkdir,
+  mkdtemp,
+  readdir,
+  readFile,
+  realpath,
+  rm,
+  stat,
+  symlink,
+  writeFile,
+} from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { afterAll, afterEach, beforeAll, describe, expect, test, vi } from 'vitest'
+import type { Worker, WorkerSpec } from '../../src/core/ports.ts'
+import { type Contents, prepare, type WorkerRecord } from '../../src/workers/local/folders.ts'
+import { LocalBackend } from '../../src/workers/local/local-backend.ts'
+import type { LocalSettings } from '../../src/workers/local/local-workers.ts'
+import { identify, type ProcessIdentity } from '../../src/workers/local/processes.ts'
+import {
+  type BackendHarness,
+  describeWorkerBackend,
+  fileThere,
+  LARGE_ENVIRONMENT,
+  logOf,
+  marker,
+  NEVER,
+  spec,
+  text,
+  touch,
+} from './contract.ts'
+
+const FIXTURE_TASKS = fileURLToPath(new URL('../fixtures/tasks', import.meta.url))
+const BOOTSTRAP = fileURLToPath(new URL('../../src/workers/bootstrap.sh', import.meta.url))
+const BACKEND_MODULE = fileURLToPath(
+  new URL('../../src/workers/local/local-backend.ts', import.meta.url),
+)
+const GRACE_MS = 400
+const CLOSE_MS_MAX = 2_000
+
+/** Of live processes: `pid command line`, where the command line or the environment holds `marker`. */
+async function processesWith(wanted: string): Promise<string[]> {
+  const found: string[] = []
+  for (const pid of (await readdir('/proc')).filter((entry) => /^\d+$/.test(entry))) {
+    if (Number(pid) === process.pid) continue
+    const [command = '', environment = ''] = await Promise.all(
+      ['cmdline', 'environ'].map((file) =>
+        readFile(`/proc/${pid}/${file}`, 'latin1').catch(() => ''),
+      ),
+    )
+    // A zombie has neither, and is as good as gone.
+    if (command.includes(wanted) || environment.includes(wanted)) {
+      found.push(`${pid} ${command.replaceAll('\0', ' ')}`)
+    }
+  }
+  return found
+}
+
+/** Slot shells that this process started and that have not ended. */
+async function slotShells(): Promise<string[]> {
+  const found: string[] = []
+  for (const pid of (await readdir('/proc')).filter((entry) => /^\d+$/.test(entry))) {
+    const [stat = '', command = ''] = await Promise.all(
+      ['stat', 'cmdline'].map((file) => readFile(`/proc/${pid}/${file}`, 'latin1').catch(() => '')),
+    )
+    const parent = stat.slice(stat.lastIndexOf(')') + 2).split(' ')[1]
+    if (parent === String(process.pid) && command === '/bin/sh\0-s\0') found.push(pid)
+  }
+  return found
+}
+
+interface LocalHarness extends BackendHarness {
+  backend: LocalBackend
+  readonly settings: LocalSettings
+  reopen(): Promise<LocalBackend>
+  /** A service in a process of its own that has provisioned the worker, to be killed. */
+  service(wanted: WorkerSpec): Promise<ChildProcess>
+}
+
+async function openLocal(overrides: Partial<LocalSettings> = {}): Promise<LocalHarness> {
+  const folder = await realpath(await mkdtemp(join(tmpdir(), 'local-workers-')))
+  const sharedDir = join(folder, 'shared')
+  await mkdir(sharedDir)
+  const settings: LocalSettings = {
+    workersDir: join(folder, 'workers'),
+    tasksDir: FIXTURE_TASKS,
+    bootstrap: BOOTSTRAP,
+    interpreters: {
+      python: '/nonexistent/missing-python',
+      shell: '/bin/bash',
+      node: process.execPath,
+    },
+    environment: { PATH: '/usr/bin:/bin', LANG: 'C.UTF-8' },
+    umask: 0o22,
+    terminationGraceMs: GRACE_MS,
+    ...overrides,
+  }
+  const services: ChildProcess[] = []
+  const shellsOfOthers = await slotShells()
+  const ownShells = async () => (await slotShells()).filter((pid) => !shellsOfOthers.includes(pid))
+  const opened: LocalBackend[] = [new LocalBackend(settings)]
+  const close = async (backend: LocalBackend) => {
+    const inTime = await Promise.race([
+      backend.close().then(() => true),
+      new Promise((resolve) => setTimeout(resolve, CLOSE_MS_MAX, false)),
+    ])
+    if (!inTime) throw new Error(`close took longer than ${CLOSE_MS_MAX} ms`)
+  }
+  const harness: LocalHarness = {
+    backend: opened[0] as LocalBackend,
+    graceMs: GRACE_MS,
+    sharedDir,
+    settings,
+    async reopen() {
+      const before = harness.backend
+      harness.backend = new LocalBackend(settings)
+      opened.push(harness.backend)
+      await close(before)
+      return harness.backend
+    },
+    async clean() {
+      for (const worker of await harness.backend.list()) await worker.terminate()
+      expect(await readdir(settings.workersDir)).toEqual([])
+      expect(await processesWith(settings.workersDir)).toEqual([])
+    },
+    async service(wanted) {
+      const script = `
+        const { LocalBackend } = await import(${JSON.stringify(BACKEND_MODULE)})
+        const backend = new LocalBackend(${JSON.stringify(settings)})
+        const worker = await backend.provision(${JSON.stringify(wanted)}, new AbortController().signal)
+        worker.completion(new AbortController().signal)
+        console.log('provisioned')`
+      // A file: what is given with -e makes threads fail (they inherit --input-type).
+      const file = join(folder, `service-${services.length}.mjs`)
+      await writeFile(file, script)
+      const child = spawn(process.execPath, [file], { stdio: ['ignore', 'pipe', 'inherit'] })
+      services.push(child)
+      await once(child.stdout, 'data')
+      return child
+    },
+    processes: processesWith,
+    async dispose() {
+      for (const service of services) await kill(service)
+      try {
+        await harness.backend.check().catch(() => {
+          // The test's own is closed.
+          harness.backend = new LocalBackend(settings)
+          opened.push(harness.backend)
+        })
+        await harness.clean()
+        await Promise.all(opened.map(close))
+        await vi.waitFor(async () => expect(await ownShells()).toEqual([]), 2_000)
+        expect(await processesWith(folder)).toEqual([])
+      } finally {
+        for (const left of await ownShells()) process.kill(Number(left), 'SIGKILL')
+        for (const left of await processesWith(folder)) process.kill(Number.parseInt(left, 10), 9)
+        await rm(folder, { recursive: true, force: true })
+      }
+    },
+  }
+  // Answers when the thread is there, and with it the folder.
+  await harness.backend.check()
+  return harness
+}
+
+async function kill(service: ChildProcess): Promise<void> {
+  if (service.exitCode !== null || service.signalCode !== null) return
+  const exited = once(service, 'exit')
+  service.kill('SIGKILL')
+  await exited
+}
+
+describeWorkerBackend('LocalBackend', openLocal)
+
+describe('local workers', () => {
+  let harness: LocalHarness
+
+  beforeAll(async () => {
+    harness = await openLocal()
+  })
+  afterEach(() => harness.clean())
+  afterAll(() => harness.dispose())
+
+  const folderOf = (name: string) => join(harness.settings.workersDir, name)
+
+  function recordOf(wanted: WorkerSpec, slot: ProcessIdentity): WorkerRecord {
+    const { name, taskId, maxLogBytes } = wanted
+    return { name, taskId, size: null, createdAt: Date.now(), maxLogBytes, slot }
+  }
+
+  function contentsOf(wanted: WorkerSpec, slot: ProcessIdentity): Contents {
+    return {
+      record: recordOf(wanted, slot),
+      taskFileName: wanted.taskFileName,
+      startupScript: undefined,
+      notes: [],
+    }
+  }
+
+  async function slotOf(name: string): Promise<ProcessIdentity> {
+    const record = JSON.parse(await text(join(folderOf(name), 'worker.json'))) as WorkerRecord
+    return record.slot
+  }
+
+  async function run(wanted: WorkerSpec): Promise<Worker> {
+    const worker = await harness.backend.provision(wanted, NEVER)
+    await worker.completion(NEVER)
+    return worker
+  }
+
+  test('close lets go at once while a task runs, and the task goes on', async () => {
+    const go = join(harness.sharedDir, marker())
+    const done = join(harness.sharedDir, marker())
+    await harness.backend.provision(
+      spec(`until [ -e ${go} ]; do sleep 0.02; done; : >${done}`),
+      NEVER,
+    )
+    try {
+      await harness.reopen()
+    } finally {
+      await touch(go)
+      await fileThere(done)
+    }
+  })
+
+  describe('a service that is killed', () => {
+    test('a task goes on, and the next service has its true exit code and whole log', async () => {
+      const go = join(harness.sharedDir, marker())
+      const wanted = spec(
+        `echo before; until [ -e ${go} ]; do sleep 0.02; done; echo after; exit 11`,
+      )
+      await kill(await harness.service(wanted))
+      const worker = await harness.backend.find(wanted.name)
+      expect(await worker?.status()).toBe('Running')
+      const end = worker?.completion(NEVER)
+      await touch(go)
+      expect(await end).toMatchObject({ reason: 'exit_code', exitCode: 11 })
+      expect(worker && (await logOf(worker))).toBe('before\nafter\n')
+    })
+
+    test.each(['SEGV', 'KILL', 'TERM'])(
+      'a task that SIG%s ends afterwards has that signal for its outcome',
+      async (signal) => {
+        const go = join(harness.sharedDir, marker())
+        const wanted = spec(
+          `until [ -e ${go} ]; do sleep 0.02; done; kill -${signal} $$; exec sleep 1000`,
+        )
+        await kill(await harness.service(wanted))
+        const worker = await harness.backend.find(wanted.name)
+        const end = worker?.completion(NEVER)
+        await touch(go)
+        expect(await end).toMatchObject({ reason: 'signal', signal: `SIG${signal}` })
+      },
+    )
+
+    test.each([
+      ['in a session of its own', (mark: string) => `setsid sleep ${mark}`],
+      ['in its group, with an empty environment', (mark: string) => `env -i /bin/sleep ${mark}`],
+    ])('what a task left %s while nobody looked is ended with its worker', async (_, leave) => {
+      const go = join(harness.sharedDir, marker())
+      const mark = marker()
+      const wanted = spec(`until [ -e ${go} ]; do sleep 0.02; done; ${leave(mark)} & sleep 0.05`)
+      await kill(await harness.service(wanted))
+      const slot = await slotOf(wanted.name)
+      await touch(go)
+      await expect.poll(() => identify(slot.pid), { timeout: 5_000, interval: 10 }).toBeUndefined()
+      try {
+        const worker = await harness.backend.find(wanted.name)
+        expect(await worker?.completion(NEVER)).toMatchObject({ reason: 'completed' })
+        await worker?.terminate()
+        expect(await processesWith(mark)).toEqual([])
+      } finally {
+        await killAll(mark)
+      }
+    })
+
+    test.each([
+      ['with its name', (mark: string) => `exec sleep ${mark}`],
+      ['with an empty environment', (mark: string) => `exec env -i /bin/sleep ${mark}`],
+    ])(
+      'a worker whose slot was killed meanwhile is lost, and its task (%s) ends with it',
+      async (_, task) => {
+        const ready = join(harness.sharedDir, marker())
+        const mark = marker()
+        const wanted = spec(`: >${ready}; ${task(mark)}`)
+        await kill(await harness.service(wanted))
+        await fileThere(ready)
+        await expect.poll(() => processesWith(mark), { timeout: 5_000 }).not.toEqual([])
+        const slot = await slotOf(wanted.name)
+        process.kill(slot.pid, 'SIGKILL')
+        await expect.poll(() => identify(slot.pid), { timeout: 5_000 }).toBeUndefined()
+        try {
+          const worker = await harness.backend.find(wanted.name)
+          expect(await worker?.completion(NEVER)).toMatchObject({
+            reason: 'worker_lost',
+            exitCode: null,
+          })
+          await worker?.stop()
+          expect(await processesWith(mark)).toEqual([])
+        } finally {
+          await killAll(mark)
+        }
+      },
+    )
+  })
+
+  test('a worker whose slot is killed from outside is lost; no process is left, and others go on', async () => {
+    const ready = join(harness.sharedDir, marker())
+    const go = join(harness.sharedDir, marker())
+    const mark = marker()
+    const wanted = spec(`env -i /bin/sleep ${mark} & setsid sleep ${mark} & : >${ready}; wait`)
+    const other = await harness.backend.provision(
+      spec(`until [ -e ${go} ]; do sleep 0.02; done; exit 3`),
+      NEVER,
+    )
+    const worker = await harness.backend.provision(wanted, NEVER)
+    await fileThere(ready)
+    process.kill((await slotOf(wanted.name)).pid, 'SIGKILL')
+    expect(await worker.completion(NEVER)).toMatchObject({ reason: 'worker_lost', exitCode: null })
+    expect(await processesWith(mark)).toEqual([])
+    await touch(go)
+    expect(await other.completion(NEVER)).toMatchObject({ exitCode: 3 })
+    await run(spec('true'))
+  })
+
+  test('a task that kills its whole process group is lost, and the next task runs', async () => {
+    const worker = await harness.backend.provision(spec('kill -9 0; sleep 1000'), NEVER)
+    expect(await worker.completion(NEVER)).toMatchObject({ reason: 'worker_lost' })
+    const next = await harness.backend.provision(spec('exit 8'), NEVER)
+    expect(await next.completion(NEVER)).toMatchObject({ exitCode: 8 })
+  })
+
+  test('the next task takes the slot of one that has ended', async () => {
+    const [one, two, three] = [spec('true'), spec('sleep 1000 & exit 1'), spec('true')]
+    for (const wanted of [one, two, three]) await run(wanted)
+    expect(await slotOf(two.name)).toEqual(await slotOf(one.name))
+    expect(await slotOf(three.name)).toEqual(await slotOf(one.name))
+  })
+
+  test('provisioning one name three times at once takes one slot', async () => {
+    await using other = await openDisposable({})
+    const before = (await slotShells()).length
+    const wanted = spec('true', { environment: LARGE_ENVIRONMENT })
+    const workers = await Promise.all([1, 2, 3].map(() => other.backend.provision(wanted, NEVER)))
+    for (const worker of workers) await worker.completion(NEVER)
+    expect((await slotShells()).length - before).toBe(1)
+  })
+
+  test('ending what a task left behind costs little, however late its zombies are reaped', async () => {
+    await run(spec('true'))
+    const worker = await harness.backend.provision(
+      spec('sleep 1000 & setsid sleep 1000 & date +%s%3N'),
+      NEVER,
+    )
+    await worker.completion(NEVER)
+    expect(Date.now() - Number(await logOf(worker))).toBeLessThan(1_000)
+  })
+
+  test('a file whose interpreter is missing fails with a log that names it', async () => {
+    const worker = await harness.backend.provision(
+      spec('pass', { taskFileName: 'w-eval.py' }),
+      NEVER,
+    )
+    const end = await worker.completion(NEVER)
+    expect(end).toMatchObject({ reason: 'exit_code', exitCode: 127 })
+    expect(end.message).toContain('interpreter')
+    expect(await logOf(worker)).toContain('missing-python')
+  })
+
+  test('a task that changes its log file for a folder still ends', async () => {
+    const worker = await harness.backend.provision(
+      spec('cd ../; rm log; mkdir log; exit 2', { maxLogBytes: 1_000_000 }),
+      NEVER,
+    )
+    expect(await worker.completion(NEVER)).toMatchObject({ exitCode: 2 })
+  })
+
+  describe('a worker that was made, but whose task was not started', () => {
+    test('is provisioned anew when its slot is gone: the script runs once', async () => {
+      const runs = join(harness.sharedDir, marker())
+      const wanted = spec(`echo ran >>${runs}`)
+      prepare(
+        folderOf(wanted.name),
+        FIXTURE_TASKS,
+        contentsOf(wanted, { pid: 2 ** 22 + 1, startedAt: 'never' }),
+      )
+      const worker = await run(wanted)
+      expect(await worker.completion(NEVER)).toMatchObject({ reason: 'completed' })
+      await run(wanted)
+      expect(await text(runs)).toBe('ran\n')
+    })
+
+    test('is provisioned anew, once its slot has gone without starting it', async () => {
+      const runs = join(harness.sharedDir, marker())
+      const wanted = spec(`echo ran >>${runs}`)
+      const slot = spawn('sleep', ['1000'])
+      const identity = identify(slot.pid ?? 0)
+      if (!identity) throw new Error('no process')
+      prepare(folderOf(wanted.name), FIXTURE_TASKS, contentsOf(wanted, identity))
+      const provisioning = harness.backend.provision(wanted, NEVER)
+      // Answered after a turn of the thread that `provision` waits on.
+      await harness.backend.check()
+      await expect(stat(runs)).rejects.toThrow('ENOENT')
+      slot.kill('SIGKILL')
+      const worker = await provisioning
+      expect(await worker.completion(NEVER)).toMatchObject({ reason: 'completed' })
+      expect(await text(runs)).toBe('ran\n')
+    })
+
+    test('is attached to when its slot starts it after all', async () => {
+      const runs = join(harness.sharedDir, marker())
+      const wanted = spec(`echo ran >>${runs}`)
+      const slot = spawn('sleep', ['1000'])
+      const identity = identify(slot.pid ?? 0)
+      if (!identity) throw new Error('no process')
+      try {
+        prepare(folderOf(wanted.name), FIXTURE_TASKS, contentsOf(wanted, identity))
+        const provisioning = harness.backend.provision(wanted, NEVER)
+        await harness.backend.check()
+        await writeFile(join(folderOf(wanted.name), 'started'), 'yes\n')
+        const worker = await provisioning
+        await writeFile(join(folderOf(wanted.name), 'exit'), 'task 21\n')
+        expect(await worker.completion(NEVER)).toMatchObject({ exitCode: 21 })
+        await expect(stat(runs)).rejects.toThrow('ENOENT')
+      } finally {
+        slot.kill('SIGKILL')
+      }
+    })
+
+    test('a folder that was half made is gone after a restart, and its name can be used', async () => {
+      const wanted = spec('exit 5')
+      await mkdir(folderOf(wanted.name))
+      await writeFile(join(folderOf(wanted.name), 'log'), 'half')
+      expect(await harness.backend.list()).toEqual([])
+      await harness.reopen()
+      expect(await harness.backend.list()).toEqual([])
+      expect(await readdir(harness.settings.workersDir)).toEqual([])
+      const worker = await harness.backend.provision(wanted, NEVER)
+      expect(await worker.completion(NEVER)).toMatchObject({ exitCode: 5 })
+    })
+  })
+
+  test("a worker's folder and files are for its owner alone", async () => {
+    const wanted = spec('true', { startupScript: 'true' })
+    await run(wanted)
+    const modes: Record<string, string> = {}
+    const folder = folderOf(wanted.name)
+    for (const path of [harness.settings.workersDir, folder]) {
+      expect(((await stat(path)).mode & 0o777).toString(8)).toBe('700')
+    }
+    for (const name of await readdir(folder)) {
+      modes[name] = ((await stat(join(folder, name))).mode & 0o777).toString(8)
+    }
+    expect(modes).toEqual({
+      ...{ home: '700', tmp: '700', tasks: '700' },
+      ...{ 'worker.json': '600', log: '600', started: '600', exit: '600', 'startup.sh': '600' },
+    })
+  })
+
+  test('no secret of a task is in a file of its worker', async () => {
+    const secret = `secret-${marker()}`
+    const wanted = spec('true', { environment: { SECRET: secret } })
+    await run(wanted)
+    const folder = folderOf(wanted.name)
+    for (const name of ['worker.json', 'log', 'started', 'exit']) {
+      expect(await text(join(folder, name))).not.toContain(secret)
+    }
+  })
+
+  test('no secret of a task is in the arguments of a process', async () => {
+    const secret = `secret-${marker()}`
+    const go = join(harness.sharedDir, marker())
+    const ready = join(harness.sharedDir, marker())
+    for (const startup of [{}, { startupScript: 'true' }]) {
+      await rm(go, { force: true })
+      await rm(ready, { force: true })
+      const wanted = spec(`: >${ready}; until [ -e ${go} ]; do sleep 0.02; done`, {
+        ...startup,
+        environment: { SECRET: secret },
+      })
+      const worker = await harness.backend.provision(wanted, NEVER)
+      await fileThere(ready)
+      const found = await processesWith(secret)
+      expect(found.length).toBeGreaterThan(0)
+      expect(found.filter((line) => line.includes(secret))).toEqual([])
+      await touch(go)
+      await worker.completion(NEVER)
+    }
+  })
+
+  test('the log tells which wishes have no effect here', async () => {
+    const worker = await run(spec('true', { image: 'practicus', size: 'Large', notes: ['first'] }))
+    expect(await logOf(worker)).toBe(
+      '[task-runner] first\n' +
+        '[task-runner] worker_image "practicus" is not used by local workers\n' +
+        '[task-runner] worker_size "Large" is not enforced on local workers\n',
+    )
+  })
+
+  test('a worker that lost its log rejects when asked for it', async () => {
+    const wanted = spec('rm ../log')
+    const worker = await run(wanted)
+    await expect(worker.logs({ maxBytes: 10 })).rejects.toThrow('ENOENT')
+  })
+
+  describe('the copy of the tasks folder', () => {
+    test('links inside it are files, links out of it are not there, nor are .git and its like', async () => {
+      const folder = join(harness.sharedDir, marker(), 'tasks')
+      await mkdir(join(folder, 'sub'), { recursive: true })
+      await mkdir(join(folder, '.git'))
+      await mkdir(join(folder, 'node_modules'))
+      await writeFile(join(folder, '.git', 'config'), 'a token')
+      await writeFile(join(folder, 'node_modules', 'large'), '')
+      await writeFile(join(folder, 'sub', 'data.txt'), 'the data')
+      await writeFile(join(folder, '..', 'outside'), 'outside')
+      await symlink('sub/data.txt', join(folder, 'inside'))
+      await symlink('../outside', join(folder, 'out'))
+      await symlink('/etc/passwd', join(folder, 'absolute'))
+      await symlink('.', join(folder, 'self'))
+      await symlink('nowhere', join(folder, 'dangling'))
+      await cp(join(FIXTURE_TASKS, 'w-eval.sh'), join(folder, 'sub', 'w-eval.sh'))
+      const link = join(folder, '..', 'link-to-tasks')
+      await symlink('tasks', link)
+
+      await using other = await openDisposable({ tasksDir: link })
+      const wanted = spec('pwd; ls -A .; cat inside; rm inside; echo changed >sub/data.txt', {
+        taskFileName: 'sub/w-eval.sh',
+      })
+      const worker = await other.backend.provision(wanted, NEVER)
+      expect(await worker.completion(NEVER)).toMatchObject({ reason: 'completed' })
+      const copy = join(other.settings.workersDir, wanted.name, 'tasks')
+      expect(await logOf(worker)).toBe(`${copy}\ninside\nsub\nthe data`)
+      expect(await text(join(folder, 'sub', 'data.txt'))).toBe('the data')
+      expect(await text(join(folder, 'inside'))).toBe('the data')
+    })
+
+    test('a tasks folder that is missing leaves no folder, no worker and no slot behind', async () => {
+      await using other = await openDisposable({ tasksDir: join(harness.sharedDir, 'missing') })
+      const before = (await slotShells()).length
+      for (let turn = 0; turn < 3; turn += 1) {
+        await expect(other.backend.provision(spec('true'), NEVER)).rejects.toThrow('ENOENT')
+      }
+      expect((await slotShells()).length - before).toBeLessThanOrEqual(1)
+      expect(await other.backend.list()).toEqual([])
+      expect(await readdir(other.settings.workersDir)).toEqual([])
+    })
+
+    test('a script with Windows line ends is told of in the log', async () => {
+      const folder = join(harness.sharedDir, marker(), 'tasks')
+      await mkdir(folder, { recursive: true })
+      await writeFile(join(folder, 'windows.sh'), 'echo hi\r\n')
+      await using other = await openDisposable({ tasksDir: folder })
+      const worker = await other.backend.provision(spec('', { taskFileName: 'windows.sh' }), NEVER)
+      await worker.completion(NEVER)
+      expect(await logOf(worker)).toContain('CRLF')
+    })
+  })
+
+  test('a folder with directories that nobody may enter is removed all the same', async () => {
+    const folder = join(harness.sharedDir, 'closed')
+    await mkdir(join(folder, 'a', 'b', 'c'), { recursive: true })
+    await writeFile(join(folder, 'a', 'b', 'c', 'file'), '')
+    await symlink('/', join(folder, 'a', 'b', 'root'))
+    for (const path of ['a/b/c', 'a/b', 'a']) await chmod(join(folder, path), 0o000)
+    const module = fileURLToPath(new URL('../../src/workers/local/folders.ts', import.meta.url))
+    // Root may enter everything: then it is another user who has to manage.
+    const uid = process.getuid?.() === 0 ? 65_534 : undefined
+    if (uid !== undefined) {
+      const owned = spawn('chown', ['-hR', String(uid), folder])
+      expect(await once(owned, 'exit')).toEqual([0, null])
+      for (const path of [harness.sharedDir, join(harness.sharedDir, '..')]) {
+        await chmod(path, 0o777)
+      }
+    }
+    const script = `
+      const { remove } = await import(${JSON.stringify(module)})
+      remove(${JSON.stringify(folder)})`
+    const removing = spawn(process.execPath, ['--input-type=module', '-e', script], {
+      stdio: ['ignore', 'ignore', 'pipe'],
+      ...(uid === undefined ? {} : { uid, gid: uid }),
+    })
+    let complaints = ''
+    removing.stderr.on('data', (chunk) => {
+      complaints += chunk
+    })
+    expect(await once(removing, 'close'), complaints).toEqual([0, null])
+    await expect(stat(folder)).rejects.toThrow('ENOENT')
+    expect(await stat('/etc/passwd')).toBeDefined()
+  })
+})
+
+async function killAll(mark: string): Promise<void> {
+  for (const left of await processesWith(mark)) process.kill(Number.parseInt(left, 10), 9)
+}
+
+async function openDisposable(
+  overrides: Partial<LocalSettings>,
+): Promise<LocalHarness & AsyncDisposable> {
+  const harness = await openLocal(overrides)
+  return Object.assign(harness, { [Symbol.asyncDispose]: () => harness.dispose() })
+}
