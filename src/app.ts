@@ -40,6 +40,8 @@ const BODY_BYTES_MAX = 4 * 1024 * 1024
 const PARAM_LENGTH_MAX = 4096
 /** To receive a request whole, and to answer it; following a log is exempt. */
 const REQUEST_TIMEOUT_MS = 30_000
+/** For requests under way when the service closes. */
+const CLOSE_GRACE_MS = 2_000
 const CONNECTIONS_MAX = 10_000
 const SWEEP_MS = 60_000
 
@@ -177,6 +179,10 @@ export async function buildApp(options: AppOptions): Promise<App> {
       await Promise.all([runner.close(), callbacks.close(config.shutdownGraceMs), reaper.close()])
     }
     http.addHook('onClose', stop)
+    http.addHook('preClose', async () => {
+      // A request that never ends must not keep the service from ending.
+      setTimeout(() => http.server.closeAllConnections(), CLOSE_GRACE_MS).unref()
+    })
 
     http.setValidatorCompiler(({ schema }) => (data) => {
       // Holds: every schema of ours is zod's.

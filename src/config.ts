@@ -109,11 +109,16 @@ export function loadConfig(env: NodeJS.ProcessEnv = process.env): Config {
   // An empty variable is how many tools write "not set".
   const set = Object.fromEntries(
     Object.entries(env)
-      .map(([name, value]) => [name, value?.trim()] as const)
-      .filter(([, value]) => value !== ''),
+      .filter(([, value]) => value !== '')
+      .map(([name, value]) => [name, value?.trim()]),
   )
+  const blank = Object.keys(schema.shape).filter((name) => set[name] === '')
+  for (const name of blank) delete set[name]
   const issues = schema.safeParse(set).error?.issues ?? []
-  const problems = issues.map((issue) => `${String(issue.path[0])}: ${issue.message}`)
+  const problems = [
+    ...blank.map((name) => `${name}: is blank`),
+    ...issues.map((issue) => `${String(issue.path[0])}: ${issue.message}`),
+  ]
   // Combinations are judged as far as their parts are right.
   for (const issue of issues) delete set[String(issue.path[0])]
   const values = schema.parse(set)

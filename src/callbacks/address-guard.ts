@@ -3,7 +3,6 @@ import { isIP } from 'node:net'
 import { networkInterfaces } from 'node:os'
 import ipaddr from 'ipaddr.js'
 import { buildConnector } from 'undici'
-import { isLoopbackName } from '../core/loopback.ts'
 
 type Network = [ipaddr.IPv4 | ipaddr.IPv6, number]
 type Lookup = (
@@ -30,6 +29,9 @@ const METADATA = networks([
 /** Ranges that ipaddr.js 2.5 takes for public (IANA special-purpose registries; whitequark/ipaddr.js#203). */
 const NOT_PUBLIC = networks(['::/96', '100:0:0:1::/64', '192.31.196.0/24', '192.52.193.0/24'])
 
+const TRANSLATED = networks(['64:ff9b::/96', '::ffff:0:0:0/96', '::/96'])
+const SIX_TO_FOUR: Network = ipaddr.parseCIDR('2002::/16')
+
 /** A connection that the rules forbid. Final: trying again would not change it. */
 export class BlockedAddressError extends Error {
   override name = 'BlockedAddressError'
@@ -55,13 +57,12 @@ export class AddressGuard {
 
   /** Why a URL can be refused without asking anybody; undefined when only connecting will tell. */
   refusal(url: URL): string | undefined {
-    const host = url.hostname.replace(/^\[|\]$/g, '')
-    const name = host.replace(/\.$/, '')
-    const literal = isIP(host) !== 0 ? host : isLocalhost(name) ? '127.0.0.1' : undefined
+    const host = bareHost(url.hostname)
+    const literal = isIP(host) !== 0 ? host : isLocalhost(host) ? '127.0.0.1' : undefined
     if (literal !== undefined && !this.allows(literal))
       return 'may not be called: not a public address'
-    const own = literal !== undefined && isLoopbackName(literal) && portOf(url) === this.ownPort
-    if (own && !/\/sample-task-runner-callback2?\/?$/.test(url.pathname)) {
+    const isOwn = literal !== undefined && portOf(url) === this.ownPort && isOwnAddress(literal)
+    if (isOwn && !/\/sample-task-runner-callback2?\/?$/.test(url.pathname)) {
       return 'may not be called: it is this service itself'
     }
     return undefined
@@ -72,6 +73,9 @@ export class AddressGuard {
     // A mapped IPv4 address is judged as what it is.
     const parsed = ipaddr.process(address)
     const named = this.#allowed.filter((network) => contains(network, parsed))
+    if (METADATA.some((network) => translated(parsed).some((inner) => contains(network, inner)))) {
+      return false
+    }
     const metadata = METADATA.find((network) => contains(network, parsed))
     if (metadata) return named.some((network) => isWithin(network, metadata))
     if (named.length > 0) return true
@@ -99,15 +103,14 @@ export class AddressGuard {
         },
       })
     const connect = build((address) => this.allows(address))
-    // Our own port is reached by loopback names alone, for which `refusal` has looked at the path.
+    // Our own port is reached by addresses and loopback names, for which `refusal` has looked at the path.
     const connectToOwnPort = build((address) => this.allows(address) && !isOwnAddress(address))
     return (target, done) => {
-      const host = target.hostname.replace(/^\[|\]$/g, '')
-      const isOwnPort = Number(target.port) === this.ownPort && !isLoopbackName(host)
-      const isBlocked =
-        isIP(host) !== 0 && (!this.allows(host) || (isOwnPort && isOwnAddress(host)))
-      if (isBlocked) done(new BlockedAddressError('the address may not be called'), null)
-      else if (isOwnPort) connectToOwnPort(target, done)
+      const host = bareHost(target.hostname)
+      const port = target.port || (target.protocol === 'https:' ? 443 : 80)
+      if (isIP(host) !== 0 && !this.allows(host)) {
+        done(new BlockedAddressError('the address may not be called'), null)
+      } else if (Number(port) === this.ownPort && !isLocalhost(host)) connectToOwnPort(target, done)
       else connect(target, done)
     }
   }
@@ -141,6 +144,11 @@ export function isNetwork(name: string): boolean {
   }
 }
 
+/** Without the brackets of IPv6 and the dot of a whole name. */
+function bareHost(hostname: string): string {
+  return hostname.replace(/^\[|\]$/g, '').replace(/\.$/, '')
+}
+
 function isLocalhost(name: string): boolean {
   return name === 'localhost' || name.endsWith('.localhost')
 }
@@ -149,16 +157,32 @@ function portOf(url: URL): number {
   return url.port === '' ? (url.protocol === 'https:' ? 443 : 80) : Number(url.port)
 }
 
-function isOwnAddress(host: string): boolean {
-  return Object.values(networkInterfaces()).some((all) =>
-    all?.some(({ address }) => address === host),
-  )
+/** Whether what listens on this machine is reached by the address. */
+function isOwnAddress(address: string): boolean {
+  const parsed = ipaddr.process(address)
+  if (['loopback', 'unspecified'].includes(parsed.range())) return true
+  const own = Object.values(networkInterfaces()).flatMap((all) => all ?? [])
+  return own.some((each) => ipaddr.process(each.address).toString() === parsed.toString())
+}
+
+/** The IPv4 addresses that gateways would make of an IPv6 address (NAT64, SIIT, compatible, 6to4). */
+function translated(address: ipaddr.IPv4 | ipaddr.IPv6): ipaddr.IPv4[] {
+  if (!(address instanceof ipaddr.IPv6)) return []
+  const bytes = address.toByteArray()
+  const from = TRANSLATED.some((network) => contains(network, address))
+    ? 12
+    : contains(SIX_TO_FOUR, address)
+      ? 2
+      : undefined
+  return from === undefined ? [] : [new ipaddr.IPv4(bytes.slice(from, from + 4))]
 }
 
 function networks(cidrs: readonly string[]): Network[] {
   return cidrs.map((cidr) => {
-    const whole = cidr.includes('/') ? cidr : `${cidr}/${cidr.includes(':') ? 128 : 32}`
-    return ipaddr.parseCIDR(whole)
+    const [base = '', bits = base.includes(':') ? '128' : '32'] = cidr.split('/')
+    // ipaddr.js reads 010.0.0.0 as octal and 10.1 as 10.0.0.1, which nobody means.
+    if (isIP(base) === 0) throw new Error('not a network')
+    return ipaddr.parseCIDR(`${base}/${bits}`)
   })
 }
 

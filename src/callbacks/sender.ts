@@ -47,7 +47,8 @@ export class HttpCallbackSender implements CallbackSender {
     if (refusal !== undefined) return BLOCKED
     const deadline = AbortSignal.any([signal, AbortSignal.timeout(this.#options.timeoutMs)])
     const overdue = Promise.withResolvers<never>()
-    const onOverdue = () => overdue.reject(deadline.reason)
+    // A turn later: an attempt that has its status already still gets to tell it.
+    const onOverdue = () => setImmediate(() => overdue.reject(deadline.reason))
     deadline.addEventListener('abort', onOverdue)
     if (deadline.aborted) onOverdue()
     try {

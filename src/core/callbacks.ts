@@ -64,6 +64,8 @@ export class CallbackDispatcher {
   readonly #log: Logger
   readonly #underWay = new Map<string, number>()
   readonly #attempts = new Set<Promise<void>>()
+  /** Of the attempts under way. */
+  readonly #taskIds = new Set<string>()
   readonly #abort = new AbortController()
   #clock: { now: number; steady: number }
   #timer: NodeJS.Timeout | undefined
@@ -126,6 +128,11 @@ export class CallbackDispatcher {
   ): Promise<void> {
     if (delivery.leaseUntil === null) {
       this.wake()
+      return
+    }
+    if (this.#closed) {
+      this.abandon(delivery)
+      await this.#store.release(taskId)
       return
     }
     await this.#track(
@@ -210,6 +217,8 @@ export class CallbackDispatcher {
         exceptOrigins: busyOrigins,
       })
       if (!due) break
+      // Its lease ran out by a clock set forth, yet its attempt is ours and goes on.
+      if (this.#taskIds.has(due.taskId)) continue
       this.#count(due.origin, 1)
       void this.#track(this.#attempt(due))
     }
@@ -235,6 +244,7 @@ export class CallbackDispatcher {
     known?: { url: string; token: string | null; payload: CallbackPayload },
   ): Promise<void> {
     const { taskId } = due
+    this.#taskIds.add(taskId)
     try {
       const content = known ?? (await this.#store.content(taskId))
       if (!content) return
@@ -272,6 +282,7 @@ export class CallbackDispatcher {
       // The lease runs out and the attempt is made again: at least once, never lost.
       this.#log.error({ err, taskId }, 'callback attempt could not be made or recorded')
     } finally {
+      this.#taskIds.delete(taskId)
       this.#count(due.origin, -1)
       if (this.#backlog) this.wake()
     }

@@ -20,10 +20,10 @@ export class Masker {
     this.overlapBytes = Math.max(0, ...this.#values.map((value) => value.length - 1))
   }
 
-  /** The text from `from` on, with its values masked; what lies before is only looked at. */
-  mask(text: Buffer, from = 0): Buffer {
-    const runs = clipped(this.#runs(text), from, text.length)
-    const rest = text.subarray(from)
+  /** The text between two borders, with its values masked; what lies around is only looked at. */
+  mask(text: Buffer, from = 0, to = text.length): Buffer {
+    const runs = clipped(this.#runs(text), from, to)
+    const rest = text.subarray(from, to)
     return runs.length === 0 ? rest : replaced(rest, runs)
   }
 
@@ -52,7 +52,7 @@ export class Masker {
     return {
       push: (piece) => {
         const text = Buffer.concat([held, piece])
-        return advance(text, this.#safeBorder(text))
+        return advance(text, this.safeBorder(text))
       },
       flush: () => advance(held, held.length),
       heldBytes: () => Math.max(0, held.length - maskedAhead - unshown),
@@ -77,7 +77,7 @@ export class Masker {
   }
 
   /** Where a value may begin whose rest is still to come; the text's length when none may. */
-  #safeBorder(text: Buffer): number {
+  safeBorder(text: Buffer): number {
     for (let at = Math.max(0, text.length - this.overlapBytes); at < text.length; at += 1) {
       const rest = text.subarray(at)
       const begins = this.#values.some(
@@ -116,9 +116,12 @@ export async function maskedTail(
   masker: Masker,
   maxBytes: number,
 ): Promise<{ log: LogTail; rawBytes: number }> {
+  const isGrowing = (await worker.status()) === 'Running'
   const { content, totalBytes } = await worker.logs({ maxBytes: maxBytes + masker.overlapBytes })
   const from = Math.max(0, content.length - maxBytes)
-  const masked = masker.mask(content, from)
+  // Of a log that goes on, the end may be half a value.
+  const to = isGrowing ? Math.max(from, masker.safeBorder(content)) : content.length
+  const masked = masker.mask(content, from, to)
   const removedBytes = content.length - from - masked.length
   return { log: { content: masked, totalBytes: totalBytes - removedBytes }, rawBytes: totalBytes }
 }

@@ -182,7 +182,7 @@ export interface TaskStore {
   /** Notes that someone wants the task ended. Undefined: it is final already, or unknown. */
   requestCancel(taskId: string, at: number): Promise<TaskSummary | undefined>
   /** Live tasks, in the order they came. */
-  live(): Promise<Array<{ taskId: string; status: TaskStatus }>>
+  live(): Promise<Array<{ taskId: string; status: TaskStatus; cancelRequested: boolean }>>
   /** What is remembered about the task a worker says it is for. */
   workerOwner(
     taskId: string,

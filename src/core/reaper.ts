@@ -57,7 +57,10 @@ export class Reaper {
         continue
       if (!owner) leaked += 1
       log.warn({ worker: worker.name, taskId: worker.taskId }, 'terminating a worker left behind')
-      await this.#end(worker)
+      // One that cannot be ended must not keep the others.
+      await this.#end(worker).catch((err: unknown) =>
+        log.error({ err, worker: worker.name }, 'a worker could not be terminated'),
+      )
     }
     const level = leaked > 0 ? 'warn' : leaked === this.#lastLeaked ? 'debug' : 'info'
     this.#lastLeaked = leaked

@@ -76,9 +76,10 @@ export class TaskRunner {
       this.#store.workersToTerminate(),
     ])
     this.#queue.work(this.#options.concurrency, (taskId) => this.#runOnce(taskId))
-    for (const { taskId, status } of live) {
-      if (status === 'queued') this.#queue.enqueue(taskId)
-      else this.#queue.resume(taskId)
+    for (const { taskId, status, cancelRequested } of live) {
+      if (status !== 'queued') this.#queue.resume(taskId)
+      else if (cancelRequested) this.#background(this.cancel(taskId))
+      else this.#queue.enqueue(taskId)
     }
     for (const left of leftWorkers) this.#background(this.#terminate(left))
     if (live.length > 0) this.#log.info({ tasks: live.length }, 'took up unfinished tasks')
@@ -126,7 +127,9 @@ export class TaskRunner {
     try {
       worker = await this.#attachOrProvision(task, cancelled)
       if (!worker) {
-        outcome = failure('worker_lost', 'The worker vanished while the service was away')
+        outcome = cancelled.aborted
+          ? CANCELLED
+          : failure('worker_lost', 'The worker vanished while the service was away')
       } else {
         const startedAt = task.startedAt ?? this.#options.now()
         await this.#persistently('marking a task running', () =>
@@ -145,7 +148,7 @@ export class TaskRunner {
   }
 
   async #attachOrProvision(task: ClaimedTask, cancelled: AbortSignal): Promise<Worker | undefined> {
-    if (task.status === 'running') return this.#backend.find(task.workerName)
+    if (task.status === 'running' || cancelled.aborted) return this.#backend.find(task.workerName)
     const { workerConfig } = task
     const signal = AbortSignal.any([
       this.#closing.signal,
@@ -192,6 +195,10 @@ export class TaskRunner {
       if (!over.signal.aborted) throw err
       if (over.signal.reason === 'closing') return undefined
       const interruption: Interruption = over.signal.reason
+      // It may have ended in time, with nobody here to see it.
+      if (interruption === 'timed_out' && (await worker.status()) === 'Completed') {
+        return outcomeOf(await worker.completion(this.#closing.signal))
+      }
       await worker.stop()
       return interruption === 'cancelled'
         ? CANCELLED

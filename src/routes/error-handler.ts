@@ -30,6 +30,8 @@ const FRAMEWORK_ERRORS: Record<string, [ErrorCode, string]> = {
   FST_ERR_CTP_EMPTY_JSON_BODY: ['invalid_request', 'The body is empty; send a JSON object'],
   FST_ERR_CTP_INVALID_JSON_BODY: ['invalid_request', 'The body is not valid JSON'],
   FST_ERR_HANDLER_TIMEOUT: ['store_unavailable', 'The request took too long'],
+  FST_ERR_BAD_URL: ['invalid_request', 'The path is not valid percent-encoding'],
+  FST_ERR_MAX_PARAM_LENGTH: ['invalid_request', 'The path is too long'],
   FST_ERR_CTP_INVALID_CONTENT_LENGTH: [
     'invalid_request',
     'The body does not match its Content-Length',
@@ -85,15 +87,18 @@ function bodyOf(err: TaskRunnerError): object {
   return { success: false, message: err.message, ...errors }
 }
 
+function invalid(message: string): InvalidRequestError {
+  return new InvalidRequestError([{ path: '', message }])
+}
+
 function asTaskRunnerError(err: FastifyError | TaskRunnerError): TaskRunnerError {
   if (err instanceof TaskRunnerError) return err
   const framework = FRAMEWORK_ERRORS[err.code]
+  if (framework?.[0] === 'invalid_request') return invalid(framework[1])
   if (framework) return new TaskRunnerError(...framework)
   if (err instanceof SyntaxError && err.statusCode === 400) {
-    return new TaskRunnerError('invalid_request', `The body is not valid JSON: ${err.message}`)
+    return invalid(`The body is not valid JSON: ${err.message}`)
   }
-  if (err.statusCode !== undefined && err.statusCode < 500) {
-    return new TaskRunnerError('invalid_request', err.message)
-  }
+  if (err.statusCode !== undefined && err.statusCode < 500) return invalid(err.message)
   return new TaskRunnerError('internal_error', 'The service failed; its log says why')
 }

@@ -114,6 +114,8 @@ export class SqlDeliveryStore implements DeliveryStore {
       .updateTable('deliveries')
       .set((eb) => ({ next_attempt_at: eb('next_attempt_at', '+', byMs) }))
       .where('status', '=', 'pending')
+      // The end of a lease is set anew with the attempt's outcome.
+      .where('leased', '=', 0)
       .execute()
   }
 

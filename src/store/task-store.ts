@@ -209,11 +209,15 @@ export class SqlTaskStore implements TaskStore {
   async live() {
     const rows = await this.#db
       .selectFrom('tasks')
-      .select(['task_id', 'status'])
+      .select(['task_id', 'status', 'cancel_requested_at'])
       .where('status', 'in', LIVE_STATUSES)
       .orderBy('seq')
       .execute()
-    return rows.map(({ task_id, status }) => ({ taskId: task_id, status }))
+    return rows.map((row) => ({
+      taskId: row.task_id,
+      status: row.status,
+      cancelRequested: row.cancel_requested_at !== null,
+    }))
   }
 
   async workerOwner(taskId: string) {
@@ -314,11 +318,7 @@ function withoutSpentSecrets(task: Task): Task {
   const workerConfig = envVariables
     ? { ...config, envVariables: Object.fromEntries(names.map((name) => [name, ''])) }
     : config
-  return {
-    ...task,
-    workerConfig,
-    callbackUrlToken: task.callbackUrl === null ? null : task.callbackUrlToken,
-  }
+  return { ...task, workerConfig }
 }
 
 function summaryFromRow(row: SummaryRow): TaskSummary {

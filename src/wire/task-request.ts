@@ -79,13 +79,20 @@ export function taskRequestSchema(timeoutSecondsMax: number) {
     })
 }
 
+/** In the form that is judged and called; a fragment is never sent, and may hold a secret all the same. */
+function withoutFragment(callbackUrl: string): string {
+  const url = new URL(callbackUrl)
+  url.hash = ''
+  return url.href
+}
+
 /** Throws `invalid_request` when `additional_params` holds something wrong. */
 export function toTaskRequest(wire: z.output<ReturnType<typeof taskRequestSchema>>): TaskRequest {
   return {
     taskId: wire.task_id,
     taskFileName: posix.normalize(wire.task_file_name),
     workerConfig: toWorkerConfig(wire.worker_config),
-    callbackUrl: wire.callback_url == null ? null : new URL(wire.callback_url).href,
+    callbackUrl: wire.callback_url == null ? null : withoutFragment(wire.callback_url),
     callbackUrlToken: wire.callback_url_token ?? null,
     terminateOnCompletion: wire.terminate_on_completion ?? true,
     timeoutSeconds: wire.timeout_seconds ?? null,

@@ -24,7 +24,13 @@ choose_interpreter() {
 
 # finish WORKER_FOLDER PHASE CODE: the exit file is what a restarted service reads, and is written once
 finish() {
-  [ -s "$1/exit" ] || echo "$2 $3" >"$1/exit"
+  __tr_exit=
+  [ -s "$1/exit" ] && read -r __tr_exit _ <"$1/exit"
+  # In place, without cutting the file first: where it was made before, it can be written on a full disk.
+  case $__tr_exit in
+    startup | task) ;;
+    *) echo "$2 $3" 1<>"$1/exit" ;;
+  esac
 }
 
 run() {

@@ -49,6 +49,9 @@ export interface Contents {
 const LINKED: readonly string[] = ['node_modules', '.venv']
 const CRLF_LOOK_BYTES = 4096
 
+/** The longest: "startup 255". */
+const EXIT_LENGTH = 11
+
 /** Makes the folder ready for its task. `worker.json` comes last, by renaming: with it the folder is whole. */
 export function prepare(folder: string, tasksDir: string, contents: Contents): void {
   try {
@@ -66,8 +69,10 @@ export function prepare(folder: string, tasksDir: string, contents: Contents): v
   const notes = [...contents.notes, ...hints(join(folder, 'tasks', contents.taskFileName))]
   const lines = notes.map((note) => `[task-runner] ${note}\n`).join('')
   writeFileSync(join(folder, 'log'), lines, { mode: 0o600 })
-  // Made here for their mode; the shell fills them.
-  for (const name of ['started', 'exit']) writeFileSync(join(folder, name), '', { mode: 0o600 })
+  // Made here for their mode, and with room for what the shell writes over it: a disk may be full by then.
+  for (const name of ['started', 'exit']) {
+    writeFileSync(join(folder, name), `${' '.repeat(EXIT_LENGTH)}\n`, { mode: 0o600 })
+  }
   writeRecord(folder, contents.record)
 }
 
@@ -79,12 +84,12 @@ export function readRecord(folder: string): WorkerRecord | undefined {
 
 /** True once the slot shell has begun with the task: from then on it must not be run again. */
 export function hasStarted(folder: string): boolean {
-  return (readIfThere(join(folder, 'started')) ?? '') !== ''
+  return readIfThere(join(folder, 'started'))?.startsWith('yes\n') ?? false
 }
 
 /** How the task ended; undefined while that is not written. */
 export function readExit(folder: string): Exit | undefined {
-  const match = /^(startup|task) (\d+)\n$/.exec(readIfThere(join(folder, 'exit')) ?? '')
+  const match = /^(startup|task) (\d+)\n/.exec(readIfThere(join(folder, 'exit')) ?? '')
   if (!match) return undefined
   return { phase: match[1] === 'startup' ? 'startup' : 'task', code: Number(match[2]) }
 }

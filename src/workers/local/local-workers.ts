@@ -57,12 +57,13 @@ export class LocalWorkers {
   readonly #live = new Map<string, Live>()
   readonly #idleSlots: SlotShell[] = []
   readonly #terminating = new Set<string>()
-  readonly #leftovers = new LeftoverFinder()
+  readonly #leftovers: LeftoverFinder
   readonly #watch: NodeJS.Timeout
   readonly #forget: NodeJS.Timeout
 
   constructor(settings: LocalSettings) {
     this.#settings = settings
+    this.#leftovers = new LeftoverFinder(settings.workersDir)
     mkdirSync(settings.workersDir, { recursive: true, mode: 0o700 })
     // A folder without its record was being made when the service was killed: nothing runs in it.
     for (const name of readdirSync(settings.workersDir)) {

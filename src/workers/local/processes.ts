@@ -33,8 +33,13 @@ export function isAlive(identity: ProcessIdentity): boolean {
  * so that the common case costs one listing of /proc.
  */
 export class LeftoverFinder {
+  readonly #workersDir: string
   /** pid -> worker name, or '' for a process of no worker. */
   #known = new Map<number, { worker: string; group: number }>()
+
+  constructor(workersDir: string) {
+    this.#workersDir = workersDir
+  }
 
   /** Reads everything anew next time: heals what a reused process id may have hidden. */
   forget(): void {
@@ -48,7 +53,7 @@ export class LeftoverFinder {
     for (const entry of readdirSync('/proc')) {
       const pid = Number(entry)
       if (!Number.isInteger(pid) || pid === process.pid) continue
-      const process_ = this.#known.get(pid) ?? inspect(pid)
+      const process_ = this.#known.get(pid) ?? inspect(pid, this.#workersDir)
       if (!process_) continue
       if (!('young' in process_) || process_.worker !== '') {
         known.set(pid, { worker: process_.worker, group: process_.group })
@@ -63,7 +68,10 @@ export class LeftoverFinder {
   }
 }
 
-function inspect(pid: number): { worker: string; group: number; young?: true } | undefined {
+function inspect(
+  pid: number,
+  workersDir: string,
+): { worker: string; group: number; young?: true } | undefined {
   const stat = readStat(pid)
   if (!stat || stat[STATE_FIELD] === 'Z') return undefined
   const group = Number(stat[GROUP_FIELD])
@@ -74,7 +82,9 @@ function inspect(pid: number): { worker: string; group: number; young?: true } |
     // Another user's process, or one that ended just now.
     return { worker: '', group }
   }
-  const worker = /(?:^|\0)WORKER_NAME=([^\0]*)/.exec(environment)?.[1] ?? ''
+  const name = /(?:^|\0)WORKER_NAME=([^\0]*)/.exec(environment)?.[1] ?? ''
+  // Another service of this machine may run a task of the same id: HOME, TMPDIR or PWD tell whose it is.
+  const worker = environment.includes(`=${workersDir}/${name}/`) ? name : ''
   const ageTicks = uptimeTicks() - Number(stat[STARTED_AT_FIELD])
   return ageTicks < SETTLED_TICKS ? { worker, group, young: true } : { worker, group }
 }
