@@ -13,7 +13,8 @@ COPY tasks ./tasks
 
 RUN mkdir /data && chown node:node /data
 USER node
-ENV DATA_DIR=/data HOST=0.0.0.0 PORT=3000
+# Name lookups share Node's thread pool with files and compression: a resolver that hangs must not take it all.
+ENV DATA_DIR=/data HOST=0.0.0.0 PORT=3000 UV_THREADPOOL_SIZE=16
 VOLUME /data
 EXPOSE 3000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=10s \

@@ -20,7 +20,8 @@ const NAMED: Record<string, readonly string[]> = {
 const METADATA = networks([
   '169.254.0.0/16',
   'fe80::/10',
-  'fd00:ec2::254/128', // AWS
+  'fd00:ec2::/112', // AWS
+  'fd20:ce::254/128', // Google
   '168.63.129.16/32', // Azure; looks public
   '100.100.100.200/32', // Alibaba
   '192.0.0.192/32', // Oracle
@@ -179,9 +180,9 @@ function translated(address: ipaddr.IPv4 | ipaddr.IPv6): ipaddr.IPv4[] {
 
 function networks(cidrs: readonly string[]): Network[] {
   return cidrs.map((cidr) => {
-    const [base = '', bits = base.includes(':') ? '128' : '32'] = cidr.split('/')
+    const [base = '', bits = base.includes(':') ? '128' : '32', ...rest] = cidr.split('/')
     // ipaddr.js reads 010.0.0.0 as octal and 10.1 as 10.0.0.1, which nobody means.
-    if (isIP(base) === 0) throw new Error('not a network')
+    if (isIP(base) === 0 || rest.length > 0) throw new Error('not a network')
     return ipaddr.parseCIDR(`${base}/${bits}`)
   })
 }

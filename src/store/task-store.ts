@@ -169,7 +169,7 @@ export class SqlTaskStore implements TaskStore {
         signal: outcome.signal,
         finished_at: finishedAt,
         log_bytes: end.logBytes,
-        sealed: this.#seal(withoutSpentSecrets(task)),
+        sealed: this.#seal(withoutSpentSecrets(task, end.keepWorker)),
         ...(end.keepWorker ? { worker_state: 'kept' as const } : {}),
       })
       .where('task_id', '=', task.taskId)
@@ -311,14 +311,15 @@ export class SqlTaskStore implements TaskStore {
   }
 }
 
-/** The values of variables have served; the token may be needed for a delivery on request. */
-function withoutSpentSecrets(task: Task): Task {
+/** The values of variables have served. The token may be needed for a delivery on request, or to mask a kept log. */
+function withoutSpentSecrets(task: Task, workerIsKept: boolean): Task {
   const { envVariables, ...config } = task.workerConfig
   const names = Object.keys(envVariables ?? {})
   const workerConfig = envVariables
     ? { ...config, envVariables: Object.fromEntries(names.map((name) => [name, ''])) }
     : config
-  return { ...task, workerConfig }
+  const isNeeded = task.callbackUrl !== null || workerIsKept
+  return { ...task, workerConfig, callbackUrlToken: isNeeded ? task.callbackUrlToken : null }
 }
 
 function summaryFromRow(row: SummaryRow): TaskSummary {

@@ -393,7 +393,8 @@ async function startStory(env: Record<string, string> = {}): Promise<Story> {
         await service.kill('SIGTERM')
       }
       await endTasksOf(dataDir)
-      await rm(folder, { recursive: true, force: true })
+      // A shell whose task was killed just then still writes down how it ended.
+      await rm(folder, { recursive: true, force: true, maxRetries: 20, retryDelay: 50 })
     },
   }
 }

@@ -509,7 +509,7 @@ describe('local workers', () => {
   })
 
   describe('the copy of the tasks folder', () => {
-    test('links inside it are files, links out of it are not there, nor are .git and its like', async () => {
+    test('links inside it lead to the copy, links out of it are not there, nor is .git; packages are linked', async () => {
       const folder = join(harness.sharedDir, marker(), 'tasks')
       await mkdir(join(folder, 'sub'), { recursive: true })
       await mkdir(join(folder, '.git'))
@@ -534,7 +534,7 @@ describe('local workers', () => {
       const worker = await other.backend.provision(wanted, NEVER)
       expect(await worker.completion(NEVER)).toMatchObject({ reason: 'completed' })
       const copy = join(other.settings.workersDir, wanted.name, 'tasks')
-      expect(await logOf(worker)).toBe(`${copy}\ninside\nsub\nthe data`)
+      expect(await logOf(worker)).toBe(`${copy}\ninside\nnode_modules\nsub\nthe data`)
       expect(await text(join(folder, 'sub', 'data.txt'))).toBe('the data')
       expect(await text(join(folder, 'inside'))).toBe('the data')
     })

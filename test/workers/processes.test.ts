@@ -100,12 +100,19 @@ sys.stdin.read()"`)
   })
 })
 
+const WORKERS = '/w'
+const ownedBy = (name: string) => ({ WORKER_NAME: name, HOME: `${WORKERS}/${name}/home` })
+
 describe('LeftoverFinder', () => {
   test('processes with the name of the worker are found, whatever their session, and no others', async () => {
-    const finder = new LeftoverFinder()
-    const one = await start('exec sleep 1000', { env: { WORKER_NAME: 'task-one', A: 'b' } })
-    const apart = await start('exec setsid -w sleep 1000', { env: { WORKER_NAME: 'task-one' } })
-    await start('exec sleep 1000', { env: { WORKER_NAME: 'task-one-more' } })
+    const finder = new LeftoverFinder(WORKERS)
+    const one = await start('exec sleep 1000', { env: { ...ownedBy('task-one'), A: 'b' } })
+    const apart = await start('exec setsid -w sleep 1000', { env: ownedBy('task-one') })
+    await start('exec sleep 1000', { env: ownedBy('task-one-more') })
+    // Of a worker of the same name that another service of this machine has.
+    await start('exec sleep 1000', {
+      env: { WORKER_NAME: 'task-one', HOME: '/other/task-one/home' },
+    })
     await start('exec sleep 1000', { env: { NOT_WORKER_NAME: 'task-one' } })
     await start('exec sleep 1000', { env: { OTHER: 'WORKER_NAME=task-one' } })
     await start('exec sleep 1000')
@@ -119,7 +126,7 @@ describe('LeftoverFinder', () => {
   })
 
   test("processes of a slot's group are found, but not the slot itself", async () => {
-    const finder = new LeftoverFinder()
+    const finder = new LeftoverFinder(WORKERS)
     const slot = await start('env -i /bin/sleep 1000 & echo $!; wait', { detached: true })
     await expect.poll(() => slot.lines.length).toBe(2)
     const child = Number(slot.lines[1])
@@ -136,8 +143,10 @@ describe('LeftoverFinder', () => {
   })
 
   test('a killed process whose parent does not ask for its end counts as gone', async () => {
-    const finder = new LeftoverFinder()
-    const parent = await start('env WORKER_NAME=task-z sleep 1000 & echo $!; exec sleep 1000')
+    const finder = new LeftoverFinder(WORKERS)
+    const parent = await start(
+      'env WORKER_NAME=task-z HOME=/w/task-z/home sleep 1000 & echo $!; exec sleep 1000',
+    )
     await expect.poll(() => parent.lines.length).toBe(2)
     const child = Number(parent.lines[1])
     await expect.poll(() => finder.find('task-z', undefined)).toEqual([child])
@@ -147,8 +156,10 @@ describe('LeftoverFinder', () => {
   })
 
   test('a young process is read again: its environment may still change', async () => {
-    const finder = new LeftoverFinder()
-    const child = await start('read line; WORKER_NAME=task-late exec sleep 1000')
+    const finder = new LeftoverFinder(WORKERS)
+    const child = await start(
+      'read line; WORKER_NAME=task-late HOME=/w/task-late/home exec sleep 1000',
+    )
     expect(finder.find('task-late', undefined)).toEqual([])
     child.stdin?.write('go\n')
     await expect.poll(() => finder.find('task-late', undefined)).toEqual([child.pid])
@@ -159,9 +170,9 @@ describe('LeftoverFinder', () => {
       import { LeftoverFinder } from ${JSON.stringify(
         new URL('../../src/workers/local/processes.ts', import.meta.url).pathname,
       )}
-      console.log(JSON.stringify(new LeftoverFinder().find('task-self', undefined)))`
+      console.log(JSON.stringify(new LeftoverFinder('/w').find('task-self', undefined)))`
     const child = spawn(process.execPath, ['--input-type=module', '-e', script], {
-      env: { WORKER_NAME: 'task-self' },
+      env: { WORKER_NAME: 'task-self', HOME: '/w/task-self/home' },
       stdio: ['ignore', 'pipe', 'inherit'],
     })
     const [output] = await once(child.stdout, 'data')
