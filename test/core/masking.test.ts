@@ -303,8 +303,8 @@ function workerWithLog(text: string): Worker {
     content: whole.subarray(Math.max(0, whole.length - maxBytes)),
     totalBytes: whole.length,
   })
-  // Holds: `maskedTail` reads the log and nothing else.
-  return { logs } as Worker
+  // Holds: `maskedTail` asks for the log and the status, and nothing else.
+  return { logs, status: async () => 'Completed' } as unknown as Worker
 }
 
 interface PrintingTask extends AsyncDisposable {
