@@ -249,6 +249,7 @@ export class CallbackDispatcher {
       const content = known ?? (await this.#store.content(taskId))
       if (!content) return
       const startedAt = this.#now()
+      const steadyStart = performance.now()
       const result = await this.#sender.send(
         { ...content, webhookId: due.webhookId, timestamp: Math.floor(startedAt / 1000) },
         this.#abort.signal,
@@ -257,6 +258,8 @@ export class CallbackDispatcher {
         await this.#store.release(taskId)
         return
       }
+      // What is written now must not be moved by a jump that has happened already.
+      await this.#heedClock()
       const number = due.attempts + 1
       const next = afterAttempt(result, {
         attempt: number,
@@ -266,7 +269,7 @@ export class CallbackDispatcher {
         schedule: this.#schedule,
       })
       const { statusCode, error } = result
-      const durationMs = this.#now() - startedAt
+      const durationMs = Math.round(performance.now() - steadyStart)
       await this.#store.recordAttempt(
         taskId,
         { number, startedAt, durationMs, statusCode, error },
