@@ -57,10 +57,7 @@ export class Reaper {
         continue
       if (!owner) leaked += 1
       log.warn({ worker: worker.name, taskId: worker.taskId }, 'terminating a worker left behind')
-      // One that cannot be ended must not keep the others.
-      await this.#end(worker).catch((err: unknown) =>
-        log.error({ err, worker: worker.name }, 'a worker could not be terminated'),
-      )
+      await this.#end(worker)
     }
     const level = leaked > 0 ? 'warn' : leaked === this.#lastLeaked ? 'debug' : 'info'
     this.#lastLeaked = leaked
@@ -77,14 +74,20 @@ export class Reaper {
     for (const worker of await backend.list()) {
       if ((await worker.status()) !== 'Provisioning') continue
       if (worker.createdAt + olderThanMs > now()) continue
-      await this.#end(worker)
-      ended.push(worker.name)
+      if (await this.#end(worker)) ended.push(worker.name)
     }
     return ended
   }
 
-  async #end(worker: Worker): Promise<void> {
-    await worker.terminate()
-    await this.#options.store.workerTerminated(worker.taskId)
+  /** False: it could not be ended, which must not keep the others. */
+  async #end(worker: Worker): Promise<boolean> {
+    try {
+      await worker.terminate()
+      await this.#options.store.workerTerminated(worker.taskId)
+      return true
+    } catch (err) {
+      this.#options.log.error({ err, worker: worker.name }, 'a worker could not be terminated')
+      return false
+    }
   }
 }

@@ -59,7 +59,8 @@ export async function openSqlite(path: string): Promise<Connection> {
       .execute()
   } catch (err) {
     await db.destroy()
-    throw err
+    if (!(err instanceof Error && err.message.includes('database is locked'))) throw err
+    throw new Error(`another service is using ${path}`, { cause: err })
   }
   return {
     db,

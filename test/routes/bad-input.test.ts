@@ -80,7 +80,11 @@ describe('requests', () => {
   ])('JSON %s: 422 that says it is not valid JSON', async (_name, payload) => {
     expect(await post(payload)).toEqual({
       status: 422,
-      body: { success: false, message: expect.stringContaining('not valid JSON') },
+      body: {
+        success: false,
+        message: expect.stringContaining('not valid JSON'),
+        errors: [{ path: '', message: expect.stringContaining('not valid JSON') }],
+      },
     })
   })
 

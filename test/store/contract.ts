@@ -383,9 +383,9 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
         const four = await inserted()
         await store.markRunning(one, 1)
         expect(await store.live()).toEqual([
-          { taskId: one.taskId, status: 'running' },
-          { taskId: two.taskId, status: 'queued' },
-          { taskId: four.taskId, status: 'queued' },
+          { taskId: one.taskId, status: 'running', cancelRequested: false },
+          { taskId: two.taskId, status: 'queued', cancelRequested: false },
+          { taskId: four.taskId, status: 'queued', cancelRequested: false },
         ])
       })
     })
