@@ -77,7 +77,7 @@ export async function startApp(
     },
     async [Symbol.asyncDispose]() {
       await http.close()
-      await rm(dataDir, { recursive: true, force: true })
+      await rm(dataDir, { recursive: true, force: true, maxRetries: 10 })
     },
   }
 }

@@ -89,7 +89,7 @@ export async function startCrashStory(): Promise<CrashStory> {
     async [Symbol.asyncDispose]() {
       for (const service of services) await service.kill()
       await receiver[Symbol.asyncDispose]()
-      await rm(folder, { recursive: true, force: true })
+      await rm(folder, { recursive: true, force: true, maxRetries: 10 })
     },
   }
 }

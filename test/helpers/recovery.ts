@@ -109,7 +109,7 @@ export async function startStage(
       await rm(gates, { recursive: true, force: true })
       for (const pid of processesOf(dataDir)) killIfThere(pid)
       await expectNoProcesses(dataDir)
-      await rm(folder, { recursive: true, force: true })
+      await rm(folder, { recursive: true, force: true, maxRetries: 10 })
     },
   }
 }

@@ -19,7 +19,7 @@ beforeAll(async () => {
 
 afterAll(async () => {
   // Ends tasks that a failed test left waiting.
-  await rm(folder, { recursive: true, force: true })
+  await rm(folder, { recursive: true, force: true, maxRetries: 10 })
   await app[Symbol.asyncDispose]()
 })
 

@@ -64,7 +64,7 @@ beforeAll(async () => {
 afterAll(async () => {
   await rm(gate, { recursive: true, force: true })
   await app[Symbol.asyncDispose]()
-  await rm(folder, { recursive: true, force: true })
+  await rm(folder, { recursive: true, force: true, maxRetries: 10 })
 })
 
 /** The one shape that every error has. */
