@@ -57,6 +57,8 @@ export class LocalWorkers {
   readonly #live = new Map<string, Live>()
   readonly #idleSlots: SlotShell[] = []
   readonly #terminating = new Set<string>()
+  /** Workers whose task has ended with nothing left behind: nothing can come after that. */
+  readonly #clean = new Set<string>()
   readonly #leftovers: LeftoverFinder
   readonly #watch: NodeJS.Timeout
   readonly #forget: NodeJS.Timeout
@@ -173,11 +175,14 @@ export class LocalWorkers {
   async terminate(name: string): Promise<void> {
     this.#terminating.add(name)
     try {
-      await this.stop(name)
-      if (!(await this.#endLeftovers(name))) {
-        throw new Error('processes of the worker cannot be ended')
+      if (!this.#clean.has(name)) {
+        await this.stop(name)
+        if (!(await this.#endLeftovers(name))) {
+          throw new Error('processes of the worker cannot be ended')
+        }
       }
       folders.remove(this.#folder(name))
+      this.#clean.delete(name)
     } finally {
       this.#terminating.delete(name)
     }
@@ -250,6 +255,7 @@ export class LocalWorkers {
     const { name } = live.record
     const clean = await this.#endLeftovers(name)
     this.#live.delete(name)
+    if (clean) this.#clean.add(name)
     if (live.slot?.isAlive) {
       if (clean) this.#idleSlots.push(live.slot)
       else live.slot.retire()

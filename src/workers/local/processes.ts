@@ -55,9 +55,7 @@ export class LeftoverFinder {
       if (!Number.isInteger(pid) || pid === process.pid) continue
       const process_ = this.#known.get(pid) ?? inspect(pid, this.#workersDir)
       if (!process_) continue
-      if (!('young' in process_) || process_.worker !== '') {
-        known.set(pid, { worker: process_.worker, group: process_.group })
-      }
+      if (!('young' in process_)) known.set(pid, process_)
       if (pid === group) continue
       const belongs = process_.worker === workerName || process_.group === group
       // Asked again: what was known alive may be a zombie by now, which nobody can end.
@@ -85,8 +83,9 @@ function inspect(
   const name = /(?:^|\0)WORKER_NAME=([^\0]*)/.exec(environment)?.[1] ?? ''
   // Another service of this machine may run a task of the same id: HOME, TMPDIR or PWD tell whose it is.
   const worker = environment.includes(`=${workersDir}/${name}/`) ? name : ''
-  const ageTicks = uptimeTicks() - Number(stat[STARTED_AT_FIELD])
-  return ageTicks < SETTLED_TICKS ? { worker, group, young: true } : { worker, group }
+  // One of a worker stays one of a worker.
+  const isYoung = worker === '' && uptimeTicks() - Number(stat[STARTED_AT_FIELD]) < SETTLED_TICKS
+  return isYoung ? { worker, group, young: true } : { worker, group }
 }
 
 /** Fields of /proc/<pid>/stat from the third on (proc(5)); the second may hold spaces and parentheses. */
