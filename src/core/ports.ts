@@ -139,6 +139,7 @@ export interface ClaimedTask extends Task {
 export interface TaskFilter {
   status?: TaskStatus | undefined
   taskFileName?: string | undefined
+  callbackStatus?: CallbackStatus | undefined
   limit: number
   /** Only tasks accepted before the one with this `seq`. */
   before?: number | undefined

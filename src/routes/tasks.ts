@@ -3,7 +3,7 @@ import { z } from 'zod'
 import type { CallbackDispatcher } from '../core/callbacks.ts'
 import { InvalidRequestError, TaskRunnerError } from '../core/errors.ts'
 import type { DeliveryStore, TaskStore } from '../core/ports.ts'
-import { isFinal, TASK_STATUSES, type Task } from '../core/task.ts'
+import { CALLBACK_STATUSES, isFinal, TASK_STATUSES, type Task } from '../core/task.ts'
 import type { TaskRunner } from '../core/task-runner.ts'
 import { line } from '../wire/fields.ts'
 import {
@@ -43,6 +43,10 @@ export const taskRoutes: FastifyPluginAsyncZod<{
         querystring: z.strictObject({
           status: z.enum(TASK_STATUSES).optional(),
           task_file_name: line(512).optional(),
+          callback_status: z
+            .enum(CALLBACK_STATUSES)
+            .optional()
+            .describe('`given_up` lists what waits for a redelivery by hand'),
           limit: z.coerce
             .number()
             .int()
@@ -63,6 +67,7 @@ export const taskRoutes: FastifyPluginAsyncZod<{
       const found = await tasks.list({
         status: query.status,
         taskFileName: query.task_file_name,
+        callbackStatus: query.callback_status,
         limit: limit + 1,
         before: query.cursor === undefined ? undefined : fromCursor(query.cursor),
       })

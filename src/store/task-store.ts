@@ -107,6 +107,16 @@ export class SqlTaskStore implements TaskStore {
     if (filter.taskFileName !== undefined) {
       query = query.where('tasks.task_file_name', '=', filter.taskFileName)
     }
+    const { callbackStatus } = filter
+    if (callbackStatus === 'none') query = query.where('tasks.has_callback', '=', 0)
+    else if (callbackStatus === 'pending') {
+      // Also of tasks that have not ended: their delivery is still to be made.
+      query = query
+        .where('tasks.has_callback', '=', 1)
+        .where((eb) =>
+          eb.or([eb('deliveries.status', 'is', null), eb('deliveries.status', '=', 'pending')]),
+        )
+    } else if (callbackStatus) query = query.where('deliveries.status', '=', callbackStatus)
     if (filter.before !== undefined) query = query.where('tasks.seq', '<', filter.before)
     return (await query.execute()).map(summaryFromRow)
   }
