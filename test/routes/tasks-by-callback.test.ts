@@ -18,7 +18,7 @@ test('tasks are listed by the state of their callback, so that those given up ca
   const waiting = taskRequest({
     callback_url: healthy.url,
     task_file_name: 'bad-waits.sh',
-    worker_config: { env_variables: { GATE: '/nonexistent/gate' } },
+    worker_config: { env_variables: { GATE: app.dataDir } },
   })
   await app.submit(waiting)
 
