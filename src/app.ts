@@ -156,7 +156,6 @@ export async function buildApp(options: AppOptions): Promise<App> {
       store: tasks,
       backend,
       keptWorkerMs: config.keptWorkerMs,
-      provisioningTimeoutMs: config.provisioningTimeoutMs,
       retentionMs: config.retentionMs,
       intervalMs: SWEEP_MS,
       now,

@@ -6,7 +6,6 @@ export interface ReaperOptions {
   backend: WorkerBackend
   /** Workers kept by `terminate_on_completion=false` end after this. */
   keptWorkerMs: number
-  provisioningTimeoutMs: number
   retentionMs: number
   intervalMs: number
   now: () => number

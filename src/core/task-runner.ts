@@ -1,3 +1,4 @@
+import { setTimeout as pause } from 'node:timers/promises'
 import type { CallbackDispatcher } from './callbacks.ts'
 import { TaskRunnerError } from './errors.ts'
 import { type Masker, maskedTail } from './masking.ts'
@@ -34,8 +35,6 @@ export interface TaskRunnerOptions {
   now: () => number
   log: Logger
 }
-
-type Interruption = 'cancelled' | 'timed_out'
 
 /** A run under way on this instance. */
 interface Run {
@@ -177,36 +176,26 @@ export class TaskRunner {
     task: ClaimedTask & { startedAt: number },
     cancelled: AbortSignal,
   ): Promise<Outcome | undefined> {
+    const closing = this.#closing.signal
     const deadline = task.startedAt + task.timeoutSeconds * 1000
-    const over = new AbortController()
-    const timer = setTimeout(
-      () => over.abort('timed_out'),
-      Math.max(0, deadline - this.#options.now()),
-    )
-    const onCancel = () => over.abort('cancelled')
-    const onClosing = () => over.abort('closing')
-    cancelled.addEventListener('abort', onCancel)
-    this.#closing.signal.addEventListener('abort', onClosing)
-    if (cancelled.aborted) onCancel()
-    if (this.#closing.signal.aborted) onClosing()
+    const timeLimit = new AbortController()
+    const timer = setTimeout(() => timeLimit.abort(), Math.max(0, deadline - this.#options.now()))
+    const interrupted = AbortSignal.any([closing, cancelled, timeLimit.signal])
     try {
-      return outcomeOf(await worker.completion(over.signal))
+      return outcomeOf(await worker.completion(interrupted))
     } catch (err) {
-      if (!over.signal.aborted) throw err
-      if (over.signal.reason === 'closing') return undefined
-      const interruption: Interruption = over.signal.reason
+      if (!interrupted.aborted) throw err
+      if (closing.aborted) return undefined
       // It may have ended in time, with nobody here to see it.
-      if (interruption === 'timed_out' && (await worker.status()) === 'Completed') {
-        return outcomeOf(await worker.completion(this.#closing.signal))
+      if (!cancelled.aborted && (await worker.status()) === 'Completed') {
+        return outcomeOf(await worker.completion(closing))
       }
       await worker.stop()
-      return interruption === 'cancelled'
+      return cancelled.aborted
         ? CANCELLED
         : failure('timed_out', `Ran longer than its limit of ${task.timeoutSeconds} seconds`)
     } finally {
       clearTimeout(timer)
-      cancelled.removeEventListener('abort', onCancel)
-      this.#closing.signal.removeEventListener('abort', onClosing)
     }
   }
 
@@ -301,24 +290,11 @@ export class TaskRunner {
         return await step()
       } catch (err) {
         this.#log.error({ err }, `${what} failed, trying again`)
-        if (!(await this.#pause(waitMs))) return undefined
+        const { signal } = this.#closing
+        await pause(waitMs, undefined, { signal }).catch(() => {})
+        if (signal.aborted) return undefined
       }
     }
-  }
-
-  /** False: cut short, since we are shutting down. */
-  async #pause(ms: number): Promise<boolean> {
-    const { signal } = this.#closing
-    if (signal.aborted) return false
-    return new Promise((resolve) => {
-      const end = () => {
-        clearTimeout(timer)
-        signal.removeEventListener('abort', end)
-        resolve(!signal.aborted)
-      }
-      const timer = setTimeout(end, ms)
-      signal.addEventListener('abort', end)
-    })
   }
 
   #background(work: Promise<unknown>): void {

@@ -1,9 +1,10 @@
 import { once } from 'node:events'
 import type { ServerResponse } from 'node:http'
+import { setTimeout } from 'node:timers/promises'
 import type { FastifyPluginAsyncZod } from 'fastify-type-provider-zod'
 import { z } from 'zod'
 import { type Masker, maskedTail } from '../core/masking.ts'
-import type { LogTail, TaskStore, WorkerBackend } from '../core/ports.ts'
+import type { LogTail, TaskStore, Worker, WorkerBackend } from '../core/ports.ts'
 import { isFinal, type Task } from '../core/task.ts'
 import { LOG_BYTES_KEPT } from '../core/task-runner.ts'
 import { cutLine, incompleteBytes, logText } from '../wire/log-text.ts'
@@ -108,10 +109,21 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
       return { content: content.subarray(Math.max(0, content.length - maxBytes)), totalBytes }
     }
     const worker = await backend.find(task.workerName)
-    if (worker) return (await maskedTail(worker, maskerFor(task), maxBytes)).log
+    const live = worker && (await unlessEnded(maskedTail(worker, maskerFor(task), maxBytes), task))
     // It may have ended, and its worker gone, between the two looks.
-    const again = await tasks.log(task.taskId)
-    return again ?? { content: Buffer.alloc(0), totalBytes: 0 }
+    const log = live?.log ?? (await tasks.log(task.taskId))
+    return log ?? { content: Buffer.alloc(0), totalBytes: 0 }
+  }
+
+  /** What a worker gives; undefined when it went away because its task has ended, and the log is stored. */
+  async function unlessEnded<T>(fromWorker: Promise<T>, task: Task): Promise<T | undefined> {
+    try {
+      return await fromWorker
+    } catch (err) {
+      const now = await tasks.get(task.taskId)
+      if (now && isFinal(now.status)) return undefined
+      throw err
+    }
   }
 
   async function stream(
@@ -122,7 +134,7 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
   ): Promise<void> {
     let at = start.from
     const worker = await workerOnceThere(task, signal)
-    if (worker) {
+    const streamFrom = async (worker: Worker) => {
       if (at === undefined) {
         const { totalBytes } = await worker.logs({ maxBytes: 0 })
         at = Math.max(0, totalBytes - start.maxBytes)
@@ -146,10 +158,10 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
         read += bytes.length
         await sendPiece(masked.push(bytes), false)
       }
-      // Cut short by us: what was held back may be half a secret, and comes whole when they ask again.
-      if (signal.aborted) return
-      await sendPiece(masked.flush(), true)
+      // Cut short by us: what is held back may be half a secret, and comes whole when they ask again.
+      if (!signal.aborted) await sendPiece(masked.flush(), true)
     }
+    if (worker) await unlessEnded(streamFrom(worker), task)
     const ended = await finalTask(task, signal)
     if (!ended) return
     // What came after the last look, or all of it when the worker was gone before.
@@ -217,15 +229,7 @@ async function send(
   }
 }
 
+/** Until the next look, or until `signal` aborts. */
 async function pause(signal: AbortSignal): Promise<void> {
-  if (signal.aborted) return
-  await new Promise<void>((resolve) => {
-    const end = () => {
-      clearTimeout(timer)
-      signal.removeEventListener('abort', end)
-      resolve()
-    }
-    const timer = setTimeout(end, QUEUED_POLL_MS)
-    signal.addEventListener('abort', end)
-  })
+  await setTimeout(QUEUED_POLL_MS, undefined, { signal }).catch(() => {})
 }

@@ -58,7 +58,6 @@ function reaperOf(stores: Stores, backend: WorkerBackend, now: number): Reaper {
     store: stores.tasks,
     backend,
     keptWorkerMs: 24 * HOUR_MS,
-    provisioningTimeoutMs: 59 * SECOND_MS,
     retentionMs: 30 * DAY_MS,
     intervalMs: 60 * SECOND_MS,
     now: () => now,

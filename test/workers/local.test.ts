@@ -432,6 +432,27 @@ describe('local workers', () => {
       }
     })
 
+    test('is given up at once when the time for it is over, and never runs later', async () => {
+      const runs = join(harness.sharedDir, marker())
+      const wanted = spec(`echo ran >>${runs}`)
+      const slot = spawn('sleep', ['1000'], { detached: true })
+      const identity = identify(slot.pid ?? 0)
+      if (!identity) throw new Error('no process')
+      prepare(folderOf(wanted.name), FIXTURE_TASKS, contentsOf(wanted, identity))
+      const over = new AbortController()
+      const provisioning = harness.backend.provision(wanted, over.signal)
+      await harness.backend.check()
+      over.abort(new Error('over'))
+      await expect(provisioning).rejects.toThrow('over')
+      await (await harness.backend.find(wanted.name))?.terminate()
+      // Whatever the thread still had in hand for it has had its turns when another task has run.
+      const other = await run(spec('true'))
+      expect(await other.completion(NEVER)).toMatchObject({ reason: 'completed' })
+      await other.terminate()
+      expect(await harness.backend.list()).toEqual([])
+      await expect(stat(runs)).rejects.toThrow('ENOENT')
+    })
+
     test('a folder that was half made is gone after a restart, and its name can be used', async () => {
       const wanted = spec('exit 5')
       await mkdir(folderOf(wanted.name))

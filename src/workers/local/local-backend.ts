@@ -50,7 +50,7 @@ export class LocalBackend implements WorkerBackend {
     if (spec.size !== undefined)
       notes.push(`worker_size "${spec.size}" is not enforced on local workers`)
     try {
-      return this.#worker(await this.#call('provision', spec, notes))
+      return this.#worker(await until(this.#call('provision', spec, notes), signal))
     } catch (err) {
       const code = /^(ENOSPC|EDQUOT|EROFS)\b/.exec(err instanceof Error ? err.message : '')?.[1]
       if (code === undefined) throw err

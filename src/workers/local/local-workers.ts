@@ -57,6 +57,8 @@ export class LocalWorkers {
   readonly #live = new Map<string, Live>()
   readonly #idleSlots: SlotShell[] = []
   readonly #terminating = new Set<string>()
+  /** Workers whose making is under way; one that is terminated meanwhile is not among them any more. */
+  readonly #making = new Set<string>()
   /** Workers whose task has ended with nothing left behind: nothing can come after that. */
   readonly #clean = new Set<string>()
   readonly #leftovers: LeftoverFinder
@@ -79,8 +81,12 @@ export class LocalWorkers {
   /** Idempotent by name: a task that was started is attached to, never started again. */
   async provision(spec: WorkerSpec, notes: string[]): Promise<WorkerInfo> {
     const folder = this.#folder(spec.name)
+    this.#making.add(spec.name)
     const existing = await this.#existing(spec.name)
+    const isWanted = this.#making.delete(spec.name)
     if (existing) return existing
+    // Whoever waited for it has given up meanwhile: it must not run later.
+    if (!isWanted) throw new Error('terminated while it was being made')
     const slot = this.#idleSlots.pop() ?? this.#startSlot()
     const record: folders.WorkerRecord = {
       name: spec.name,
@@ -174,6 +180,7 @@ export class LocalWorkers {
 
   async terminate(name: string): Promise<void> {
     this.#terminating.add(name)
+    this.#making.delete(name)
     try {
       if (!this.#clean.has(name)) {
         await this.stop(name)
