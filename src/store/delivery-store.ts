@@ -1,3 +1,4 @@
+import { sql } from 'kysely'
 import type {
   AttemptRecord,
   CallbackPayload,
@@ -7,6 +8,9 @@ import type {
   TaskStore,
 } from '../core/ports.ts'
 import type { Connection } from './connection.ts'
+
+/** Written out, not a parameter: only then does SQLite use the index of pending deliveries without planning anew. */
+const PENDING = sql.lit('pending' as const)
 
 /**
  * The `DeliveryStore` of both databases. A delivery that is taken has its `next_attempt_at` moved to the end
@@ -37,7 +41,7 @@ export class SqlDeliveryStore implements DeliveryStore {
         const due = eb
           .selectFrom('deliveries')
           .select('task_id')
-          .where('status', '=', 'pending')
+          .where('status', '=', PENDING)
           .where('next_attempt_at', '<=', options.now)
           .orderBy('next_attempt_at')
           .limit(1)
@@ -63,7 +67,7 @@ export class SqlDeliveryStore implements DeliveryStore {
     const row = await this.#db
       .selectFrom('deliveries')
       .select('next_attempt_at')
-      .where('status', '=', 'pending')
+      .where('status', '=', PENDING)
       .orderBy('next_attempt_at')
       .limit(1)
       .executeTakeFirst()
@@ -113,7 +117,7 @@ export class SqlDeliveryStore implements DeliveryStore {
     await this.#db
       .updateTable('deliveries')
       .set((eb) => ({ next_attempt_at: eb('next_attempt_at', '+', byMs) }))
-      .where('status', '=', 'pending')
+      .where('status', '=', PENDING)
       // The end of a lease is set anew with the attempt's outcome.
       .where('leased', '=', 0)
       .execute()
@@ -124,7 +128,7 @@ export class SqlDeliveryStore implements DeliveryStore {
       .updateTable('deliveries')
       .set({ next_attempt_at: 0, leased: 0 })
       .where('task_id', '=', taskId)
-      .where('status', '=', 'pending')
+      .where('status', '=', PENDING)
       .execute()
   }
 

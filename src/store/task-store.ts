@@ -1,12 +1,15 @@
-import { type Selectable, sql } from 'kysely'
+import { sql } from 'kysely'
 import type { ClaimedTask, LogTail, NewTask, TaskFilter, TaskStore } from '../core/ports.ts'
-import { type CallbackStatus, LIVE_STATUSES, type Task, type TaskSummary } from '../core/task.ts'
+import { LIVE_STATUSES, type Task, type TaskSummary } from '../core/task.ts'
 import type { Connection } from './connection.ts'
 import { decodeLog, encodeLog } from './log-codec.ts'
-import type { TasksTable } from './schema.ts'
-
-/** What is encrypted in a row. */
-type Sealed = Pick<Task, 'workerConfig' | 'callbackUrl' | 'callbackUrlToken'>
+import {
+  numberOrNull,
+  type Sealed,
+  SUMMARY_COLUMNS,
+  summaryFromRow,
+  withoutSpentSecrets,
+} from './task-row.ts'
 
 /** Rows removed in one transaction: a long one would hold up everybody else's. */
 const REMOVED_AT_ONCE = 500
@@ -15,31 +18,6 @@ export interface Seal {
   seal(text: string, context: string): Uint8Array
   unseal(sealed: Uint8Array, context: string): string
 }
-
-const SUMMARY_COLUMNS = [
-  'tasks.seq',
-  'tasks.task_id',
-  'tasks.task_file_name',
-  'tasks.status',
-  'tasks.reason',
-  'tasks.message',
-  'tasks.exit_code',
-  'tasks.signal',
-  'tasks.worker_name',
-  'tasks.terminate_on_completion',
-  'tasks.timeout_seconds',
-  'tasks.has_callback',
-  'tasks.claim',
-  'tasks.created_at',
-  'tasks.started_at',
-  'tasks.finished_at',
-  'tasks.log_bytes',
-] as const
-
-type SummaryRow = Pick<
-  Selectable<TasksTable>,
-  (typeof SUMMARY_COLUMNS)[number] extends `tasks.${infer Name}` ? Name & keyof TasksTable : never
-> & { delivery_status?: Exclude<CallbackStatus, 'none'> | null }
 
 /** The `TaskStore` of both databases. */
 export class SqlTaskStore implements TaskStore {
@@ -319,42 +297,4 @@ export class SqlTaskStore implements TaskStore {
     // Holds: `insert` sealed exactly this, and nobody else has the key.
     return JSON.parse(this.#sealer.unseal(row.sealed, row.task_id)) as Sealed
   }
-}
-
-/** The values of variables have served. The token may be needed for a delivery on request, or to mask a kept log. */
-function withoutSpentSecrets(task: Task, workerIsKept: boolean): Task {
-  const { envVariables, ...config } = task.workerConfig
-  const names = Object.keys(envVariables ?? {})
-  const workerConfig = envVariables
-    ? { ...config, envVariables: Object.fromEntries(names.map((name) => [name, ''])) }
-    : config
-  const isNeeded = task.callbackUrl !== null || workerIsKept
-  return { ...task, workerConfig, callbackUrlToken: isNeeded ? task.callbackUrlToken : null }
-}
-
-function summaryFromRow(row: SummaryRow): TaskSummary {
-  return {
-    seq: Number(row.seq),
-    taskId: row.task_id,
-    taskFileName: row.task_file_name,
-    status: row.status,
-    reason: row.reason,
-    message: row.message,
-    exitCode: row.exit_code,
-    signal: row.signal,
-    workerName: row.worker_name,
-    terminateOnCompletion: row.terminate_on_completion === 1,
-    timeoutSeconds: row.timeout_seconds,
-    claim: row.claim,
-    createdAt: Number(row.created_at),
-    startedAt: numberOrNull(row.started_at),
-    finishedAt: numberOrNull(row.finished_at),
-    callbackStatus: row.delivery_status ?? (row.has_callback === 1 ? 'pending' : 'none'),
-    logBytes: numberOrNull(row.log_bytes),
-  }
-}
-
-/** Postgres hands out bigint as text. */
-function numberOrNull(value: number | null): number | null {
-  return value === null ? null : Number(value)
 }

@@ -34,7 +34,7 @@ export const errorSchema = z
   .meta({
     id: 'ErrorResponse',
     description: 'Every error of every route has this shape.',
-    examples: [{ success: false, message: 'There is no task "my-first-task"' }],
+    examples: [{ success: false, message: 'What is wrong, in a sentence' }],
   })
 
 const summaryFields = {

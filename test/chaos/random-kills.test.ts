@@ -1,6 +1,7 @@
 import { setTimeout as pause } from 'node:timers/promises'
 import { expect, test } from 'vitest'
 import { startCrashStory } from '../helpers/crash-story.ts'
+import { mulberry32 } from '../helpers/random.ts'
 
 const SECONDS = Number(process.env.CHAOS_SECONDS ?? 60)
 const SEED = Number(process.env.CHAOS_SEED ?? Date.now() % 2 ** 31)
@@ -41,14 +42,3 @@ test(
   },
   (SECONDS + 120) * 1000,
 )
-
-/** A small generator of known quality, so that a seed reproduces a run. */
-function mulberry32(seed: number): () => number {
-  let state = seed
-  return () => {
-    state = (state + 0x6d2b79f5) | 0
-    let mixed = Math.imul(state ^ (state >>> 15), 1 | state)
-    mixed = (mixed + Math.imul(mixed ^ (mixed >>> 7), 61 | mixed)) ^ mixed
-    return ((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32
-  }
-}

@@ -5,6 +5,7 @@ import { join } from 'node:path'
 import { describe, expect, test } from 'vitest'
 import type { Ports } from '../../src/app.ts'
 import { startApp, type TestApp, taskRequest } from '../helpers/app.ts'
+import { mulberry32 } from '../helpers/random.ts'
 import { type Receiver, startReceiver } from '../helpers/receiver.ts'
 import { processesOf } from '../helpers/service.ts'
 
@@ -305,14 +306,3 @@ describe('a race', () => {
     await expectNothingLeft(scene)
   }, 60_000)
 })
-
-/** A small generator of known quality, so that a run can be repeated. */
-function mulberry32(seed: number): () => number {
-  let state = seed
-  return () => {
-    state = (state + 0x6d2b79f5) | 0
-    let mixed = Math.imul(state ^ (state >>> 15), 1 | state)
-    mixed = (mixed + Math.imul(mixed ^ (mixed >>> 7), 61 | mixed)) ^ mixed
-    return ((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32
-  }
-}

@@ -2,10 +2,10 @@ import { mkdirSync, readdirSync } from 'node:fs'
 import { join } from 'node:path'
 import { setTimeout as pause } from 'node:timers/promises'
 import type { Completion, LogTail, WorkerSpec, WorkerStatus } from '../../core/ports.ts'
+import { completionOf } from './completion.ts'
 import * as folders from './folders.ts'
 import { type Interpreters, jobText } from './job.ts'
-import { identify, isAlive, LeftoverFinder } from './processes.ts'
-import { signalName } from './signals.ts'
+import { identify, isAlive, kill, LeftoverFinder } from './processes.ts'
 import { SlotShell } from './slot-shell.ts'
 
 export interface LocalSettings {
@@ -143,7 +143,7 @@ export class LocalWorkers {
     const live = this.#live.get(name) ?? this.#attach(name)
     if (live) return live.ended.promise
     await this.#endLeftovers(name)
-    return this.#completionOf(this.#folder(name))
+    return completionOf(folders.readExit(this.#folder(name)))
   }
 
   tail(name: string, maxBytes: number): LogTail {
@@ -162,7 +162,7 @@ export class LocalWorkers {
     for (let round = 0; round < BEGIN_ROUNDS_MAX && !folders.hasStarted(live.folder); round += 1) {
       await pause(KILL_ROUND_MS)
     }
-    if (isAlive(live.record.slot)) signalGroup(pid, 'SIGTERM')
+    if (isAlive(live.record.slot)) kill(-pid, 'SIGTERM')
     const inTime = new AbortController()
     const ended = live.ended.promise.then(() => inTime.abort())
     await Promise.race([
@@ -172,7 +172,7 @@ export class LocalWorkers {
       ),
     ])
     if (!live.settling) {
-      if (isAlive(live.record.slot)) signalGroup(pid, 'SIGKILL')
+      if (isAlive(live.record.slot)) kill(-pid)
       await this.#settle(live)
     }
     await ended
@@ -275,7 +275,7 @@ export class LocalWorkers {
             signal: null,
             message: `Logged more than the limit of ${live.record.maxLogBytes} bytes`,
           }
-        : this.#completionOf(live.folder),
+        : completionOf(folders.readExit(live.folder)),
     )
   }
 
@@ -296,26 +296,6 @@ export class LocalWorkers {
       await pause(KILL_ROUND_MS)
     }
     return false
-  }
-
-  #completionOf(folder: string): Completion {
-    const exit = folders.readExit(folder)
-    if (!exit) {
-      const message =
-        'The worker ended without recording an exit code (killed, or the machine restarted)'
-      return { reason: 'worker_lost', exitCode: null, signal: null, message }
-    }
-    const { phase, code } = exit
-    const signal = signalName(code)
-    if (phase === 'startup') {
-      const message = `The startup script failed with exit code ${code}`
-      return { reason: 'startup_failed', exitCode: code, signal, message }
-    }
-    if (code === 0) return { reason: 'completed', exitCode: 0, signal: null, message: null }
-    if (signal) {
-      return { reason: 'signal', exitCode: code, signal, message: `Ended by ${signal}` }
-    }
-    return { reason: 'exit_code', exitCode: code, signal: null, message: exitMessage(code) }
   }
 
   #info(record: folders.WorkerRecord): WorkerInfo {
@@ -339,25 +319,4 @@ export class LocalWorkers {
 function newLive(folder: string, record: folders.WorkerRecord, slot: SlotShell | undefined): Live {
   const ended = Promise.withResolvers<Completion>()
   return { folder, record, slot, ended, settling: false, overLogLimit: false }
-}
-
-/** Codes 126 and 127 are the shell's own (POSIX XCU 2.8.2). */
-function exitMessage(code: number): string {
-  if (code === 126) return 'Exit code 126: a command was found but could not be executed'
-  if (code === 127) return 'Exit code 127: the interpreter, or a command, was not found'
-  return `Exit code ${code}`
-}
-
-function signalGroup(pid: number, signal: NodeJS.Signals): void {
-  kill(-pid, signal)
-}
-
-/** One that is gone already is as good as killed; one we may not kill is found again by the caller's check. */
-function kill(pid: number, signal: NodeJS.Signals = 'SIGKILL'): void {
-  try {
-    process.kill(pid, signal)
-  } catch (err) {
-    const { code } = err as NodeJS.ErrnoException
-    if (code !== 'ESRCH' && code !== 'EPERM') throw err
-  }
 }

@@ -28,6 +28,18 @@ export function isAlive(identity: ProcessIdentity): boolean {
 }
 
 /**
+ * `pid` below 0: a whole group. One that is gone already is as good as killed; one we may not kill is found again by the caller's check.
+ */
+export function kill(pid: number, signal: NodeJS.Signals = 'SIGKILL'): void {
+  try {
+    process.kill(pid, signal)
+  } catch (err) {
+    const { code } = err as NodeJS.ErrnoException
+    if (code !== 'ESRCH' && code !== 'EPERM') throw err
+  }
+}
+
+/**
  * Finds what tasks leave behind: processes in a slot's group, or with a worker's name in their environment
  * (a task may have started sessions of its own). What is known not to belong to any worker is not read again,
  * so that the common case costs one listing of /proc.
