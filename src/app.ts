@@ -6,6 +6,7 @@ import { serializerCompiler, type ZodTypeProvider } from 'fastify-type-provider-
 import type { z } from 'zod'
 import packageJson from '../package.json' with { type: 'json' }
 import { AddressGuard } from './callbacks/address-guard.ts'
+import { GuardedGitHosts } from './callbacks/git-hosts.ts'
 import { HttpCallbackSender } from './callbacks/sender.ts'
 import type { Config } from './config.ts'
 import { CallbackDispatcher } from './core/callbacks.ts'
@@ -17,6 +18,7 @@ import { Submissions } from './core/submissions.ts'
 import type { Task } from './core/task.ts'
 import { TaskFiles } from './core/task-files.ts'
 import { TaskRunner } from './core/task-runner.ts'
+import { WorkerSetup } from './core/worker-setup.ts'
 import { publishOpenApi } from './openapi.ts'
 import { EmbeddedQueue } from './queue/embedded.ts'
 import { requireToken } from './routes/authentication.ts'
@@ -29,6 +31,7 @@ import { taskRunnerRoute } from './routes/task-runner-route.ts'
 import { taskRoutes } from './routes/tasks.ts'
 import { workerRoutes } from './routes/workers.ts'
 import { keyFromFolder, Sealer } from './secrets/sealing.ts'
+import { FileSecretSource } from './secrets/source.ts'
 import { SqlDeliveryStore } from './store/delivery-store.ts'
 import { openSqlite } from './store/sqlite.ts'
 import { SqlTaskStore } from './store/task-store.ts'
@@ -111,9 +114,12 @@ export async function buildApp(options: AppOptions): Promise<App> {
     await taskStore.verifyKey()
 
     const guard = new AddressGuard(config.callbackAllowedNetworks)
+    const gitGuard = new AddressGuard(config.gitAllowedNetworks)
     http.addHook('onListen', async () => {
       const address = http.server.address()
-      guard.ownPort = typeof address === 'object' ? address?.port : undefined
+      const port = typeof address === 'object' ? address?.port : undefined
+      guard.ownPort = port
+      gitGuard.ownPort = port
     })
     const { wrapPorts = (ports) => ports } = options
     const { tasks, deliveries, backend, sender } = wrapPorts({
@@ -138,7 +144,18 @@ export async function buildApp(options: AppOptions): Promise<App> {
       now,
       log,
     })
-    const maskerFor = (task: Task) => new Masker([task.callbackUrlToken, ...config.apiTokens])
+    const maskerFor = (task: Task) =>
+      new Masker([task.callbackUrlToken, ...task.secretValues, ...config.apiTokens])
+    const files = new TaskFiles(config.tasksDir, parseWorkerFile)
+    const setup = new WorkerSetup({
+      secrets: new FileSecretSource({
+        folder: config.secretsDir,
+        variables: config.secretVariables,
+      }),
+      gitHosts: new GuardedGitHosts(gitGuard),
+      files,
+      maxLogBytes: config.maxLogBytes,
+    })
     const queue = new EmbeddedQueue()
     const runner = new TaskRunner({
       store: tasks,
@@ -147,7 +164,8 @@ export async function buildApp(options: AppOptions): Promise<App> {
       callbacks,
       concurrency: config.concurrency,
       provisioningTimeoutMs: config.provisioningTimeoutMs,
-      maxLogBytes: config.maxLogBytes,
+      setup,
+      onProvisioningFailed: () => reaper.cleanUpStuck(),
       maskerFor,
       now,
       log,
@@ -156,14 +174,14 @@ export async function buildApp(options: AppOptions): Promise<App> {
       store: tasks,
       backend,
       keptWorkerMs: config.keptWorkerMs,
+      provisioningTimeoutMs: config.provisioningTimeoutMs,
       retentionMs: config.retentionMs,
       intervalMs: SWEEP_MS,
       now,
       log,
     })
-    const files = new TaskFiles(config.tasksDir, parseWorkerFile)
     const submissions = new Submissions(
-      { store: tasks, queue, files },
+      { store: tasks, queue, files, setup },
       {
         queuedMax: config.queuedMax,
         defaultTimeoutSeconds: config.taskTimeoutSeconds,
@@ -201,6 +219,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
             workers: () => backend.check(),
             tasks_folder: () => files.check(),
           },
+          warnings: () => files.warnings(),
           isDraining: () => submissions.draining,
         })
         if (config.sampleCallbacks) await api.register(sampleCallbackRoutes)

@@ -1,4 +1,4 @@
-import { readFileSync } from 'node:fs'
+import { readFileSync, statSync } from 'node:fs'
 import { availableParallelism } from 'node:os'
 import { resolve } from 'node:path'
 import { z } from 'zod'
@@ -28,6 +28,11 @@ export interface Config {
   callbackSigningKeys: readonly Buffer[]
   /** CIDRs, `private`, `loopback`: what may be called besides public addresses. */
   callbackAllowedNetworks: readonly string[]
+  /** The same for the hosts of git repositories. */
+  gitAllowedNetworks: readonly string[]
+  secretsDir: string | undefined
+  /** Named secrets given as variables: value by what stands after `SECRET_`. */
+  secretVariables: Readonly<Record<string, string>>
   sealingKey: Buffer | undefined
   pythonCommand: string
   /** Undefined: bash where there is one, else sh. */
@@ -87,6 +92,8 @@ const schema = z.object({
     .default([5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400]),
   CALLBACK_SIGNING_SECRETS: list.default([]),
   CALLBACK_ALLOWED_NETWORKS: list.optional(),
+  GIT_ALLOWED_NETWORKS: list.optional(),
+  SECRETS_DIR: z.string().optional(),
   SEALING_KEY: z
     .base64()
     .transform((key) => Buffer.from(key, 'base64'))
@@ -132,15 +139,23 @@ export function loadConfig(env: NodeJS.ProcessEnv = process.env): Config {
       `HOST: "${values.HOST}" is not loopback and there are no API_TOKENS; set tokens, or AUTH=off`,
     )
   }
+  const secretsDir = values.SECRETS_DIR === undefined ? undefined : resolve(values.SECRETS_DIR)
+  if (secretsDir && !statSync(secretsDir, { throwIfNoEntry: false })?.isDirectory()) {
+    problems.push('SECRETS_DIR: is not a folder')
+  }
   const signingKeys = values.CALLBACK_SIGNING_SECRETS.map(signingKey)
   if (signingKeys.includes(undefined)) {
     problems.push('CALLBACK_SIGNING_SECRETS: each must be whsec_ and 24 to 64 bytes in base64')
   }
-  const allowedNetworks =
-    values.CALLBACK_ALLOWED_NETWORKS ?? (isLoopbackName(values.HOST) ? ['loopback', 'private'] : [])
-  for (const network of allowedNetworks.filter((network) => !isNetwork(network))) {
-    problems.push(`CALLBACK_ALLOWED_NETWORKS: "${network}" is not a CIDR, "private" or "loopback"`)
+  const allowed = (name: 'CALLBACK_ALLOWED_NETWORKS' | 'GIT_ALLOWED_NETWORKS') => {
+    const networks = values[name] ?? (isLoopbackName(values.HOST) ? ['loopback', 'private'] : [])
+    for (const network of networks.filter((network) => !isNetwork(network))) {
+      problems.push(`${name}: "${network}" is not a CIDR, "private" or "loopback"`)
+    }
+    return networks
   }
+  const callbackAllowedNetworks = allowed('CALLBACK_ALLOWED_NETWORKS')
+  const gitAllowedNetworks = allowed('GIT_ALLOWED_NETWORKS')
   if (problems.length > 0) throw new ConfigError(listed(problems))
   return {
     host: values.HOST,
@@ -159,7 +174,16 @@ export function loadConfig(env: NodeJS.ProcessEnv = process.env): Config {
     callbackTimeoutMs: values.CALLBACK_TIMEOUT_SECONDS * 1000,
     callbackRetryDelaysMs: values.CALLBACK_RETRY_SECONDS.map((seconds) => seconds * 1000),
     callbackSigningKeys: signingKeys.filter((key) => key !== undefined),
-    callbackAllowedNetworks: allowedNetworks,
+    callbackAllowedNetworks,
+    gitAllowedNetworks,
+    secretsDir,
+    secretVariables: Object.fromEntries(
+      Object.entries(env).flatMap(([name, value]) =>
+        value !== undefined && name.startsWith('SECRET_')
+          ? [[name.slice('SECRET_'.length), value]]
+          : [],
+      ),
+    ),
     sealingKey: values.SEALING_KEY,
     pythonCommand: values.PYTHON_COMMAND,
     shellCommand: values.SHELL_COMMAND,

@@ -39,7 +39,7 @@ export class BlockedAddressError extends Error {
 }
 
 /**
- * Keeps callbacks away from addresses that their sender has no business with (SSRF). Public addresses may be
+ * Keeps callbacks and clones away from addresses that their sender has no business with (SSRF). Public addresses may be
  * called, others only when the operator allows them. The judgement that counts is made on the very address
  * that is dialled, so that a name cannot be pointed elsewhere after a check.
  */
@@ -114,6 +114,17 @@ export class AddressGuard {
       } else if (Number(port) === this.ownPort && !isLocalhost(host)) connectToOwnPort(target, done)
       else connect(target, done)
     }
+  }
+
+  /** The addresses of a host that may be dialled. Throws `BlockedAddressError` when none may, or the resolver's error. */
+  async addressesOf(host: string): Promise<string[]> {
+    const bare = bareHost(host)
+    if (isIP(bare) !== 0) {
+      if (!this.allows(bare)) throw new BlockedAddressError('the address may not be called')
+      return [bare]
+    }
+    const found = await this.#resolve(bare, (address) => this.allows(address))
+    return found.map(({ address }) => address)
   }
 
   /** One lookup at a time for a name: a resolver that hangs holds up that name alone. */

@@ -14,8 +14,10 @@ export class Masker {
   readonly overlapBytes: number
 
   constructor(values: ReadonlyArray<string | null>) {
-    this.#values = [...new Set(values)]
-      .map((value) => Buffer.from(value ?? ''))
+    // Of a value of several lines, as keys have them, a task may print a single one.
+    const lines = values.flatMap((value) => (value ? [value, ...value.split(/\r?\n/)] : []))
+    this.#values = [...new Set(lines)]
+      .map((value) => Buffer.from(value))
       .filter((value) => value.length >= MASKED_BYTES_MIN)
     this.overlapBytes = Math.max(0, ...this.#values.map((value) => value.length - 1))
   }

@@ -19,10 +19,33 @@ export interface Logger {
 
 // ---------------------------------------------------------------- workers
 
+/** A repository that a worker clones before its task runs. */
+export interface Repository {
+  /** http, https or ssh; without a password. */
+  url: string
+  /** Where to, below the worker's home. */
+  directory: string
+  branch: string | undefined
+  /** Only the last commits, that many. */
+  depth: number | undefined
+  /** Only these folders, when there are any. */
+  sparseFolders: readonly string[]
+  /** What the host's name was found to be and may be dialled; empty when the URL holds the address itself. */
+  addresses: readonly string[]
+  /** ssh: `password` is a private key. */
+  credential: { username: string; password: string } | undefined
+  /** Leaves the credential for the task's own use of git. */
+  keepCredential: boolean
+}
+
 export interface WorkerSpec {
   name: string
   taskId: string
+  /** Relative to `taskFolder`. */
   taskFileName: string
+  /** Where the task runs: the copy of the tasks folder, or a repository's directory below home. */
+  taskFolder: 'tasks' | `home/${string}`
+  repositories: readonly Repository[]
   environment: Record<string, string>
   startupScript?: string | undefined
   image?: string | undefined
@@ -102,6 +125,25 @@ export class WorkerError extends Error {
   }
 }
 
+/** Named secrets, read anew each time, so that a rotated one needs no restart. */
+export interface SecretSource {
+  /** Undefined: there is none of this name. Throws `UnusableSecretError`. */
+  read(name: string): Promise<string | undefined>
+}
+
+/** There is a secret, and it cannot be used; the message says why, and nothing of its value. */
+export class UnusableSecretError extends Error {
+  override name = 'UnusableSecretError'
+}
+
+/** Which hosts repositories may be cloned from. */
+export interface GitHosts {
+  /** Why a URL can be refused without asking anybody; undefined when only looking it up will tell. */
+  refusal(url: URL): string | undefined
+  /** The addresses of the URL's host that may be dialled. Throws a `WorkerError` when there are none. */
+  addresses(url: URL): Promise<string[]>
+}
+
 // ---------------------------------------------------------------- queue
 
 /** How a waiting task reaches an instance that will run it. */
@@ -162,6 +204,8 @@ export interface TaskStore {
   log(taskId: string): Promise<LogTail | undefined>
   /** Takes a live task: raises its claim, moves `queued` to `provisioning`. Undefined: it is final, or gone. */
   claim(taskId: string): Promise<ClaimedTask | undefined>
+  /** Keeps, sealed, what must not show in the task's log, until the task ends. */
+  keepSecretValues(task: Task, values: readonly string[]): Promise<void>
   /** False: the claim is not ours any more, or the task is final. */
   markRunning(task: Task, startedAt: number): Promise<boolean>
   /**

@@ -6,6 +6,8 @@ export interface ReaperOptions {
   backend: WorkerBackend
   /** Workers kept by `terminate_on_completion=false` end after this. */
   keptWorkerMs: number
+  /** Workers in Provisioning for longer than this are stuck. */
+  provisioningTimeoutMs: number
   retentionMs: number
   intervalMs: number
   now: () => number
@@ -18,6 +20,7 @@ export class Reaper {
   #lastLeaked: number | undefined
   #timer: NodeJS.Timeout | undefined
   #sweep: Promise<unknown> = Promise.resolve()
+  #cleanupOfStuck: Promise<void> | undefined
 
   constructor(options: ReaperOptions) {
     this.#options = options
@@ -41,8 +44,8 @@ export class Reaper {
   }
 
   /**
-   * Ends workers that no task knows (leaks), that outlived their task, or were kept long enough; removes
-   * tasks past their retention. Returns the number of leaked workers found. Safe to repeat.
+   * Ends workers that no task knows (leaks), that outlived their task, were kept long enough, or are stuck in
+   * Provisioning; removes tasks past their retention. Returns the number of leaked workers found. Safe to repeat.
    */
   async sweep(): Promise<number> {
     const { store, backend, keptWorkerMs, retentionMs, now, log } = this.#options
@@ -61,9 +64,27 @@ export class Reaper {
     const level = leaked > 0 ? 'warn' : leaked === this.#lastLeaked ? 'debug' : 'info'
     this.#lastLeaked = leaked
     log[level]({ leaked }, 'workers leaked')
+    await this.cleanUpStuck()
     const removed = await store.removeFinishedBefore(now() - retentionMs)
     if (removed > 0) log.info({ removed }, 'removed tasks past their retention')
     return leaked
+  }
+
+  /** Ends workers stuck in Provisioning, at once instead of at the next sweep. Never rejects. */
+  cleanUpStuck(): Promise<void> {
+    const { log, provisioningTimeoutMs } = this.#options
+    // Many tasks may fail at the same moment for the same want.
+    this.#cleanupOfStuck ??= this.cleanup(provisioningTimeoutMs)
+      .then(
+        (workers) => {
+          if (workers.length > 0) log.warn({ workers }, 'terminated workers stuck in Provisioning')
+        },
+        (err: unknown) => log.error({ err }, 'cleaning up workers failed'),
+      )
+      .finally(() => {
+        this.#cleanupOfStuck = undefined
+      })
+    return this.#cleanupOfStuck
   }
 
   /** Ends workers that have been in Provisioning for longer than `olderThanMs`. Returns their names. */

@@ -4,6 +4,7 @@ import type { Logger, TaskQueue, TaskStore } from './ports.ts'
 import { type TaskRequest, type TaskStatus, workerNameFor } from './task.ts'
 import type { TaskFiles } from './task-files.ts'
 import { mergeWorkerConfigs } from './worker-config.ts'
+import { locateInRepository, type WorkerSetup } from './worker-setup.ts'
 
 const RETRY_AFTER_SECONDS = 5
 
@@ -25,17 +26,19 @@ export class Submissions {
   readonly #store: TaskStore
   readonly #queue: TaskQueue
   readonly #files: TaskFiles
+  readonly #setup: WorkerSetup
   readonly #options: SubmissionOptions
   #draining = false
   #arriving = 0
 
   constructor(
-    ports: { store: TaskStore; queue: TaskQueue; files: TaskFiles },
+    ports: { store: TaskStore; queue: TaskQueue; files: TaskFiles; setup: WorkerSetup },
     options: SubmissionOptions,
   ) {
     this.#store = ports.store
     this.#queue = ports.queue
     this.#files = ports.files
+    this.#setup = ports.setup
     this.#options = options
   }
 
@@ -79,23 +82,29 @@ export class Submissions {
   async #accept(request: TaskRequest, digest: string): Promise<Submitted> {
     const refusal = request.callbackUrl && this.#options.callbackUrlRefusal(request.callbackUrl)
     if (refusal) throw new InvalidRequestError([{ path: 'callback_url', message: refusal }])
-    await this.#files.find(request.taskFileName)
-    const defaults = await this.#files.defaultsFor(request.taskFileName)
+    const { taskId, taskFileName } = request
+    const isThere = await this.#files.has(taskFileName)
+    const defaults = await this.#files.defaultsFor(taskFileName)
+    const workerConfig = mergeWorkerConfigs(defaults, request.workerConfig)
+    // What a repository holds is known on the worker.
+    if (!isThere && !locateInRepository(taskFileName, workerConfig.gitConfigs)) {
+      throw new TaskRunnerError('task_file_not_found', `There is no task file "${taskFileName}"`)
+    }
+    await this.#setup.check(workerConfig)
     const inserted = await this.#store.insert({
       ...request,
-      workerConfig: mergeWorkerConfigs(defaults, request.workerConfig),
+      workerConfig,
       timeoutSeconds: request.timeoutSeconds ?? this.#options.defaultTimeoutSeconds,
       digest,
-      workerName: workerNameFor(request.taskId),
+      workerName: workerNameFor(taskId),
       createdAt: this.#options.now(),
     })
     if (!inserted) {
-      const raced = await this.#known(request.taskId, digest)
+      const raced = await this.#known(taskId, digest)
       if (raced) return raced
       throw new TaskRunnerError('store_unavailable', 'The task could not be stored')
     }
-    this.#queue.enqueue(request.taskId)
-    const { taskId, taskFileName } = request
+    this.#queue.enqueue(taskId)
     this.#options.log.info({ taskId, taskFileName }, 'task accepted')
     return { isNew: true }
   }

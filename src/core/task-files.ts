@@ -1,10 +1,12 @@
-import { readFile, realpath, stat } from 'node:fs/promises'
+import { readdir, readFile, realpath, stat } from 'node:fs/promises'
 import { join, sep } from 'node:path'
 import { InvalidRequestError, TaskRunnerError } from './errors.ts'
 import { mergeWorkerConfigs, type WorkerConfig } from './worker-config.ts'
 
 /** Folders that workers get no copy of. */
 export const NOT_COPIED: readonly string[] = ['.git', '__pycache__']
+/** Installed packages are many files that tasks only read: workers get a link. */
+export const LINKED: readonly string[] = ['node_modules', '.venv']
 
 export const TASK_FILE_EXTENSIONS = ['.py', '.sh', '.js', '.mjs', '.ts'] as const
 
@@ -18,11 +20,8 @@ export class TaskFiles {
     this.#parseDefaults = parseDefaults
   }
 
-  /**
-   * Checks that `name` is a file of the folder. Throws `task_file_not_found`, or `invalid_request` when a
-   * link leads out of the folder.
-   */
-  async find(name: string): Promise<void> {
+  /** Whether `name` is a file of the folder. Throws `invalid_request` when a link leads out of the folder. */
+  async has(name: string): Promise<boolean> {
     const folder = await realpath(this.#folder)
     const isCopied = !name.split('/').some((part) => NOT_COPIED.includes(part))
     const path = !isCopied ? undefined : await realpath(join(folder, name)).catch(ignoreMissing)
@@ -31,9 +30,7 @@ export class TaskFiles {
         { path: 'task_file_name', message: 'leads out of the tasks folder' },
       ])
     }
-    if (path === undefined || !(await stat(path)).isFile()) {
-      throw new TaskRunnerError('task_file_not_found', `There is no task file "${name}"`)
-    }
+    return path !== undefined && (await stat(path)).isFile()
   }
 
   /**
@@ -49,17 +46,37 @@ export class TaskFiles {
     return mergeWorkerConfigs(common, specific)
   }
 
-  /** Throws when the folder cannot be read or the common defaults are broken. */
+  /** Throws when the folder cannot be read. */
   async check(): Promise<void> {
     if (!(await stat(this.#folder)).isDirectory()) throw new Error('TASKS_DIR is not a folder')
-    await this.#defaults('default_worker.json')
+  }
+
+  /** What is wrong with defaults files, a sentence for each that is broken. */
+  async warnings(): Promise<string[]> {
+    const names = await this.#defaultsFiles('')
+    const results = await Promise.allSettled(names.map((name) => this.#defaults(name)))
+    return results.flatMap((result) => {
+      if (result.status === 'fulfilled') return []
+      if (result.reason instanceof TaskRunnerError) return [result.reason.message]
+      throw result.reason
+    })
+  }
+
+  async #defaultsFiles(folder: string): Promise<string[]> {
+    const entries = await readdir(join(this.#folder, folder), { withFileTypes: true })
+    const nested = entries.map(async (entry) => {
+      const name = join(folder, entry.name)
+      if (!entry.isDirectory()) return name.endsWith('_worker.json') ? [name] : []
+      const isSkipped = [...NOT_COPIED, ...LINKED].includes(entry.name)
+      return isSkipped ? [] : this.#defaultsFiles(name)
+    })
+    return (await Promise.all(nested)).flat()
   }
 
   async #defaults(name: string): Promise<WorkerConfig> {
-    const json = await readFile(join(this.#folder, name), 'utf8').catch(ignoreMissing)
-    if (json === undefined) return {}
     try {
-      return this.#parseDefaults(json)
+      const json = await readFile(join(this.#folder, name), 'utf8').catch(ignoreMissing)
+      return json === undefined ? {} : this.#parseDefaults(json)
     } catch (err) {
       const why = err instanceof Error ? err.message : String(err)
       throw new TaskRunnerError(

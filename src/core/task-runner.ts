@@ -15,10 +15,10 @@ import type {
 } from './ports.ts'
 import { WorkerError } from './ports.ts'
 import type { Outcome, Task } from './task.ts'
-import { taskEnvironment } from './worker-config.ts'
+import { until } from './until.ts'
+import type { WorkerSetup } from './worker-setup.ts'
 
 export const LOG_BYTES_KEPT = 5 * 1024 * 1024
-const EMPTY_LOG = { log: { content: Buffer.alloc(0), totalBytes: 0 }, rawBytes: 0 }
 const RETRY_MS = 500
 const RETRY_MAX_MS = 15_000
 
@@ -29,7 +29,9 @@ export interface TaskRunnerOptions {
   callbacks: CallbackDispatcher
   concurrency: number
   provisioningTimeoutMs: number
-  maxLogBytes: number
+  setup: WorkerSetup
+  /** A worker could not be had: what hinders it may hold up others that wait, too. Never rejects. */
+  onProvisioningFailed: () => Promise<void>
   /** Knows what must not show in the task's log. */
   maskerFor: (task: Task) => Masker
   now: () => number
@@ -140,6 +142,8 @@ export class TaskRunner {
     } catch (err) {
       if (this.#closing.signal.aborted) return
       outcome = cancelled.aborted ? CANCELLED : this.#failureOf(err, taskId)
+      const isForWantOfWorker = !worker && !['cancelled', 'startup_failed'].includes(outcome.reason)
+      if (isForWantOfWorker) this.#background(this.#options.onProvisioningFailed())
     }
     // Shutting down: nothing is decided, and the worker goes on without us.
     if (outcome === undefined) return
@@ -148,26 +152,21 @@ export class TaskRunner {
 
   async #attachOrProvision(task: ClaimedTask, cancelled: AbortSignal): Promise<Worker | undefined> {
     if (task.status === 'running' || cancelled.aborted) return this.#backend.find(task.workerName)
-    const { workerConfig } = task
     const signal = AbortSignal.any([
       this.#closing.signal,
       cancelled,
       AbortSignal.timeout(this.#options.provisioningTimeoutMs),
     ])
-    return this.#backend.provision(
-      {
-        name: task.workerName,
-        taskId: task.taskId,
-        taskFileName: task.taskFileName,
-        environment: taskEnvironment(task),
-        startupScript: workerConfig.startupScript,
-        image: workerConfig.workerImage,
-        size: workerConfig.workerSize,
-        maxLogBytes: this.#options.maxLogBytes,
-        notes: (workerConfig.withoutEffect ?? []).map((field) => `${field} has no effect here`),
-      },
-      signal,
-    )
+    const { spec, secretValues } = await until(this.#options.setup.specFor(task), signal)
+    if (secretValues.length > 0) {
+      // Before the worker can print one. A worker of an earlier claim may know older values.
+      const known = [...new Set([...task.secretValues, ...secretValues])]
+      await this.#persistently('keeping secret values', () =>
+        this.#store.keepSecretValues(task, known),
+      )
+      task.secretValues = known
+    }
+    return this.#backend.provision(spec, signal)
   }
 
   /** Waits for the task's exit, a cancel, or its time limit. Undefined: we are shutting down. */
@@ -182,13 +181,13 @@ export class TaskRunner {
     const timer = setTimeout(() => timeLimit.abort(), Math.max(0, deadline - this.#options.now()))
     const interrupted = AbortSignal.any([closing, cancelled, timeLimit.signal])
     try {
-      return outcomeOf(await worker.completion(interrupted))
+      return this.#outcomeOf(await worker.completion(interrupted), task)
     } catch (err) {
       if (!interrupted.aborted) throw err
       if (closing.aborted) return undefined
       // It may have ended in time, with nobody here to see it.
       if (!cancelled.aborted && (await worker.status()) === 'Completed') {
-        return outcomeOf(await worker.completion(closing))
+        return this.#outcomeOf(await worker.completion(closing), task)
       }
       await worker.stop()
       return cancelled.aborted
@@ -205,7 +204,9 @@ export class TaskRunner {
    */
   async #settle(task: Task, outcome: Outcome, worker?: Worker): Promise<void> {
     const { taskId, callbackUrl } = task
-    const { log, rawBytes } = worker ? await this.#takeLog(worker, task) : EMPTY_LOG
+    const { log, rawBytes } = worker
+      ? await this.#takeLog(worker, task)
+      : ownLog(outcome.message ?? outcome.reason)
     const delivery = callbackUrl === null ? undefined : this.#callbacks.prepare(callbackUrl)
     const keepWorker =
       !task.terminateOnCompletion && worker !== undefined && outcome.status !== 'cancelled'
@@ -259,9 +260,17 @@ export class TaskRunner {
     } catch (err) {
       // The outcome is worth more than the log.
       this.#log.error({ err, taskId: worker.taskId }, 'the log could not be read')
-      const content = Buffer.from('[task-runner] the log could not be read\n')
-      return { log: { content, totalBytes: content.length }, rawBytes: 0 }
+      return ownLog('the log could not be read')
     }
+  }
+
+  /** Success is an observed exit code 0, and nothing else. */
+  #outcomeOf(completion: Completion, task: Task): Outcome {
+    const succeeded = completion.reason === 'completed' && completion.exitCode === 0
+    // It may hold words of other programs.
+    const words = Buffer.from(completion.message ?? '')
+    const message = this.#options.maskerFor(task).mask(words).toString() || null
+    return { ...completion, message, status: succeeded ? 'succeeded' : 'failed' }
   }
 
   /** Terminates a worker, again and again until it is gone or we are shutting down. */
@@ -307,10 +316,10 @@ export class TaskRunner {
   }
 }
 
-/** Success is an observed exit code 0, and nothing else. */
-function outcomeOf(completion: Completion): Outcome {
-  const succeeded = completion.reason === 'completed' && completion.exitCode === 0
-  return { ...completion, status: succeeded ? 'succeeded' : 'failed' }
+/** What stands in for a log that is not there: a receiver gets nothing else that tells why. */
+function ownLog(message: string): { log: LogTail; rawBytes: number } {
+  const content = Buffer.from(`[task-runner] ${message}\n`)
+  return { log: { content, totalBytes: content.length }, rawBytes: content.length }
 }
 
 function failure(reason: Outcome['reason'], message: string): Outcome {

@@ -94,6 +94,8 @@ export interface Task extends TaskSummary {
   workerConfig: WorkerConfig
   callbackUrl: string | null
   callbackUrlToken: string | null
+  /** Values of the named secrets that its worker was given; none once it has ended. */
+  secretValues: readonly string[]
 }
 
 /** How a run ended, before it is committed. */

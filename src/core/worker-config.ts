@@ -26,6 +26,21 @@ export interface GitConfig {
   fetchDepth?: number
 }
 
+/** Where a repository goes, below the worker's home. */
+export function directoryOf(config: GitConfig): string {
+  const given = config.localPath?.replace(/^~\/+/, '').replace(/\/+$/, '')
+  return given ?? `projects/${repositoryName(config.remoteUrl)}`
+}
+
+/** `repo` of `https://host/group/repo.git`; empty when the URL has no path. */
+export function repositoryName(remoteUrl: string): string {
+  const path = decodeURIComponent(new URL(remoteUrl).pathname)
+  return path
+    .replace(/\/+$/, '')
+    .replace(/\.git$/, '')
+    .replace(/^.*\//, '')
+}
+
 /** Lays `over` on `under`: fields of `over` win, `envVariables` merge name by name. */
 export function mergeWorkerConfigs(under: WorkerConfig, over: WorkerConfig): WorkerConfig {
   const merged: WorkerConfig = { ...under, ...over }

@@ -6,8 +6,10 @@ import { answer } from './responses.ts'
 export const healthRoutes: FastifyPluginAsyncZod<{
   /** Each part by its name; throws what is wrong with it. */
   parts: Record<string, () => Promise<void>>
+  /** What does not keep the service from taking tasks, but an operator should know. */
+  warnings: () => Promise<string[]>
   isDraining: () => boolean
-}> = async (app, { parts, isDraining }) => {
+}> = async (app, { parts, warnings, isDraining }) => {
   app.get(
     '/health/live',
     {
@@ -59,9 +61,12 @@ export const healthRoutes: FastifyPluginAsyncZod<{
       const failed = states.filter(([, state]) => state !== 'ok').map(([name]) => name)
       const ok = failed.length === 0
       const message = ok ? 'ready' : `not ready: ${failed.join(', ')}`
-      return reply
-        .code(ok ? 200 : 503)
-        .send({ success: ok, message, parts: Object.fromEntries(states) })
+      return reply.code(ok ? 200 : 503).send({
+        success: ok,
+        message,
+        parts: Object.fromEntries(states),
+        ...(ok ? { warnings: await warnings() } : {}),
+      })
     },
   )
 }

@@ -108,11 +108,23 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
       const { content, totalBytes } = stored
       return { content: content.subarray(Math.max(0, content.length - maxBytes)), totalBytes }
     }
-    const worker = await backend.find(task.workerName)
-    const live = worker && (await unlessEnded(maskedTail(worker, maskerFor(task), maxBytes), task))
+    const running = await runningNow(task)
+    const live =
+      running &&
+      (await unlessEnded(maskedTail(running.worker, maskerFor(running.task), maxBytes), task))
     // It may have ended, and its worker gone, between the two looks.
     const log = live?.log ?? (await tasks.log(task.taskId))
     return log ?? { content: Buffer.alloc(0), totalBytes: 0 }
+  }
+
+  /**
+   * The worker, and the task as it is now, unless it has ended. In this order: a task that is read once its
+   * worker is there knows all that must be masked.
+   */
+  async function runningNow(task: Task): Promise<{ worker: Worker; task: Task } | undefined> {
+    const worker = await backend.find(task.workerName)
+    const now = worker && (await tasks.get(task.taskId))
+    return worker && now && !isFinal(now.status) ? { worker, task: now } : undefined
   }
 
   /** What a worker gives; undefined when it went away because its task has ended, and the log is stored. */
@@ -133,8 +145,8 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
     signal: AbortSignal,
   ): Promise<void> {
     let at = start.from
-    const worker = await workerOnceThere(task, signal)
-    const streamFrom = async (worker: Worker) => {
+    const running = await onceRunning(task, signal)
+    const streamFrom = async ({ worker, task }: { worker: Worker; task: Task }) => {
       if (at === undefined) {
         const { totalBytes } = await worker.logs({ maxBytes: 0 })
         at = Math.max(0, totalBytes - start.maxBytes)
@@ -161,7 +173,7 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
       // Cut short by us: what is held back may be half a secret, and comes whole when they ask again.
       if (!signal.aborted) await sendPiece(masked.flush(), true)
     }
-    if (worker) await unlessEnded(streamFrom(worker), task)
+    if (running) await unlessEnded(streamFrom(running), task)
     const ended = await finalTask(task, signal)
     if (!ended) return
     // What came after the last look, or all of it when the worker was gone before.
@@ -182,11 +194,11 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
     await send(response, signal, { event: 'end', data: JSON.stringify({ status, reason }) })
   }
 
-  /** The worker of a task that still waits for one. Undefined: the task is final and its worker gone. */
-  async function workerOnceThere(task: Task, signal: AbortSignal) {
+  /** Waits while the task has no worker yet. Undefined: the task is final. */
+  async function onceRunning(task: Task, signal: AbortSignal) {
     while (!signal.aborted) {
-      const worker = await backend.find(task.workerName)
-      if (worker) return worker
+      const running = await runningNow(task)
+      if (running) return running
       const now = await tasks.get(task.taskId)
       if (!now || isFinal(now.status)) return undefined
       await pause(signal)

@@ -74,12 +74,14 @@ export const workerRoutes: FastifyPluginAsyncZod<{
     async ({ params }, reply) => {
       const worker = await workerOr404(params.name)
       const task = await tasks.get(worker.taskId)
+      // A final task's log is stored masked; what it is masked by is not kept.
+      const stored = task && isFinal(task.status) ? await tasks.log(task.taskId) : undefined
       const masker = task ? maskerFor(task) : new Masker([])
-      const text = logText((await maskedTail(worker, masker, LOG_BYTES_KEPT)).log)
+      const log = stored ?? (await maskedTail(worker, masker, LOG_BYTES_KEPT)).log
       return reply
         .type('text/plain; charset=utf-8')
         .header('x-content-type-options', 'nosniff')
-        .send(text)
+        .send(logText(log))
     },
   )
 

@@ -4,7 +4,10 @@ import type { CallbackStatus, Task, TaskSummary } from '../core/task.ts'
 import type { TasksTable } from './schema.ts'
 
 /** What is encrypted in a row. */
-export type Sealed = Pick<Task, 'workerConfig' | 'callbackUrl' | 'callbackUrlToken'>
+export type Sealed = Pick<
+  Task,
+  'workerConfig' | 'callbackUrl' | 'callbackUrlToken' | 'secretValues'
+>
 
 export const SUMMARY_COLUMNS = [
   'tasks.seq',
@@ -31,15 +34,15 @@ type SummaryRow = Pick<
   (typeof SUMMARY_COLUMNS)[number] extends `tasks.${infer Name}` ? Name & keyof TasksTable : never
 > & { delivery_status?: Exclude<CallbackStatus, 'none'> | null }
 
-/** The values of variables have served. The token may be needed for a delivery on request, or to mask a kept log. */
-export function withoutSpentSecrets(task: Task, workerIsKept: boolean): Task {
+/** Values of variables and secrets have served: the log is masked by now. The token may be needed for a delivery on request. */
+export function withoutSpentSecrets(task: Task): Task {
   const { envVariables, ...config } = task.workerConfig
   const names = Object.keys(envVariables ?? {})
   const workerConfig = envVariables
     ? { ...config, envVariables: Object.fromEntries(names.map((name) => [name, ''])) }
     : config
-  const isNeeded = task.callbackUrl !== null || workerIsKept
-  return { ...task, workerConfig, callbackUrlToken: isNeeded ? task.callbackUrlToken : null }
+  const callbackUrlToken = task.callbackUrl === null ? null : task.callbackUrlToken
+  return { ...task, workerConfig, callbackUrlToken, secretValues: [] }
 }
 
 export function summaryFromRow(row: SummaryRow): TaskSummary {

@@ -56,7 +56,7 @@ export class SqlTaskStore implements TaskStore {
         finished_at: null,
         log_bytes: null,
         digest: task.digest,
-        sealed: this.#seal(task),
+        sealed: this.#seal({ ...task, secretValues: [] }),
       })
       .onConflict((conflict) => conflict.column('task_id').doNothing())
       .executeTakeFirst()
@@ -131,6 +131,16 @@ export class SqlTaskStore implements TaskStore {
     )
   }
 
+  async keepSecretValues(task: Task, secretValues: readonly string[]): Promise<void> {
+    await this.#db
+      .updateTable('tasks')
+      .set({ sealed: this.#seal({ ...task, secretValues }) })
+      .where('task_id', '=', task.taskId)
+      .where('claim', '=', task.claim)
+      .where('status', 'in', LIVE_STATUSES)
+      .execute()
+  }
+
   async markRunning(task: Task, startedAt: number): Promise<boolean> {
     const { numUpdatedRows } = await this.#db
       .updateTable('tasks')
@@ -157,7 +167,7 @@ export class SqlTaskStore implements TaskStore {
         signal: outcome.signal,
         finished_at: finishedAt,
         log_bytes: end.logBytes,
-        sealed: this.#seal(withoutSpentSecrets(task, end.keepWorker)),
+        sealed: this.#seal(withoutSpentSecrets(task)),
         ...(end.keepWorker ? { worker_state: 'kept' as const } : {}),
       })
       .where('task_id', '=', task.taskId)
@@ -288,8 +298,8 @@ export class SqlTaskStore implements TaskStore {
   }
 
   #seal(task: Sealed & { taskId: string }): Uint8Array {
-    const { workerConfig, callbackUrl, callbackUrlToken } = task
-    const sealed: Sealed = { workerConfig, callbackUrl, callbackUrlToken }
+    const { workerConfig, callbackUrl, callbackUrlToken, secretValues } = task
+    const sealed: Sealed = { workerConfig, callbackUrl, callbackUrlToken, secretValues }
     return this.#sealer.seal(JSON.stringify(sealed), task.taskId)
   }
 

@@ -218,6 +218,10 @@ export const healthSchema = z
       .record(z.string(), z.string())
       .optional()
       .describe('Each part: `ok`, or what is wrong'),
+    warnings: z
+      .array(z.string())
+      .optional()
+      .describe('What only some tasks would suffer from, such as a broken defaults file'),
   })
   .meta({
     id: 'Health',
@@ -226,6 +230,7 @@ export const healthSchema = z
         success: true,
         message: 'ready',
         parts: { store: 'ok', workers: 'ok', tasks_folder: 'ok' },
+        warnings: [],
       },
     ],
   })

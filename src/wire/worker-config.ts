@@ -45,23 +45,106 @@ const envVariables = z
     }
   })
 
-const gitRemote = line(2048).refine(
-  (url) => /^(https?|ssh):\/\/[^\s]+$/.test(url),
-  'must be an http(s) or ssh URL',
+const gitRemote = line(2048).superRefine((value, context) => {
+  const wrong = (message: string) => context.addIssue({ code: 'custom', message })
+  const url = URL.parse(value)
+  if (!url || !/^(https?|ssh):\/\/[^\s]+$/.test(value)) {
+    wrong('must be an http(s) or ssh URL, such as ssh://git@host/path.git')
+  } else if (url.password !== '' || (url.username !== '' && url.protocol !== 'ssh:')) {
+    wrong('must not contain a user name or password; use username and secret_name')
+  } else if (url.search !== '' || url.hash !== '') {
+    wrong('must not contain a query or a fragment')
+  } else if (!isRepositoryPath(url.pathname)) wrong('must end in the name of a repository')
+})
+
+function isRepositoryPath(pathname: string): boolean {
+  const path = /%(00|2f)/i.test(pathname) ? undefined : decoded(pathname)
+  const name = path
+    ?.replace(/\/+$/, '')
+    .replace(/\.git$/, '')
+    .replace(/^.*\//, '')
+  return name !== undefined && !['', '.', '..', '.git'].includes(name)
+}
+
+function decoded(encoded: string): string | undefined {
+  try {
+    return decodeURIComponent(encoded)
+  } catch {
+    return undefined
+  }
+}
+
+const isInside = (path: string) => !path.split('/').includes('..')
+const localPath = line(1024)
+  .refine(
+    (path) => isInside(path) && /^(~\/+)?[^/~]/.test(path),
+    'must be a path below the home of the worker, such as ~/projects/name',
+  )
+  .refine(
+    (path) =>
+      path
+        .replace(/^~\/+/, '')
+        .split('/')
+        .some((part) => part !== '' && part !== '.'),
+    'must name a folder of its own',
+  )
+/** git would take it for an option. */
+const notAnOption = (text: string) => !text.startsWith('-')
+
+const secretName = line(255).regex(
+  /^[A-Za-z0-9_][A-Za-z0-9._-]*$/,
+  'is not the name of a secret: letters, digits, _ - . only',
 )
 
 export const gitConfigSchema = z
   .strictObject({
-    remote_url: gitRemote.describe('What to clone'),
-    secret_name: line(255).nullish().describe('Name of the secret that is the password'),
-    save_secret: z.boolean().nullish(),
-    username: line(255).nullish(),
-    local_path: line(1024).nullish().describe('Where to; default `~/projects/<repository>`'),
-    branch: line(255).nullish(),
-    sparse_checkout_folders: z.array(line(1024)).max(1000).nullish(),
-    fetch_depth: z.int().positive().nullish(),
+    remote_url: gitRemote.describe('What to clone: http, https or ssh'),
+    secret_name: secretName
+      .nullish()
+      .describe('Name of the secret that is the password; for ssh, the private key'),
+    save_secret: z
+      .boolean()
+      .nullish()
+      .describe(
+        'Leaves the secret on the worker, so that the task can pull and push; http(s) only',
+      ),
+    username: line(255).nullish().describe('Default `x-access-token`, which suits tokens'),
+    local_path: localPath
+      .nullish()
+      .describe('Where to, below the home of the worker; default `~/projects/<repository>`'),
+    branch: line(255)
+      .refine(notAnOption, 'must not begin with -')
+      .nullish()
+      .describe('A branch or tag; default: the one that the repository names'),
+    sparse_checkout_folders: z
+      .array(
+        line(1024)
+          .refine(notAnOption, 'must not begin with -')
+          .refine(isInside, 'must be inside the repository'),
+      )
+      .max(1000)
+      .nullish()
+      .describe('Only these folders, and the files at the top'),
+    fetch_depth: z.int().positive().nullish().describe('Only so many of the last commits'),
   })
-  .meta({ id: 'GitConfig', description: 'A repository cloned before the task runs' })
+  .superRefine((config, context) => {
+    if (config.save_secret === true && config.remote_url.startsWith('ssh:')) {
+      const message = 'is for http(s) repositories'
+      context.addIssue({ code: 'custom', path: ['save_secret'], message })
+    }
+    if (config.save_secret === true && config.secret_name == null) {
+      const message = 'there is no secret_name'
+      context.addIssue({ code: 'custom', path: ['save_secret'], message })
+    }
+  })
+  .meta({
+    id: 'GitConfig',
+    description: 'A repository cloned before the task runs',
+    examples: [{ remote_url: 'https://git.example.com/team/repo.git', secret_name: 'git_secret' }],
+  })
+
+/** Put in the environment, so it is a name for variables as well. */
+const secretVariable = line(255).pipe(variableName)
 
 const workerSize = z
   .string()
@@ -76,8 +159,16 @@ const fields = {
   env_variables: envVariables
     .nullish()
     .describe('Environment of the task; numbers and booleans are passed as text'),
-  personal_secrets: z.array(line(255)).max(1000).nullish(),
-  shared_secrets: z.array(line(255)).max(1000).nullish(),
+  personal_secrets: z
+    .array(secretVariable)
+    .max(1000)
+    .nullish()
+    .describe('Names of secrets; each reaches the task as the variable of that name'),
+  shared_secrets: z
+    .array(secretVariable)
+    .max(1000)
+    .nullish()
+    .describe('As personal_secrets, which win over these'),
   git_configs: z.array(gitConfigSchema).max(100).nullish(),
   startup_script: text(1_000_000).nullish().describe('Shell script run before the task'),
   image_config: z.record(z.string(), z.unknown()).nullish(),
@@ -111,7 +202,6 @@ const WITHOUT_EFFECT = [
   'image_config',
 ] as const
 const NOT_SUPPORTED = ['distributed_config'] as const
-const NOT_SUPPORTED_YET = ['git_configs', 'personal_secrets', 'shared_secrets'] as const
 
 /** What base64 `additional_params` may hold: the same fields, but not itself again. */
 const additionalSchema = z.strictObject(fields)
@@ -187,6 +277,9 @@ export function maskedWorkerConfig(config: WorkerConfig): Record<string, unknown
     env_variables:
       config.envVariables &&
       Object.fromEntries(Object.keys(config.envVariables).map((name) => [name, '***'])),
+    personal_secrets: config.personalSecrets,
+    shared_secrets: config.sharedSecrets,
+    git_configs: config.gitConfigs?.map(toWireGitConfig),
     startup_script: config.startupScript,
     log_level: config.logLevel,
     modules_log_level: config.modulesLogLevel,
@@ -195,16 +288,10 @@ export function maskedWorkerConfig(config: WorkerConfig): Record<string, unknown
 }
 
 function fromFields(wire: WireFields, path: string[]): WorkerConfig {
-  const refused = [
-    ...NOT_SUPPORTED.filter((field) => isSet(wire[field])).map((field) => ({
-      path: [...path, field].join('.'),
-      message: 'not supported',
-    })),
-    ...NOT_SUPPORTED_YET.filter((field) => isSet(wire[field])).map((field) => ({
-      path: [...path, field].join('.'),
-      message: 'not supported yet by this version',
-    })),
-  ]
+  const refused = NOT_SUPPORTED.filter((field) => isSet(wire[field])).map((field) => ({
+    path: [...path, field].join('.'),
+    message: 'not supported',
+  }))
   if (refused.length > 0) throw new InvalidRequestError(refused)
   const withoutEffect = WITHOUT_EFFECT.filter((field) => isSet(wire[field]))
   const modules = wire.modules_log_level
@@ -216,6 +303,8 @@ function fromFields(wire: WireFields, path: string[]): WorkerConfig {
       Object.fromEntries(
         Object.entries(wire.env_variables).map(([name, value]) => [name, String(value)]),
       ),
+    personalSecrets: wire.personal_secrets,
+    sharedSecrets: wire.shared_secrets,
     startupScript: wire.startup_script,
     logLevel: wire.log_level,
     modulesLogLevel:
@@ -240,6 +329,19 @@ function fromGitConfig(wire: z.output<typeof gitConfigSchema>): GitConfig {
     branch: wire.branch,
     sparseCheckoutFolders: wire.sparse_checkout_folders,
     fetchDepth: wire.fetch_depth,
+  })
+}
+
+function toWireGitConfig(config: GitConfig): z.input<typeof gitConfigSchema> {
+  return present({
+    remote_url: config.remoteUrl,
+    secret_name: config.secretName,
+    save_secret: config.saveSecret,
+    username: config.username,
+    local_path: config.localPath,
+    branch: config.branch,
+    sparse_checkout_folders: config.sparseCheckoutFolders,
+    fetch_depth: config.fetchDepth,
   })
 }
 

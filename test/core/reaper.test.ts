@@ -58,6 +58,7 @@ function reaperOf(stores: Stores, backend: WorkerBackend, now: number): Reaper {
     store: stores.tasks,
     backend,
     keptWorkerMs: 24 * HOUR_MS,
+    provisioningTimeoutMs: 59 * SECOND_MS,
     retentionMs: 30 * DAY_MS,
     intervalMs: 60 * SECOND_MS,
     now: () => now,
@@ -93,6 +94,21 @@ describe('a sweep', () => {
     expect(left()).toEqual(['just-finished', 'kept', 'provisioning', 'queued', 'running'])
     expect(await reaper.sweep(), 'they are counted once').toBe(0)
     expect(left()).toEqual(['just-finished', 'kept', 'provisioning', 'queued', 'running'])
+  })
+
+  test('ends workers of live tasks that are stuck in Provisioning, and none that got past it', async () => {
+    await using stores = await openStores()
+    for (const taskId of ['stuck', 'slow', 'young']) {
+      await stores.tasks.insert(newTask(taskId))
+      await stores.tasks.claim(taskId)
+    }
+    const { backend, left } = fakeBackend([
+      { taskId: 'stuck', status: 'Provisioning', createdAt: NOW - 60 * SECOND_MS },
+      { taskId: 'slow', status: 'Running', createdAt: NOW - HOUR_MS },
+      { taskId: 'young', status: 'Provisioning', createdAt: NOW - 58 * SECOND_MS },
+    ])
+    expect(await reaperOf(stores, backend, NOW).sweep()).toBe(0)
+    expect(left()).toEqual(['slow', 'young'])
   })
 
   test('goes on with the others, and with old tasks, when one worker cannot be ended', async () => {

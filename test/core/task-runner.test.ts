@@ -18,6 +18,7 @@ import {
 } from '../../src/core/ports.ts'
 import { isFinal, type Task } from '../../src/core/task.ts'
 import { TaskRunner } from '../../src/core/task-runner.ts'
+import { WorkerSetup } from '../../src/core/worker-setup.ts'
 import { EmbeddedQueue } from '../../src/queue/embedded.ts'
 import { Sealer } from '../../src/secrets/sealing.ts'
 import type { Connection } from '../../src/store/connection.ts'
@@ -201,7 +202,13 @@ describe('TaskRunner', () => {
       callbacks,
       concurrency,
       provisioningTimeoutMs: PROVISIONING_MS,
-      maxLogBytes: 1_000_000,
+      setup: new WorkerSetup({
+        secrets: { read: async () => undefined },
+        gitHosts: { refusal: () => undefined, addresses: async () => [] },
+        files: { has: async () => true },
+        maxLogBytes: 1_000_000,
+      }),
+      onProvisioningFailed: async () => void events.push('clean up'),
       maskerFor: (task) => new Masker([task.callbackUrlToken]),
       now: Date.now,
       log: SILENT,
@@ -284,6 +291,7 @@ describe('TaskRunner', () => {
             TASK_FILE_NAME: 'b.py',
             WORKER_NAME: task.workerName,
           },
+          ...{ taskFolder: 'tasks', repositories: [] },
           ...{ startupScript: 'echo', image: 'image', size: 'Small', maxLogBytes: 1_000_000 },
           notes: ['email has no effect here'],
         },
@@ -418,6 +426,7 @@ describe('TaskRunner', () => {
       })
       await workerGone(task)
       expect(sender.sent).toMatchObject([{ payload: { success: false } }])
+      expect(events, 'others that are stuck are cleaned up').toContain('clean up')
     })
 
     test('for a reason of its own passes that on', async () => {

@@ -485,7 +485,7 @@ describe('defaults files', () => {
     })
   })
 
-  test('a broken common file stops every task with its name, and the service says it is not ready', async () => {
+  test('a broken common file stops every task with its name, and readiness warns of it', async () => {
     const own = join(folder, 'broken-tasks')
     await mkdir(own)
     await writeFile(join(own, 'echo.sh'), 'echo hi\n')
@@ -496,12 +496,36 @@ describe('defaults files', () => {
       body: { success: false, message: expect.stringContaining('default_worker.json') },
     })
     expect(await other.get('/health/ready')).toMatchObject({
-      status: 503,
+      status: 200,
       body: {
-        success: false,
-        message: 'not ready: tasks_folder',
-        parts: { tasks_folder: expect.stringContaining('default_worker.json') },
+        message: 'ready',
+        warnings: [expect.stringContaining('"default_worker.json" cannot be used')],
       },
+    })
+    await rm(join(own, 'default_worker.json'))
+    expect(await other.get('/health/ready')).toMatchObject({ body: { warnings: [] } })
+  })
+
+  test('readiness warns of broken files of single tasks too, also in folders', async () => {
+    const own = join(folder, 'nested-tasks')
+    await mkdir(join(own, 'sub'), { recursive: true })
+    await writeFile(join(own, 'sub/a_worker.json'), '{"worker_size": "Gigantic"}')
+    await writeFile(join(own, 'good_worker.json'), '{"worker_size": "Small"}')
+    await writeFile(join(own, 'unrelated.json'), '{')
+    await using other = await startApp({ TASKS_DIR: own })
+    expect((await other.get('/health/ready')).body.warnings).toEqual([
+      expect.stringMatching(/"sub\/a_worker\.json".*worker_size: must be one of/),
+    ])
+  })
+
+  test('a file that cannot be read is broken as well, not skipped', async () => {
+    const own = join(folder, 'unreadable-tasks')
+    await mkdir(join(own, 'default_worker.json'), { recursive: true })
+    await writeFile(join(own, 'echo.sh'), 'echo hi\n')
+    await using other = await startApp({ TASKS_DIR: own })
+    expect(await other.submit(taskRequest())).toEqual({
+      status: 500,
+      body: { success: false, message: expect.stringContaining('default_worker.json') },
     })
   })
 })

@@ -122,6 +122,7 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
           status: 'queued',
           claim: 0,
           callbackStatus: 'pending',
+          secretValues: [],
           ...{ reason: null, message: null, exitCode: null, signal: null },
           ...{ startedAt: null, finishedAt: null, logBytes: null },
         })

@@ -37,7 +37,19 @@ describe('fields', () => {
     worker_image: [1, true, {}, [], '', 'two\nlines', 'nul\0', 'x'.repeat(513), '\ud800'],
     worker_size: [1, true, {}, [], '', 'Gigantic', 'Small ', 'x'.repeat(101)],
     env_variables: ['A=1', 1, true, [], [['A', '1']]],
-    personal_secrets: ['git_secret', 1, {}, [1], [null], [''], ['a\0'], Array(1001).fill('a')],
+    personal_secrets: [
+      'git_secret',
+      1,
+      {},
+      [1],
+      [null],
+      [''],
+      ['a-b'],
+      ['../a'],
+      ['TASK_ID'],
+      ['a\0'],
+      Array(1001).fill('a'),
+    ],
     shared_secrets: ['git_secret', 1, {}, [1], [null], [''], ['a\nb'], Array(1001).fill('a')],
     git_configs: [{}, 'https://x', [{}], [null], [1], Array(101).fill({ remote_url: REPOSITORY })],
     startup_script: [1, true, {}, ['echo'], 'nul\0', 'x'.repeat(1_000_001), '\udc00'],
@@ -94,11 +106,15 @@ describe('fields', () => {
         startup_script: 'echo a\necho b\n',
         log_level: 'DEBUG',
         modules_log_level: 'urllib3:WARNING',
-        personal_secrets: [],
+        personal_secrets: ['git_secret', 'other'],
         shared_secrets: [],
+        git_configs: [{ remote_url: REPOSITORY, fetch_depth: 1, username: null }],
         distributed_config: null,
       }),
     ).toEqual({
+      personalSecrets: ['git_secret', 'other'],
+      sharedSecrets: [],
+      gitConfigs: [{ remoteUrl: REPOSITORY, fetchDepth: 1 }],
       workerImage: 'practicus-minimal',
       workerSize: 'Small',
       envVariables: { A: '1' },
@@ -179,14 +195,27 @@ describe('GitConfig', () => {
         'https://',
         'https://a\0b',
         `https://${'x'.repeat(2048)}`,
+        'git@github.com:example/repo.git',
+        'git://host/repo.git',
+        'https://token@host/repo.git',
+        'https://user:token@host/repo.git',
+        'ssh://git:password@host/repo.git',
+        ...['https://host', 'https://host/', 'https://host/.git', 'https://host/a/..%2f..'],
+        ...['https://host/repo.git?a=b', 'https://host/repo.git#main', 'https://host/%ff'],
       ],
     ],
-    secret_name: [1, {}, [], '', 'a\nb', 'x'.repeat(256)],
-    save_secret: [1, 'true', {}, []],
+    secret_name: [1, {}, [], '', 'a\nb', '../a', 'a/b', '.a', 'x'.repeat(256)],
+    // Without a secret there is nothing to save.
+    save_secret: [1, 'true', {}, [], true],
     username: [1, {}, [], '', 'a\nb', 'x'.repeat(256)],
-    local_path: [1, {}, [], '', 'a\0b', 'x'.repeat(1025)],
-    branch: [1, {}, [], '', 'a\nb', 'x'.repeat(256)],
-    sparse_checkout_folders: ['src', 1, {}, [1], [''], [null], Array(1001).fill('a')],
+    local_path: [
+      ...[1, {}, [], '', 'a\0b', 'x'.repeat(1025), '/srv/repo', '~root/repo', '~', '~/', '.'],
+      ...['..', '../repo', '~/../repo', 'a/../../repo', '~//', './.'],
+    ],
+    branch: [1, {}, [], '', 'a\nb', '--upload-pack=id', 'x'.repeat(256)],
+    sparse_checkout_folders: [
+      ...['src', 1, {}, [1], [''], [null], ['--stdin'], ['../a'], Array(1001).fill('a')],
+    ],
     fetch_depth: [0, -1, 1.5, '1', true, {}, [], 1e20],
   }
 
@@ -220,18 +249,6 @@ describe('GitConfig', () => {
 })
 
 describe('what this version cannot do is refused, not dropped', () => {
-  test.each([
-    ['git_configs', [{ remote_url: REPOSITORY }]],
-    ['personal_secrets', ['git_secret']],
-    ['shared_secrets', ['git_secret']],
-  ])('%s is refused with "not supported yet"', (field, value) => {
-    const message = expect.stringContaining('not supported yet')
-    expect(errorsOf({ [field]: value })).toEqual([{ path: `worker_config.${field}`, message }])
-    expect(errorsOf({ additional_params: base64({ [field]: value }) })).toEqual([
-      { path: `worker_config.additional_params.${field}`, message },
-    ])
-  })
-
   test('distributed_config is refused with "not supported"', () => {
     const config = { distributed_config: { job_type: 'spark', initial_count: 2 } }
     expect(errorsOf(config)).toEqual([

@@ -59,7 +59,7 @@ describe.each(SHELLS.map((shell) => ({ shell, name: shell.join(' ') })))(
       const interpreters = [options.python ?? PYTHON, '/bin/bash', process.execPath]
       const child = spawn(
         command,
-        [...flags, BOOTSTRAP, 'run', folder, taskFile, ...interpreters],
+        [...flags, BOOTSTRAP, 'run', folder, 'tasks', taskFile, ...interpreters],
         {
           env: { PATH: '/usr/bin:/bin', HOME: join(folder, 'home') },
           stdio: ['pipe', 'pipe', 'pipe'],
@@ -157,7 +157,10 @@ describe.each(SHELLS.map((shell) => ({ shell, name: shell.join(' ') })))(
           'tasks/task.sh': 'echo the task ran; : >ran',
         })
         const ended = await run(folder, 'task.sh')
-        expect(ended).toMatchObject({ code, exit: `startup ${code}\n` })
+        expect(ended).toMatchObject({
+          code,
+          exit: `startup ${code} The startup script failed with exit code ${code}\n`,
+        })
         expect(ended.output).toMatch(new RegExp(`^oh no\\n.*exit code ${code}\\n$`))
         await expect(readFile(join(folder, 'tasks', 'ran'))).rejects.toThrow('ENOENT')
       },

@@ -48,6 +48,8 @@ export function spec(script: string, overrides: Partial<WorkerSpec> = {}): Worke
     name,
     taskId,
     taskFileName,
+    taskFolder: 'tasks',
+    repositories: [],
     maxLogBytes: 50 * 1024 * 1024,
     notes: [],
     ...overrides,

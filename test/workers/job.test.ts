@@ -5,7 +5,8 @@ import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import fc from 'fast-check'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
-import { type Job, jobText, quote } from '../../src/workers/local/job.ts'
+import { type Job, jobText } from '../../src/workers/local/job.ts'
+import { quote } from '../../src/workers/quote.ts'
 
 const BOOTSTRAP = fileURLToPath(new URL('../../src/workers/bootstrap.sh', import.meta.url))
 const INTERPRETERS = { python: '/usr/bin/python3', shell: '/bin/sh', node: process.execPath }
@@ -52,9 +53,10 @@ describe('jobText', () => {
     job = {
       name: 'task-a-name',
       folder: join(root, "it's a worker"),
+      taskFolder: 'tasks',
       taskFileName: "it's a task.sh",
       environment: { VALUE: "it's\na value", TASK_ID: '1' },
-      hasStartupScript: false,
+      needsPreparing: false,
     }
     mkdirSync(join(job.folder, 'tasks'), { recursive: true })
     mkdirSync(join(job.folder, 'home'))
@@ -79,11 +81,11 @@ describe('jobText', () => {
 
   test.each([false, true])(
     'a whole job runs the task, records its exit code and tells the name (startup script: %s)',
-    (hasStartupScript) => {
-      if (hasStartupScript) writeFileSync(join(job.folder, 'startup.sh'), 'echo startup\n')
-      const text = jobText({ ...job, hasStartupScript }, INTERPRETERS, BOOTSTRAP)
+    (needsPreparing) => {
+      if (needsPreparing) writeFileSync(join(job.folder, 'startup.sh'), 'echo startup\n')
+      const text = jobText({ ...job, needsPreparing }, INTERPRETERS, BOOTSTRAP)
       expect(slot(text).stdout).toBe('task-a-name\n')
-      expect(read('log')).toBe(`${hasStartupScript ? 'startup\n' : ''}it's\na value`)
+      expect(read('log')).toBe(`${needsPreparing ? 'startup\n' : ''}it's\na value`)
       expect(read('started')).toBe('yes\n')
       expect(read('exit')).toBe('task 6\n')
     },

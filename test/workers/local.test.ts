@@ -196,8 +196,8 @@ describe('local workers', () => {
   function contentsOf(wanted: WorkerSpec, slot: ProcessIdentity): Contents {
     return {
       record: recordOf(wanted, slot),
-      taskFileName: wanted.taskFileName,
-      startupScript: undefined,
+      taskFile: wanted.taskFileName,
+      files: [],
       notes: [],
     }
   }

@@ -9,11 +9,13 @@ export function completionOf(exit: Exit | undefined): Completion {
       'The worker ended without recording an exit code (killed, or the machine restarted)'
     return { reason: 'worker_lost', exitCode: null, signal: null, message }
   }
-  const { phase, code } = exit
+  const { phase, code, words } = exit
   const signal = signalName(code)
+  if (phase === 'clone') {
+    return { reason: 'startup_failed', exitCode: null, signal: null, message: words }
+  }
   if (phase === 'startup') {
-    const message = `The startup script failed with exit code ${code}`
-    return { reason: 'startup_failed', exitCode: code, signal, message }
+    return { reason: 'startup_failed', exitCode: code, signal, message: words }
   }
   if (code === 0) return { reason: 'completed', exitCode: 0, signal: null, message: null }
   if (signal) {

@@ -20,7 +20,7 @@ import {
 } from 'node:fs'
 import { dirname, join, relative, sep } from 'node:path'
 import type { LogTail } from '../../core/ports.ts'
-import { NOT_COPIED } from '../../core/task-files.ts'
+import { LINKED, NOT_COPIED } from '../../core/task-files.ts'
 import type { ProcessIdentity } from './processes.ts'
 
 /** `worker.json`. */
@@ -34,22 +34,25 @@ export interface WorkerRecord {
 }
 
 export interface Exit {
-  phase: 'startup' | 'task'
+  /** `clone`, `startup`: the task itself did not run. */
+  phase: 'clone' | 'startup' | 'task'
   code: number
+  /** What the bootstrap has to say about it. */
+  words: string | null
 }
 
 export interface Contents {
   record: WorkerRecord
-  taskFileName: string
-  startupScript: string | undefined
+  /** Empty when it is not a file of the tasks folder. */
+  taskFile: string
+  files: ReadonlyArray<{ name: string; content: string }>
   notes: string[]
 }
 
-/** Installed packages are many files that tasks only read. */
-const LINKED: readonly string[] = ['node_modules', '.venv']
 const CRLF_LOOK_BYTES = 4096
 
-/** The longest: "startup 255". */
+const EXIT_LINE = /^(clone|startup|task) (\d+)(?: (.+))?\n/
+/** Enough for the longest without words, and a block of the disk has room for those. */
 const EXIT_LENGTH = 11
 
 /** Makes the folder ready for its task. `worker.json` comes last, by renaming: with it the folder is whole. */
@@ -63,10 +66,10 @@ export function prepare(folder: string, tasksDir: string, contents: Contents): v
   }
   for (const name of ['home', 'tmp']) mkdirSync(join(folder, name), { mode: 0o700 })
   copyTasks(realpathSync(tasksDir), join(folder, 'tasks'))
-  if (contents.startupScript !== undefined) {
-    writeFileSync(join(folder, 'startup.sh'), contents.startupScript, { mode: 0o600 })
+  for (const { name, content } of contents.files) {
+    writeFileSync(join(folder, name), content, { mode: 0o600 })
   }
-  const notes = [...contents.notes, ...hints(join(folder, 'tasks', contents.taskFileName))]
+  const notes = [...contents.notes, ...hints(join(folder, 'tasks', contents.taskFile))]
   const lines = notes.map((note) => `[task-runner] ${note}\n`).join('')
   writeFileSync(join(folder, 'log'), lines, { mode: 0o600 })
   // Made here for their mode, and with room for what the shell writes over it: a disk may be full by then.
@@ -89,9 +92,11 @@ export function hasStarted(folder: string): boolean {
 
 /** How the task ended; undefined while that is not written. */
 export function readExit(folder: string): Exit | undefined {
-  const match = /^(startup|task) (\d+)\n/.exec(readIfThere(join(folder, 'exit')) ?? '')
+  const match = EXIT_LINE.exec(readIfThere(join(folder, 'exit')) ?? '')
   if (!match) return undefined
-  return { phase: match[1] === 'startup' ? 'startup' : 'task', code: Number(match[2]) }
+  const [, phase, code, words = null] = match
+  // Holds: the expression lets nothing else through.
+  return { phase: phase as Exit['phase'], code: Number(code), words }
 }
 
 /** 0 when there is no log. */

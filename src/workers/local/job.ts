@@ -1,12 +1,6 @@
 /** The text that makes a slot shell run one task. Pure. */
-
-/**
- * A word of a POSIX shell that means exactly `value`, byte for byte (XCU 2.2.2: nothing is special between
- * single quotes). `value` must not contain NUL.
- */
-export function quote(value: string): string {
-  return `'${value.replaceAll("'", `'\\''`)}'`
-}
+import type { WorkerSpec } from '../../core/ports.ts'
+import { quote } from '../quote.ts'
 
 export interface Interpreters {
   python: string
@@ -18,9 +12,11 @@ export interface Job {
   name: string
   /** The worker's folder. */
   folder: string
+  taskFolder: WorkerSpec['taskFolder']
   taskFileName: string
   environment: Record<string, string>
-  hasStartupScript: boolean
+  /** There is something to do before the task. */
+  needsPreparing: boolean
 }
 
 /**
@@ -36,8 +32,8 @@ export function jobText(job: Job, interpreters: Interpreters, bootstrap: string)
     .map(([name, value]) => `${name}=${quote(value)} `)
     .join('')
   const redirects = `</dev/null >>${folder}/log 2>&1`
-  const command = job.hasStartupScript
-    ? `/bin/sh ${quote(bootstrap)} run ${folder} ${file} ${commands}`
+  const command = job.needsPreparing
+    ? `/bin/sh ${quote(bootstrap)} run ${folder} ${quote(job.taskFolder)} ${file} ${commands}`
     : `"$__tr_interpreter" $__tr_option ${quote(`./${job.taskFileName}`)}`
   return [
     '{',

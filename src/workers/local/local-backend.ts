@@ -1,5 +1,5 @@
 import { open } from 'node:fs/promises'
-import { join } from 'node:path'
+import { extname, join } from 'node:path'
 import { setTimeout as pause } from 'node:timers/promises'
 import { Worker as Thread } from 'node:worker_threads'
 import {
@@ -11,6 +11,7 @@ import {
   type WorkerSpec,
   type WorkerStatus,
 } from '../../core/ports.ts'
+import { until } from '../../core/until.ts'
 import type { LocalSettings, WorkerInfo } from './local-workers.ts'
 import type { Answer, Call, Methods } from './thread.ts'
 
@@ -28,7 +29,7 @@ export class LocalBackend implements WorkerBackend {
 
   constructor(settings: LocalSettings) {
     this.#settings = settings
-    this.#thread = new Thread(new URL('./thread.ts', import.meta.url), {
+    this.#thread = new Thread(new URL(`./thread${extname(import.meta.url)}`, import.meta.url), {
       workerData: settings,
       name: 'local-workers',
     })
@@ -139,21 +140,6 @@ async function* follow(
     }
   } finally {
     await file.close()
-  }
-}
-
-/** The promise's outcome, or a rejection as soon as `signal` aborts. */
-async function until<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
-  // When the abort comes first, nobody waits for the promise any more.
-  promise.catch(() => {})
-  signal.throwIfAborted()
-  const aborted = Promise.withResolvers<never>()
-  const onAbort = () => aborted.reject(signal.reason)
-  signal.addEventListener('abort', onAbort)
-  try {
-    return await Promise.race([promise, aborted.promise])
-  } finally {
-    signal.removeEventListener('abort', onAbort)
   }
 }
 

@@ -2,6 +2,7 @@ import { mkdirSync, readdirSync } from 'node:fs'
 import { join } from 'node:path'
 import { setTimeout as pause } from 'node:timers/promises'
 import type { Completion, LogTail, WorkerSpec, WorkerStatus } from '../../core/ports.ts'
+import { repositoryFiles } from '../repositories.ts'
 import { completionOf } from './completion.ts'
 import * as folders from './folders.ts'
 import { type Interpreters, jobText } from './job.ts'
@@ -96,11 +97,17 @@ export class LocalWorkers {
       maxLogBytes: spec.maxLogBytes,
       slot: slot.identity,
     }
+    const files = [
+      ...(spec.startupScript === undefined
+        ? []
+        : [{ name: 'startup.sh', content: spec.startupScript }]),
+      ...(spec.repositories.length === 0 ? [] : repositoryFiles(spec.repositories, folder)),
+    ]
     try {
       folders.prepare(folder, this.#settings.tasksDir, {
         record,
-        taskFileName: spec.taskFileName,
-        startupScript: spec.startupScript,
+        taskFile: spec.taskFolder === 'tasks' ? spec.taskFileName : '',
+        files,
         notes,
       })
     } catch (err) {
@@ -114,6 +121,7 @@ export class LocalWorkers {
         {
           name: spec.name,
           folder,
+          taskFolder: spec.taskFolder,
           taskFileName: spec.taskFileName,
           environment: {
             ...this.#settings.environment,
@@ -121,7 +129,7 @@ export class LocalWorkers {
             TMPDIR: join(folder, 'tmp'),
             ...spec.environment,
           },
-          hasStartupScript: spec.startupScript !== undefined,
+          needsPreparing: files.length > 0,
         },
         this.#settings.interpreters,
         this.#settings.bootstrap,

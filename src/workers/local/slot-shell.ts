@@ -1,7 +1,7 @@
 import { type ChildProcessByStdio, spawn } from 'node:child_process'
 import { Socket } from 'node:net'
 import type { Readable, Writable } from 'node:stream'
-import { quote } from './job.ts'
+import { quote } from '../quote.ts'
 import { identify, type ProcessIdentity } from './processes.ts'
 
 /**

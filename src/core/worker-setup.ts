@@ -1,0 +1,177 @@
+/** What a worker is given for its task: environment, secrets, repositories. */
+import { type FieldError, InvalidRequestError } from './errors.ts'
+import {
+  type GitHosts,
+  type Repository,
+  type SecretSource,
+  UnusableSecretError,
+  WorkerError,
+  type WorkerSpec,
+} from './ports.ts'
+import type { Task } from './task.ts'
+import type { TaskFiles } from './task-files.ts'
+import {
+  directoryOf,
+  type GitConfig,
+  repositoryName,
+  taskEnvironment,
+  type WorkerConfig,
+} from './worker-config.ts'
+
+/** Taken by GitHub, GitLab, Gitea and Azure DevOps beside a token, whatever its owner's name is. */
+const USERNAME_DEFAULT = 'x-access-token'
+
+export interface WorkerSetupOptions {
+  secrets: SecretSource
+  gitHosts: GitHosts
+  files: Pick<TaskFiles, 'has'>
+  /** A task that logs more is ended with reason `log_limit`. */
+  maxLogBytes: number
+}
+
+export class WorkerSetup {
+  readonly #options: WorkerSetupOptions
+
+  constructor(options: WorkerSetupOptions) {
+    this.#options = options
+  }
+
+  /** Throws `invalid_request` that names each secret that is not there, and each host that may not be asked. */
+  async check(config: WorkerConfig): Promise<void> {
+    const { secrets, gitHosts } = this.#options
+    const missing = await Promise.all(
+      namedSecrets(config).map(async ({ path, name }) => {
+        const why = await secrets
+          .read(name)
+          .then((value) => (value === undefined ? 'does not exist' : undefined), whyUnusable)
+        return why === undefined ? [] : [{ path, message: `the secret "${name}" ${why}` }]
+      }),
+    )
+    const refused = (config.gitConfigs ?? []).flatMap(({ remoteUrl }, index): FieldError[] => {
+      const message = gitHosts.refusal(new URL(remoteUrl))
+      const path = `worker_config.git_configs.${index}.remote_url`
+      return message === undefined ? [] : [{ path, message }]
+    })
+    const errors = [...missing.flat(), ...refused]
+    if (errors.length > 0) throw new InvalidRequestError(errors)
+  }
+
+  /**
+   * The worker's spec, with secrets and addresses as they are now, and the values that must not show in its log.
+   * Throws a `WorkerError` with `startup_failed` when a secret has gone or a host may not be asked.
+   */
+  async specFor(task: Task): Promise<{ spec: WorkerSpec; secretValues: string[] }> {
+    const { workerConfig } = task
+    const gitConfigs = workerConfig.gitConfigs ?? []
+    const values = await this.#secretValues(workerConfig)
+    const given = (names: readonly string[] = []) =>
+      Object.fromEntries(names.map((name) => [name, values.get(name) ?? '']))
+    const repositories = await Promise.all(
+      gitConfigs.map((config) => this.#repository(config, values)),
+    )
+    // So they stand in git's own files.
+    const encoded = repositories.flatMap(({ credential }) =>
+      credential ? [encodedForGit(credential.password)] : [],
+    )
+    return {
+      spec: {
+        name: task.workerName,
+        taskId: task.taskId,
+        ...(await this.#location(task.taskFileName, gitConfigs)),
+        repositories,
+        environment: {
+          ...given(workerConfig.sharedSecrets),
+          ...given(workerConfig.personalSecrets),
+          ...taskEnvironment(task),
+        },
+        startupScript: workerConfig.startupScript,
+        image: workerConfig.workerImage,
+        size: workerConfig.workerSize,
+        maxLogBytes: this.#options.maxLogBytes,
+        notes: (workerConfig.withoutEffect ?? []).map((field) => `${field} has no effect here`),
+      },
+      secretValues: [...new Set([...values.values(), ...encoded])],
+    }
+  }
+
+  async #secretValues(config: WorkerConfig): Promise<Map<string, string>> {
+    const names = new Set(namedSecrets(config).map(({ name }) => name))
+    const read = async (name: string): Promise<[string, string]> => {
+      const failed = (why: string) =>
+        new WorkerError('startup_failed', `The secret "${name}" ${why}`)
+      try {
+        const value = await this.#options.secrets.read(name)
+        if (value === undefined) throw failed('does not exist any more')
+        return [name, value]
+      } catch (err) {
+        throw err instanceof WorkerError ? err : failed(whyUnusable(err))
+      }
+    }
+    return new Map(await Promise.all([...names].map(read)))
+  }
+
+  async #repository(config: GitConfig, secrets: Map<string, string>): Promise<Repository> {
+    const url = new URL(config.remoteUrl)
+    const password = config.secretName === undefined ? undefined : secrets.get(config.secretName)
+    const username = config.username ?? (decodeURIComponent(url.username) || USERNAME_DEFAULT)
+    return {
+      url: config.remoteUrl,
+      directory: directoryOf(config),
+      branch: config.branch,
+      depth: config.fetchDepth,
+      sparseFolders: config.sparseCheckoutFolders ?? [],
+      addresses: await this.#options.gitHosts.addresses(url),
+      credential: password === undefined ? undefined : { username, password },
+      keepCredential: config.saveSecret ?? false,
+    }
+  }
+
+  /** A file of the tasks folder, or else of a cloned repository. */
+  async #location(
+    name: string,
+    gitConfigs: readonly GitConfig[],
+  ): Promise<Pick<WorkerSpec, 'taskFolder' | 'taskFileName'>> {
+    const inRepository = locateInRepository(name, gitConfigs)
+    if (!inRepository || (await this.#options.files.has(name))) {
+      return { taskFolder: 'tasks', taskFileName: name }
+    }
+    const { config, path } = inRepository
+    return { taskFolder: `home/${directoryOf(config)}`, taskFileName: path }
+  }
+}
+
+/** The repository that `<repository>/path/task.py` names, if one of these is called so. */
+export function locateInRepository(
+  taskFileName: string,
+  gitConfigs: readonly GitConfig[] = [],
+): { config: GitConfig; path: string } | undefined {
+  const [first, ...rest] = taskFileName.split('/')
+  const config = gitConfigs.find(({ remoteUrl }) => repositoryName(remoteUrl) === first)
+  return config && rest.length > 0 ? { config, path: rest.join('/') } : undefined
+}
+
+/** Percent-encoded as git itself does it when it stores credentials. */
+export function encodedForGit(text: string): string {
+  const bytes = [...Buffer.from(text)].map((byte) => {
+    const character = String.fromCharCode(byte)
+    return /[\w.~-]/.test(character) ? character : `%${byte.toString(16).padStart(2, '0')}`
+  })
+  return bytes.join('')
+}
+
+function namedSecrets(config: WorkerConfig): Array<{ path: string; name: string }> {
+  const listed = (field: string, names: readonly string[] = []) =>
+    names.map((name, index) => ({ path: `worker_config.${field}.${index}`, name }))
+  return [
+    ...listed('personal_secrets', config.personalSecrets),
+    ...listed('shared_secrets', config.sharedSecrets),
+    ...(config.gitConfigs ?? []).flatMap(({ secretName: name }, index) =>
+      name === undefined ? [] : [{ path: `worker_config.git_configs.${index}.secret_name`, name }],
+    ),
+  ]
+}
+
+function whyUnusable(err: unknown): string {
+  if (err instanceof UnusableSecretError) return err.message
+  throw err
+}

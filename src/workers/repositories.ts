@@ -1,0 +1,46 @@
+/** What bootstrap.sh needs to clone a worker's repositories. Pure; shared by all backends. */
+import { isIP } from 'node:net'
+import type { Repository } from '../core/ports.ts'
+import { encodedForGit } from '../core/worker-setup.ts'
+import { quote } from './quote.ts'
+
+/**
+ * The files for the worker's folder: `repositories.sh`, and a secret for each repository that has one, which
+ * bootstrap.sh removes when the clones are done. `folder` is the worker's folder as the worker sees it.
+ */
+export function repositoryFiles(
+  repositories: readonly Repository[],
+  folder: string,
+): Array<{ name: string; content: string }> {
+  const secrets = repositories.flatMap((repository, index) => {
+    const content = secretFile(repository)
+    return content === undefined ? [] : [{ name: `secret-${index}`, content }]
+  })
+  const lines = repositories.map((repository, index) => {
+    const { url, directory, branch = '', depth = '', sparseFolders } = repository
+    const secret = repository.credential ? `${folder}/secret-${index}` : ''
+    const keep = repository.keepCredential ? 'keep' : ''
+    const words = [url, directory, branch, `${depth}`, pinOf(repository), secret, keep]
+    const args = [...words, ...sparseFolders].map(quote).join(' ')
+    return `clone ${args}\ncloned $? ${quote(url)}\n`
+  })
+  return [{ name: 'repositories.sh', content: lines.join('') }, ...secrets]
+}
+
+/** http(s): a line of git-credential-store(1). ssh: the key, with the line end that OpenSSH wants. */
+function secretFile({ url, credential }: Repository): string | undefined {
+  if (!credential) return undefined
+  const { protocol, host, pathname } = new URL(url)
+  if (protocol === 'ssh:') return `${credential.password.trimEnd()}\n`
+  const [username, password] = [credential.username, credential.password].map(encodedForGit)
+  return `${protocol}//${username}:${password}@${host}${pathname}\n`
+}
+
+/** http(s): as git's `http.curloptResolve` wants it. ssh: `host=address`. Empty when the URL holds an address. */
+function pinOf({ url, addresses }: Repository): string {
+  const { protocol, hostname, port } = new URL(url)
+  if (isIP(hostname.replace(/^\[|\]$/g, '')) !== 0) return ''
+  if (protocol === 'ssh:') return `${hostname}=${addresses[0] ?? ''}`
+  const spelled = addresses.map((address) => (isIP(address) === 6 ? `[${address}]` : address))
+  return `${hostname}:${port || (protocol === 'https:' ? 443 : 80)}:${spelled.join(',')}`
+}

@@ -1,0 +1,366 @@
+/** Repositories on local workers, cloned from a real git server that wants a password. */
+import { execFile, execFileSync } from 'node:child_process'
+import { mkdir, readdir, readFile, rm, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
+import { promisify } from 'node:util'
+import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { startApp, type TestApp, taskRequest } from '../helpers/app.ts'
+import { type GitServer, startGitServer } from '../helpers/git-server.ts'
+import { startRawServer } from '../helpers/hostile-servers.ts'
+import { type Receiver, startReceiver } from '../helpers/receiver.ts'
+
+const TOKEN = 'canary git/token:with@odd?characters%20'
+const CREDENTIALS = { username: 'x-access-token', password: TOKEN }
+/** Prints the task's files and folders, so that a test sees what was cloned. */
+const LIST = 'cd ~ && find . -path ./.ssh -prune -o -name .git -prune -o -type f -print | sort'
+
+let git: GitServer
+let receiver: Receiver
+let app: TestApp
+
+beforeAll(async () => {
+  git = await startGitServer(CREDENTIALS)
+  git.create('public', {
+    'README.md': 'public\n',
+    'jobs/hello.py':
+      'import os, sys\nprint("hello from", os.getcwd().split("/")[-1], sys.argv[0])\n',
+    'jobs/code.sh': 'exit 7\n',
+    'other/data.txt': 'data\n',
+    'release:jobs/release.txt': 'only on the release branch\n',
+  })
+  git.create('private/secret', { 'secret.txt': 'private content\n' })
+  receiver = await startReceiver()
+  app = await startApp({ SECRET_GIT_SECRET: TOKEN, SECRET_WRONG: 'canary-wrong-git-token' })
+})
+afterAll(async () => {
+  await app[Symbol.asyncDispose]()
+  await receiver[Symbol.asyncDispose]()
+  await git[Symbol.asyncDispose]()
+})
+
+/** Runs a task with these repositories, and tells how it ended and what it called back with. */
+async function run(gitConfigs: object[], script = LIST, overrides: object = {}) {
+  const request = taskRequest({
+    task_file_name: 'w-eval.sh',
+    worker_config: { git_configs: gitConfigs, env_variables: { SCRIPT: script } },
+    callback_url: receiver.url,
+    ...overrides,
+  })
+  expect(await app.submit(request)).toMatchObject({ status: 200 })
+  const { body } = await receiver.callbackOf(request.task_id)
+  return { task: await app.finished(request.task_id), logs: body.logs, success: body.success }
+}
+
+const publicRepository = () => `${git.url}/public.git`
+const privateRepository = () => `${git.url}/private/secret.git`
+
+describe('a cloned repository', () => {
+  test('lies in ~/projects/<repository>', async () => {
+    const { task, logs } = await run([{ remote_url: publicRepository() }])
+    expect(task).toMatchObject({ status: 'succeeded' })
+    expect(logs).toContain(`[task-runner] cloning ${publicRepository()} into ~/projects/public\n`)
+    expect(logs).toContain('./projects/public/README.md\n./projects/public/jobs/code.sh\n')
+  })
+
+  test('of several, each lies where its local_path says', async () => {
+    const { logs } = await run([
+      { remote_url: publicRepository(), local_path: '~/code/one' },
+      { remote_url: publicRepository(), local_path: 'two', save_secret: false },
+    ])
+    expect(logs).toContain('./code/one/README.md\n')
+    expect(logs).toContain('./two/README.md\n')
+  })
+
+  test('has the branch that was asked for', async () => {
+    const { logs } = await run(
+      [{ remote_url: publicRepository(), branch: 'release' }],
+      'cat ~/projects/public/jobs/release.txt',
+    )
+    expect(logs).toContain('only on the release branch\n')
+  })
+
+  test('has as many commits as fetch_depth says', async () => {
+    const count = 'git -C ~/projects/public rev-list --count HEAD'
+    expect((await run([{ remote_url: publicRepository(), fetch_depth: 2 }], count)).logs).toMatch(
+      /^2$/m,
+    )
+    expect((await run([{ remote_url: publicRepository() }], count)).logs).toMatch(/^4$/m)
+  })
+
+  test('has only the folders of sparse_checkout_folders, and the files at the top', async () => {
+    const { logs } = await run([
+      { remote_url: publicRepository(), sparse_checkout_folders: ['other'] },
+    ])
+    expect(logs).toContain('./projects/public/README.md\n./projects/public/other/data.txt\n')
+    expect(logs).not.toContain('jobs/')
+  })
+})
+
+describe('a private repository', () => {
+  test('is cloned with the secret as password, which then is nowhere on the worker', async () => {
+    const everything =
+      'cat ~/projects/secret/secret.txt; git -C ~/projects/secret config --list; ls -a ~ $HOME/..; ' +
+      'grep -rl --exclude=log -- canary "$HOME/.." || echo nowhere'
+    const { task, logs } = await run(
+      [{ remote_url: privateRepository(), secret_name: 'git_secret' }],
+      everything,
+    )
+    expect(logs).toContain('private content\n')
+    expect(logs).toContain('\nnowhere\n')
+    expect(logs).not.toContain('canary')
+    expect(task).toMatchObject({ status: 'succeeded' })
+  })
+
+  test('is cloned as the given username', async () => {
+    await using other = await startGitServer({ username: 'deploy', password: TOKEN })
+    other.create('private/secret', { 'secret.txt': 'private content\n' })
+    const repository = {
+      remote_url: `${other.url}/private/secret.git`,
+      secret_name: 'git_secret',
+      username: 'deploy',
+    }
+    const { task } = await run([repository])
+    expect(task).toMatchObject({ status: 'succeeded' })
+  })
+
+  test('with save_secret can be pulled and pushed by the task, and the secret is masked in its log', async () => {
+    const push = [
+      'cd ~/projects/secret && git pull --quiet && date > pushed.txt && git add . &&',
+      'git -c user.name=a -c user.email=a@b commit --quiet -m pushed && git push --quiet &&',
+      'cat ~/.git-credentials; stat -c %a ~/.git-credentials; grep -c canary .git/config',
+    ].join(' ')
+    const { logs } = await run(
+      [{ remote_url: privateRepository(), secret_name: 'git_secret', save_secret: true }],
+      push,
+    )
+    expect(logs).toContain(
+      `http://x-access-token:***@127.0.0.1%3a${git.port}/private/secret.git\n600\n0\n`,
+    )
+    const bare = join(git.root, 'private/secret.git')
+    const pushed = execFileSync('git', ['-C', bare, 'log', '--format=%s', '-1', 'main'])
+    expect(pushed.toString()).toBe('pushed\n')
+  })
+
+  test('without save_secret cannot be pulled by the task', async () => {
+    const { logs } = await run(
+      [{ remote_url: privateRepository(), secret_name: 'git_secret' }],
+      'GIT_TERMINAL_PROMPT=0 git -C ~/projects/secret pull 2>&1; true',
+    )
+    expect(logs).toContain('could not read Username')
+  })
+
+  test('shows its token in no process, answer, or file of the service while it is cloned', async () => {
+    const reached = Promise.withResolvers<void>()
+    await using slow = await startRawServer(({ received, socket }) => {
+      socket.on('data', () => {
+        const request = received().toString()
+        if (request.includes('Authorization')) reached.resolve()
+        else if (request.includes('\r\n\r\n')) {
+          const answer = 'WWW-Authenticate: Basic realm="git"\r\nContent-Length: 0\r\n\r\n'
+          socket.write(`HTTP/1.1 401 Unauthorized\r\n${answer}`)
+        }
+      })
+    })
+    const remote = `http://127.0.0.1:${slow.port}/slow.git`
+    const request = taskRequest({
+      worker_config: { git_configs: [{ remote_url: remote, secret_name: 'git_secret' }] },
+    })
+    await app.submit(request)
+    await reached.promise
+    const pids = (await readdir('/proc')).filter((name) => /^\d+$/.test(name))
+    const lines = await Promise.all(
+      pids.map((pid) => readFile(`/proc/${pid}/cmdline`, 'latin1').catch(() => '')),
+    )
+    expect(lines.some((line) => line.includes(remote))).toBe(true)
+    expect(lines.filter((line) => line.includes('canary'))).toEqual([])
+    expect(JSON.stringify(await app.get(`/tasks/${request.task_id}`))).not.toContain('canary')
+    await app.post(`/tasks/${request.task_id}/cancel`)
+    expect(await app.finished(request.task_id)).toMatchObject({ status: 'cancelled' })
+    const database = join(app.dataDir, 'task-runner.db')
+    expect(await readFile(database, 'latin1')).not.toContain('canary git')
+    expect(await readFile(`${database}-wal`, 'latin1')).not.toContain('canary git')
+  })
+})
+
+describe('an ssh repository', () => {
+  test('is cloned with the secret as private key, by the address that was judged, and no key is left', async () => {
+    const bin = join(app.dataDir, 'bin')
+    const seen = join(app.dataDir, 'ssh-arguments')
+    // Stands in for ssh(1): keeps what it was given, and runs the command here instead of over there.
+    const ssh = [
+      '#!/bin/bash',
+      `printf '%s\\n' "$@" >${seen}`,
+      'while [ $# -gt 1 ]; do case $1 in -i) cat "$2" >>' + seen + ';; esac; shift; done',
+      'exec sh -c "$1"',
+    ]
+    await mkdir(bin)
+    await writeFile(join(bin, 'ssh'), ssh.join('\n'), { mode: 0o700 })
+    const key = 'canary-key-line-1\ncanary-key-line-2'
+    await using other = await startApp({ PATH: `${bin}:${process.env.PATH}`, SECRET_KEY: key })
+    const request = taskRequest({
+      task_file_name: 'w-eval.sh',
+      worker_config: {
+        git_configs: [
+          { remote_url: `ssh://git@localhost:2222${git.root}/public.git`, secret_name: 'KEY' },
+        ],
+        env_variables: {
+          SCRIPT: 'ls ~/projects/public; grep -rl canary-key $HOME/.. || echo none',
+        },
+      },
+    })
+    await other.submit(request)
+    await other.finished(request.task_id)
+    const log = await other.text(`/tasks/${request.task_id}/logs`)
+    expect(log).toContain('README.md')
+    expect(log).toMatch(/none\n$/)
+    const args = await readFile(seen, 'utf8')
+    expect(args).toContain('\n-p\n2222\n')
+    expect(args).toContain('HostKeyAlias=localhost\n')
+    expect(args).toMatch(/^HostName=(127\.0\.0\.1|::1)$/m)
+    expect(args).toContain('BatchMode=yes\n')
+    expect(args.endsWith(`${key}\n`)).toBe(true)
+  })
+})
+
+describe('a task file of a repository', () => {
+  test('runs in the repository', async () => {
+    const { task, logs } = await run([{ remote_url: publicRepository() }], '', {
+      task_file_name: 'public/jobs/hello.py',
+    })
+    expect(logs).toMatch(/hello from public \.\/jobs\/hello\.py\n$/)
+    expect(task).toMatchObject({ status: 'succeeded', task_file_name: 'public/jobs/hello.py' })
+  })
+
+  test('has its exit code told as any other', async () => {
+    const { task } = await run([{ remote_url: publicRepository(), local_path: '~/x' }], '', {
+      task_file_name: 'public/jobs/code.sh',
+    })
+    expect(task).toMatchObject({ status: 'failed', reason: 'exit_code', exit_code: 7 })
+  })
+
+  test('that is not there fails the task with a clear line', async () => {
+    const { task, logs, success } = await run([{ remote_url: publicRepository() }], '', {
+      task_file_name: 'public/jobs/nothing.py',
+    })
+    const message = 'There is no file "jobs/nothing.py" in ~/projects/public'
+    expect(task).toMatchObject({ status: 'failed', reason: 'startup_failed', message })
+    expect(logs).toContain(`[task-runner] ${message}\n`)
+    expect(success).toBe(false)
+  })
+
+  test('of a repository that is not cloned is a 404', async () => {
+    const request = taskRequest({
+      task_file_name: 'other/jobs/hello.py',
+      worker_config: { git_configs: [{ remote_url: publicRepository() }] },
+    })
+    expect(await app.submit(request)).toMatchObject({ status: 404 })
+  })
+})
+
+describe('a clone that fails ends the task as startup_failed, with git’s own words', () => {
+  test.each([
+    ['no such repository', () => [{ remote_url: `${git.url}/nothing.git` }], 'not found'],
+    [
+      'a wrong token',
+      () => [{ remote_url: privateRepository(), secret_name: 'wrong' }],
+      'Authentication failed',
+    ],
+    ['no token', () => [{ remote_url: privateRepository() }], 'Authentication failed'],
+    [
+      'an unknown branch',
+      () => [{ remote_url: publicRepository(), branch: 'nope' }],
+      'Remote branch nope not found',
+    ],
+    ['a host that is down', () => [{ remote_url: 'http://127.0.0.1:1/a.git' }], 'onnect'],
+    ['a place that is taken', () => Array(2).fill({ remote_url: publicRepository() }), 'exists'],
+    [
+      'a host that redirects',
+      () => [{ remote_url: `${git.url}/moved/public.git` }],
+      'redirects are not followed',
+    ],
+  ])('%s', async (_what, configs, words) => {
+    const { task, logs, success } = await run(configs())
+    expect(task).toMatchObject({
+      ...{ status: 'failed', reason: 'startup_failed', exit_code: null },
+      message: expect.stringMatching(/^git clone of http.* failed: (fatal|error): .+/),
+    })
+    expect(task.message).toContain(words)
+    expect(logs).toContain(`[task-runner] ${task.message}\n`)
+    expect(`${JSON.stringify(task)}${logs}`).not.toContain('canary')
+    expect(success).toBe(false)
+  })
+
+  test('a host that is slow', async () => {
+    await using silent = await startRawServer()
+    const { task } = await run([{ remote_url: `http://127.0.0.1:${silent.port}/a.git` }], '', {
+      worker_config: {
+        git_configs: [{ remote_url: `http://127.0.0.1:${silent.port}/a.git` }],
+        env_variables: { GIT_HTTP_LOW_SPEED_TIME: 1 },
+      },
+    })
+    expect(task).toMatchObject({ reason: 'startup_failed' })
+    expect(task.message).toContain('Operation too slow')
+  })
+
+  test('a host whose name does not exist', async () => {
+    const { task, logs } = await run([{ remote_url: 'http://no-such-host.invalid/a.git' }])
+    expect(task).toMatchObject({ reason: 'startup_failed' })
+    expect(task.message).toContain('"no-such-host.invalid" was not found')
+    expect(logs).toBe(`[task-runner] ${task.message}\n`)
+  })
+})
+
+describe('which hosts may be asked', () => {
+  test('an address that is not allowed is refused at submit', async () => {
+    await using strict = await startApp({ GIT_ALLOWED_NETWORKS: 'private' })
+    const request = taskRequest({
+      worker_config: { git_configs: [{ remote_url: publicRepository() }] },
+    })
+    expect(await strict.submit(request)).toMatchObject({
+      status: 422,
+      body: { errors: [{ path: 'worker_config.git_configs.0.remote_url' }] },
+    })
+    for (const remote_url of ['http://169.254.169.254/a.git', 'ssh://git@[::1]/a.git']) {
+      const other = taskRequest({ worker_config: { git_configs: [{ remote_url }] } })
+      expect(await strict.submit(other), remote_url).toMatchObject({ status: 422 })
+    }
+  })
+
+  test('the address that was judged is the one that is dialled', async () => {
+    // One that only the pinned address leads to: the name itself is not in the machine's resolver.
+    const { WorkerSetup } = await import('../../src/core/worker-setup.ts')
+    const { repositoryFiles } = await import('../../src/workers/repositories.ts')
+    const setup = new WorkerSetup({
+      secrets: { read: async () => undefined },
+      gitHosts: { refusal: () => undefined, addresses: async () => ['127.0.0.1'] },
+      files: { has: async () => true },
+      maxLogBytes: 1,
+    })
+    const remoteUrl = `http://pinned.invalid:${git.port}/public.git`
+    const { spec } = await setup.specFor({
+      ...{ taskId: 'a', taskFileName: 'a.sh', workerName: 'a', secretValues: [] },
+      workerConfig: { gitConfigs: [{ remoteUrl }] },
+    } as never)
+    const home = join(app.dataDir, 'pinned')
+    const [script] = repositoryFiles(spec.repositories, home)
+    const bootstrap = new URL('../../src/workers/bootstrap.sh', import.meta.url).pathname
+    execFileSync('/bin/sh', [
+      '-c',
+      `mkdir -p "$0/tmp" "$0/home"; cp ${'"$1"'} "$0"`,
+      home,
+      bootstrap,
+    ])
+    await writeFile(join(home, 'repositories.sh'), script?.content ?? '')
+    await writeFile(join(home, 'startup.sh'), 'cat projects/public/README.md; exit 9\n')
+    const ended = promisify(execFile)(
+      '/bin/sh',
+      [bootstrap, 'run', home, 'tasks', 'a.sh', 'python3', '/bin/sh', 'node'],
+      { env: { PATH: process.env.PATH, HOME: join(home, 'home') } },
+    )
+    await expect(ended).rejects.toMatchObject({
+      stdout: expect.stringContaining('public\n'),
+      code: 9,
+    })
+    await rm(home, { recursive: true })
+  })
+})
