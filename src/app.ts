@@ -1,12 +1,9 @@
-import { access, constants, mkdir } from 'node:fs/promises'
-import { delimiter, join } from 'node:path'
-import { fileURLToPath } from 'node:url'
+import { mkdir } from 'node:fs/promises'
+import { join } from 'node:path'
 import Fastify, { type FastifyInstance, LogController } from 'fastify'
 import { serializerCompiler, type ZodTypeProvider } from 'fastify-type-provider-zod'
 import type { z } from 'zod'
-import packageJson from '../package.json' with { type: 'json' }
 import { AddressGuard } from './callbacks/address-guard.ts'
-import { GuardedGitHosts } from './callbacks/git-hosts.ts'
 import { HttpCallbackSender } from './callbacks/sender.ts'
 import type { Config } from './config.ts'
 import { CallbackDispatcher } from './core/callbacks.ts'
@@ -18,7 +15,6 @@ import { Submissions } from './core/submissions.ts'
 import type { Task } from './core/task.ts'
 import { TaskFiles } from './core/task-files.ts'
 import { TaskRunner } from './core/task-runner.ts'
-import { WorkerSetup } from './core/worker-setup.ts'
 import { publishOpenApi } from './openapi.ts'
 import { EmbeddedQueue } from './queue/embedded.ts'
 import { requireToken } from './routes/authentication.ts'
@@ -31,13 +27,13 @@ import { taskRunnerRoute } from './routes/task-runner-route.ts'
 import { taskRoutes } from './routes/tasks.ts'
 import { workerRoutes } from './routes/workers.ts'
 import { keyFromFolder, Sealer } from './secrets/sealing.ts'
-import { FileSecretSource } from './secrets/source.ts'
 import { SqlDeliveryStore } from './store/delivery-store.ts'
 import { openSqlite } from './store/sqlite.ts'
 import { SqlTaskStore } from './store/task-store.ts'
+import { VERSION } from './version.ts'
 import { fieldErrors } from './wire/fields.ts'
 import { parseWorkerFile } from './wire/worker-config.ts'
-import { LocalBackend } from './workers/local/local-backend.ts'
+import { newWorkerSetup, openBackend } from './workers-from-config.ts'
 
 const BODY_BYTES_MAX = 4 * 1024 * 1024
 const PARAM_LENGTH_MAX = 4096
@@ -125,10 +121,10 @@ export async function buildApp(options: AppOptions): Promise<App> {
     const { tasks, deliveries, backend, sender } = wrapPorts({
       tasks: taskStore,
       deliveries: new SqlDeliveryStore(connection, taskStore),
-      backend: await localBackend(config, options.taskUmask ?? process.umask()),
+      backend: await openBackend(config, options.taskUmask ?? process.umask()),
       sender: new HttpCallbackSender({
         timeoutMs: config.callbackTimeoutMs,
-        userAgent: `task-runner/${packageJson.version}`,
+        userAgent: `task-runner/${VERSION}`,
         guard,
         signingKeys: config.callbackSigningKeys,
       }),
@@ -147,15 +143,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
     const maskerFor = (task: Task) =>
       new Masker([task.callbackUrlToken, ...task.secretValues, ...config.apiTokens])
     const files = new TaskFiles(config.tasksDir, parseWorkerFile)
-    const setup = new WorkerSetup({
-      secrets: new FileSecretSource({
-        folder: config.secretsDir,
-        variables: config.secretVariables,
-      }),
-      gitHosts: new GuardedGitHosts(gitGuard),
-      files,
-      maxLogBytes: config.maxLogBytes,
-    })
+    const setup = newWorkerSetup(config, files, gitGuard)
     const queue = new EmbeddedQueue()
     const runner = new TaskRunner({
       store: tasks,
@@ -242,35 +230,4 @@ export async function buildApp(options: AppOptions): Promise<App> {
     reaper.start()
     return { http, stop, reaper }
   }
-}
-
-async function localBackend(config: Config, umask: number): Promise<LocalBackend> {
-  const find = (command: string) => findCommand(command, config.path)
-  return new LocalBackend({
-    workersDir: join(config.dataDir, 'workers'),
-    tasksDir: config.tasksDir,
-    bootstrap: fileURLToPath(new URL('./workers/bootstrap.sh', import.meta.url)),
-    interpreters: {
-      python: (await find(config.pythonCommand)) ?? config.pythonCommand,
-      shell: config.shellCommand ?? (await find('bash')) ?? '/bin/sh',
-      node: process.execPath,
-    },
-    environment: { PATH: config.path, ...config.locale },
-    umask,
-    terminationGraceMs: config.terminationGraceMs,
-  })
-}
-
-/** Looked up once instead of at every start of a task. */
-async function findCommand(command: string, path: string): Promise<string | undefined> {
-  if (command.includes('/')) return command
-  for (const folder of path.split(delimiter)) {
-    const candidate = join(folder, command)
-    const found = await access(candidate, constants.X_OK).then(
-      () => true,
-      () => false,
-    )
-    if (found) return candidate
-  }
-  return undefined
 }

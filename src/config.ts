@@ -3,8 +3,8 @@ import { availableParallelism } from 'node:os'
 import { resolve } from 'node:path'
 import { z } from 'zod'
 import { isNetwork } from './callbacks/address-guard.ts'
-import { signingKey } from './callbacks/signature.ts'
 import { isLoopbackName } from './core/loopback.ts'
+import { signingKey } from './wire/signature.ts'
 
 /** What the service needs to know. Immutable, read once. Nothing but this file reads the environment. */
 export interface Config {

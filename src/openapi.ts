@@ -3,7 +3,7 @@ import fastifySwagger from '@fastify/swagger'
 import fastifySwaggerUi from '@fastify/swagger-ui'
 import type { FastifyInstance } from 'fastify'
 import { jsonSchemaTransform, jsonSchemaTransformObject } from 'fastify-type-provider-zod'
-import packageJson from '../package.json' with { type: 'json' }
+import { VERSION } from './version.ts'
 
 const DESCRIPTION = `Runs scripts on on-demand workers and calls back with the outcome.
 
@@ -33,7 +33,7 @@ export async function publishOpenApi(
   await app.register(fastifySwagger, {
     openapi: {
       openapi: '3.1.0',
-      info: { title: 'Task runner', description: DESCRIPTION, version: packageJson.version },
+      info: { title: 'Task runner', description: DESCRIPTION, version: VERSION },
       servers: [{ url: options.basePath === '' ? '/' : options.basePath }],
       tags: [
         { name: 'Run', description: 'The main job' },

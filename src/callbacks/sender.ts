@@ -1,8 +1,8 @@
 import { Agent, request } from 'undici'
 import type { AttemptResult, CallbackSender } from '../core/ports.ts'
 import { encodeCallback } from '../wire/callback.ts'
+import { signatures } from '../wire/signature.ts'
 import { type AddressGuard, BlockedAddressError } from './address-guard.ts'
-import { signatures } from './signature.ts'
 
 /** Of the answer; a receiver that sends more loses its connection, not its status. */
 const ANSWER_BYTES_MAX = 64 * 1024

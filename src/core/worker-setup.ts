@@ -60,7 +60,9 @@ export class WorkerSetup {
    * The worker's spec, with secrets and addresses as they are now, and the values that must not show in its log.
    * Throws a `WorkerError` with `startup_failed` when a secret has gone or a host may not be asked.
    */
-  async specFor(task: Task): Promise<{ spec: WorkerSpec; secretValues: string[] }> {
+  async specFor(
+    task: Pick<Task, 'taskId' | 'taskFileName' | 'workerName' | 'workerConfig'>,
+  ): Promise<{ spec: WorkerSpec; secretValues: string[] }> {
     const { workerConfig } = task
     const gitConfigs = workerConfig.gitConfigs ?? []
     const values = await this.#secretValues(workerConfig)

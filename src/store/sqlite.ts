@@ -1,5 +1,5 @@
 import { mkdir, open } from 'node:fs/promises'
-import { dirname } from 'node:path'
+import { dirname, extname } from 'node:path'
 import { Worker } from 'node:worker_threads'
 import {
   type Compilable,
@@ -85,10 +85,13 @@ class SqliteThread {
   #dead: Error | undefined
 
   constructor(path: string) {
-    this.#thread = new Worker(new URL('./sqlite-thread.ts', import.meta.url), {
-      workerData: { path },
-      name: 'sqlite',
-    })
+    this.#thread = new Worker(
+      new URL(`./sqlite-thread${extname(import.meta.url)}`, import.meta.url),
+      {
+        workerData: { path },
+        name: 'sqlite',
+      },
+    )
     this.ready = new Promise((resolve, reject) => {
       this.#thread.once('message', () => resolve())
       this.#thread.once('error', reject)

@@ -5,7 +5,8 @@ import { TASK_FILE_EXTENSIONS } from '../core/task-files.ts'
 import { line } from './fields.ts'
 import { toWorkerConfig, workerConfigSchema } from './worker-config.ts'
 
-const taskFileName = line(512)
+/** A task file, by its path below the tasks folder or a repository. */
+export const taskFileName = line(512)
   .refine(
     (name) => TASK_FILE_EXTENSIONS.some((extension) => name.endsWith(extension)),
     `must end in ${TASK_FILE_EXTENSIONS.join(', ')}`,

@@ -190,7 +190,7 @@ describe('an ssh repository', () => {
     const ssh = [
       '#!/bin/bash',
       `printf '%s\\n' "$@" >${seen}`,
-      'while [ $# -gt 1 ]; do case $1 in -i) cat "$2" >>' + seen + ';; esac; shift; done',
+      `while [ $# -gt 1 ]; do case $1 in -i) cat "$2" >>${seen};; esac; shift; done`,
       'exec sh -c "$1"',
     ]
     await mkdir(bin)

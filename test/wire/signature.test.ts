@@ -1,8 +1,8 @@
 import fc from 'fast-check'
 import { Webhook } from 'standardwebhooks'
 import { describe, expect, test } from 'vitest'
-import { signatures, signingKey } from '../../src/callbacks/signature.ts'
 import { ConfigError, loadConfig } from '../../src/config.ts'
+import { signatures, signingKey } from '../../src/wire/signature.ts'
 import { startApp, taskRequest } from '../helpers/app.ts'
 import { type Received, startReceiver } from '../helpers/receiver.ts'
 

@@ -1,0 +1,389 @@
+#!/usr/bin/env node
+/** The command line: thin over the client and `runTask`. */
+import { randomUUID } from 'node:crypto'
+import { readFile } from 'node:fs/promises'
+import { basename, dirname } from 'node:path'
+import { text as textOf } from 'node:stream/consumers'
+import { type ParseArgsOptionsConfig, parseArgs, styleText } from 'node:util'
+import { TaskRunnerApiError, TaskRunnerClient } from './client/client.ts'
+import { TaskRunnerError } from './core/errors.ts'
+import { WorkerError } from './core/ports.ts'
+import { runTask } from './run-task.ts'
+import { decodeWorkerFile, encodeWorkerFile, type WorkerConfigInput } from './wire/worker-file.ts'
+
+const HELP = `task-runner: runs scripts on workers
+
+  task-runner serve                  the service, configured by environment variables
+  task-runner run FILE               runs a script, shows its log, exits with its exit code:
+                                     on this machine, or with --url on a service, where FILE is
+                                     one of its task files
+  task-runner tasks                  the tasks of a service, newest first
+  task-runner logs TASK_ID           the log of a task; -f follows it until the task ends
+  task-runner cancel TASK_ID         ends a task
+  task-runner workers                the workers of a service
+  task-runner cleanup                terminates workers stuck in Provisioning
+  task-runner worker-config [FILE]   writes a worker file as the Practicus SDK does, from JSON in
+                                     FILE or on stdin; --decode shows what one holds
+
+Options of run and worker-config:
+  --env NAME=VALUE       a variable of the task; may be repeated
+  --secret NAME          a secret, as the variable of that name; may be repeated
+  --size SIZE            X-Small, Small, Medium, Large, X-Large, 2X-Large
+  --image IMAGE          container image
+  --git URL              a repository cloned to ~/projects/<name> first; may be repeated
+  --git-secret NAME      the secret that is the password of those repositories
+Options of run:
+  --worker-config FILE   a worker file; the options above win over it
+  --id TASK_ID           with --url: the task's id, by which running it again starts nothing new
+  --timeout SECONDS      with --url: how long the task may run
+  --keep                 keeps the worker for a look inside
+Options of tasks:
+  --status STATUS        queued, provisioning, running, succeeded, failed or cancelled
+  --limit N              how many
+Options of cleanup:
+  --older-than SECONDS   default 59
+Everywhere:
+  --url URL              the service; default: TASK_RUNNER_URL, else http://127.0.0.1:3000
+  --json                 JSON to read by programs (tasks, workers, cancel, cleanup, and run: its outcome)
+  --help
+
+The token of the service is taken from TASK_RUNNER_TOKEN: arguments are seen by everyone on the machine.
+
+Try:
+  task-runner run tasks/hello.py
+  task-runner run tasks/parameters.sh --env MY_FIRST_PARAM=VALUE1 --env MY_SECOND_PARAM=123
+  task-runner run parameters.sh --url http://127.0.0.1:3000 --env MY_FIRST_PARAM=a --env MY_SECOND_PARAM=b
+`
+
+const OPTIONS = {
+  url: { type: 'string' },
+  json: { type: 'boolean' },
+  help: { type: 'boolean', short: 'h' },
+  follow: { type: 'boolean', short: 'f' },
+  env: { type: 'string', multiple: true },
+  secret: { type: 'string', multiple: true },
+  size: { type: 'string' },
+  image: { type: 'string' },
+  git: { type: 'string', multiple: true },
+  'git-secret': { type: 'string' },
+  'worker-config': { type: 'string' },
+  decode: { type: 'boolean' },
+  id: { type: 'string' },
+  timeout: { type: 'string' },
+  keep: { type: 'boolean' },
+  status: { type: 'string' },
+  limit: { type: 'string' },
+  'older-than': { type: 'string' },
+} as const satisfies ParseArgsOptionsConfig
+
+/** Said to whoever typed the command, without a stack. */
+class UsageError extends Error {}
+
+type Values = ReturnType<typeof parse>['values']
+
+const CONFIG_OPTIONS = ['env', 'secret', 'size', 'image', 'git', 'git-secret']
+/** For each command: its options besides --help, how many words it takes, and what it does. */
+const COMMANDS: Record<
+  string,
+  {
+    options: readonly string[]
+    words: readonly [min: number, max: number]
+    run: (words: string[], values: Values) => Promise<number>
+  }
+> = {
+  serve: { options: [], words: [0, 0], run: serve },
+  run: {
+    options: ['url', 'json', 'worker-config', 'id', 'timeout', 'keep', ...CONFIG_OPTIONS],
+    words: [1, 1],
+    run: ([file = ''], values) => (serviceUrl(values) ? runThere : runHere)(file, values),
+  },
+  tasks: { options: ['url', 'json', 'status', 'limit'], words: [0, 0], run: listTasks },
+  logs: { options: ['url', 'follow'], words: [1, 1], run: showLogs },
+  cancel: { options: ['url', 'json'], words: [1, 1], run: cancel },
+  workers: { options: ['url', 'json'], words: [0, 0], run: listWorkers },
+  cleanup: { options: ['url', 'json', 'older-than'], words: [0, 0], run: cleanUp },
+  'worker-config': { options: ['decode', ...CONFIG_OPTIONS], words: [0, 1], run: workerConfig },
+}
+
+const interrupted = new AbortController()
+
+async function main(args: string[]): Promise<number> {
+  const { values, positionals } = parse(args)
+  const [name, ...words] = positionals
+  if (values.help || name === undefined || name === 'help') {
+    ;(values.help || name ? process.stdout : process.stderr).write(HELP)
+    return values.help || name ? 0 : 2
+  }
+  const command = Object.hasOwn(COMMANDS, name) ? COMMANDS[name] : undefined
+  if (!command) throw new UsageError(`there is no command "${name}"; see task-runner --help`)
+  const stray = Object.keys(values).find((option) => !command.options.includes(option))
+  if (stray) throw new UsageError(`${name} has no option --${stray}; see task-runner --help`)
+  const [min, max] = command.words
+  if (words.length < min)
+    throw new UsageError(`${name} needs one more word; see task-runner --help`)
+  if (words.length > max) throw new UsageError(`${name} does not take "${words[max]}"`)
+  return command.run(words, values)
+}
+
+function parse(args: string[]) {
+  try {
+    return parseArgs({ args, options: OPTIONS, allowPositionals: true })
+  } catch (err) {
+    throw new UsageError(err instanceof Error ? err.message : String(err))
+  }
+}
+
+async function serve(): Promise<number> {
+  await import('./main.ts')
+  return 0
+}
+
+async function runHere(file: string, values: Values): Promise<number> {
+  for (const option of ['id', 'timeout'] as const) {
+    if (values[option] !== undefined) throw new UsageError(`--${option} needs --url`)
+  }
+  onInterrupt()
+  const run = await runTask({
+    fileName: basename(file),
+    filesPath: dirname(file),
+    workerConfig: await configFrom(values),
+    terminateOnCompletion: !values.keep,
+    onLog: (text) => logStream(values).write(text),
+    signal: interrupted.signal,
+  })
+  const { name } = run.worker
+  const { success, exitCode, reason, message } = run
+  if (values.json) print({ worker: name, success, exit_code: exitCode, reason, message })
+  else if (!success) process.stderr.write(`task-runner: ${message ?? reason}\n`)
+  if (values.keep) process.stderr.write(`task-runner: the worker is kept: ${name}\n`)
+  return exitCode ?? 1
+}
+
+async function runThere(file: string, values: Values): Promise<number> {
+  const client = clientFor(values)
+  const taskId = values.id ?? `cli-${randomUUID()}`
+  await client.submit({
+    task_id: taskId,
+    task_file_name: file,
+    worker_config: await configFrom(values),
+    terminate_on_completion: !values.keep,
+    timeout_seconds: values.timeout === undefined ? null : number('timeout', values.timeout),
+  })
+  onInterrupt(() => client.cancel(taskId))
+  const onLog = (text: string) => logStream(values).write(text)
+  const task = await client.wait(taskId, { onLog, signal: interrupted.signal })
+  if (values.json) print(task)
+  else if (task.status !== 'succeeded') {
+    process.stderr.write(`task-runner: ${task.message ?? task.reason}\n`)
+  }
+  return task.exit_code ?? (task.status === 'succeeded' ? 0 : 1)
+}
+
+async function listTasks(_: string[], values: Values): Promise<number> {
+  const list = await clientFor(values).list({
+    ...(values.status === undefined ? {} : { status: values.status }),
+    ...(values.limit === undefined ? {} : { limit: number('limit', values.limit) }),
+  })
+  if (values.json) print(list)
+  else {
+    const rows = list.tasks.map((task) => [
+      task.task_id,
+      task.task_file_name,
+      task.status,
+      task.reason ?? '',
+      task.created_at,
+    ])
+    table(['TASK', 'FILE', 'STATUS', 'REASON', 'CREATED'], rows)
+  }
+  return 0
+}
+
+async function showLogs([taskId = '']: string[], values: Values): Promise<number> {
+  const client = clientFor(values)
+  if (values.follow) {
+    onInterrupt()
+    await client.wait(taskId, {
+      onLog: (text) => process.stdout.write(text),
+      signal: interrupted.signal,
+    })
+  } else process.stdout.write(await client.logs(taskId))
+  return 0
+}
+
+async function cancel([taskId = '']: string[], values: Values): Promise<number> {
+  const answer = await clientFor(values).cancel(taskId)
+  if (values.json) print(answer)
+  else process.stdout.write(`${answer.message}\n`)
+  return 0
+}
+
+async function listWorkers(_: string[], values: Values): Promise<number> {
+  const workers = await clientFor(values).workers()
+  if (values.json) print({ workers })
+  else {
+    const rows = workers.map((worker) => [
+      worker.name,
+      worker.status,
+      worker.backend,
+      worker.task_id,
+      worker.creation_time,
+    ])
+    table(['WORKER', 'STATUS', 'BACKEND', 'TASK', 'CREATED'], rows)
+  }
+  return 0
+}
+
+async function cleanUp(_: string[], values: Values): Promise<number> {
+  const given = values['older-than']
+  const workers = await clientFor(values).cleanup({
+    olderThanSeconds: given === undefined ? undefined : number('older-than', given),
+  })
+  if (values.json) print({ workers })
+  else process.stdout.write([...workers, `Terminated ${workers.length} workers`, ''].join('\n'))
+  return 0
+}
+
+async function workerConfig([file]: string[], values: Values): Promise<number> {
+  const isBare = file === undefined && Object.keys(values).every((option) => option === 'decode')
+  const given = file !== undefined || isBare ? await jsonFrom(file) : {}
+  const config = { ...given, ...fromOptions(values, given) }
+  if (values.decode) print(decodeWorkerFile(config))
+  else process.stdout.write(`${encodeWorkerFile(config)}\n`)
+  return 0
+}
+
+/** The worker file that was named, with the options laid over it. */
+async function configFrom(values: Values): Promise<WorkerConfigInput> {
+  const file = values['worker-config']
+  const given = file === undefined ? {} : decodeWorkerFile(await jsonFrom(file))
+  return { ...given, ...fromOptions(values, given) }
+}
+
+function fromOptions(values: Values, under: WorkerConfigInput): WorkerConfigInput {
+  const variables = (values.env ?? []).map((text) => {
+    const at = text.indexOf('=')
+    if (at < 1) throw new UsageError(`--env wants NAME=VALUE`)
+    return [text.slice(0, at), text.slice(at + 1)] as const
+  })
+  const secret = values['git-secret']
+  if (secret !== undefined && !values.git) throw new UsageError('--git-secret needs --git')
+  return {
+    ...(variables.length > 0
+      ? { env_variables: { ...under.env_variables, ...Object.fromEntries(variables) } }
+      : {}),
+    ...(values.secret ? { personal_secrets: values.secret } : {}),
+    ...(values.size === undefined ? {} : { worker_size: values.size }),
+    ...(values.image === undefined ? {} : { worker_image: values.image }),
+    ...(values.git
+      ? {
+          git_configs: values.git.map((remote_url) => ({
+            remote_url,
+            ...(secret === undefined ? {} : { secret_name: secret }),
+          })),
+        }
+      : {}),
+  }
+}
+
+/** `file` undefined: from stdin. */
+async function jsonFrom(file: string | undefined): Promise<WorkerConfigInput> {
+  const reading = file === undefined ? textOf(process.stdin) : readFile(file, 'utf8')
+  const text = await reading.catch((err: NodeJS.ErrnoException) => {
+    throw new UsageError(`${file} cannot be read (${err.code})`)
+  })
+  try {
+    const value: unknown = JSON.parse(text)
+    if (value !== null && typeof value === 'object') return value
+  } catch {
+    // Said below; the parser's own words would repeat a piece of the file.
+  }
+  throw new UsageError(`${file ?? 'stdin'} does not hold a JSON object`)
+}
+
+/** Where there is one: `run` alone works without. */
+function serviceUrl(values: Values): string | undefined {
+  return values.url ?? (process.env.TASK_RUNNER_URL || undefined)
+}
+
+function clientFor(values: Values): TaskRunnerClient {
+  const url = serviceUrl(values) ?? 'http://127.0.0.1:3000'
+  if (!/^https?:\/\//.test(url)) throw new UsageError(`--url: "${url}" is not an http(s) URL`)
+  return new TaskRunnerClient({ url, token: process.env.TASK_RUNNER_TOKEN })
+}
+
+/** The first Ctrl-C or TERM ends what was begun; the second ends us. */
+function onInterrupt(end: () => Promise<unknown> = async () => {}): void {
+  for (const name of ['SIGINT', 'SIGTERM'] as const) {
+    process.once(name, () => {
+      end().then(
+        () => interrupted.abort(),
+        (err) => {
+          process.stderr.write(`task-runner: ${explain(err)}\n`)
+          interrupted.abort()
+        },
+      )
+    })
+  }
+}
+
+/** With --json, stdout is for the outcome alone. */
+function logStream(values: Values): NodeJS.WriteStream {
+  return values.json ? process.stderr : process.stdout
+}
+
+function number(option: string, text: string): number {
+  if (!/^\d+(\.\d+)?$/.test(text)) throw new UsageError(`--${option} wants a number`)
+  return Number(text)
+}
+
+function print(value: unknown): void {
+  process.stdout.write(`${JSON.stringify(value, null, 2)}\n`)
+}
+
+const COLOURS: Partial<Record<string, 'green' | 'red' | 'yellow'>> = {
+  succeeded: 'green',
+  failed: 'red',
+  cancelled: 'yellow',
+}
+
+function table(head: string[], rows: string[][]): void {
+  const widths = head.map((title, column) =>
+    Math.max(title.length, ...rows.map((row) => row[column]?.length ?? 0)),
+  )
+  for (const row of [head, ...rows]) {
+    const cells = row.map((cell, column) => {
+      const padded = column === row.length - 1 ? cell : cell.padEnd(widths[column] ?? 0)
+      // What a task is called is the caller's choice, and may try to steer the terminal.
+      const plain = padded.replace(/[^\P{Cc}]/gu, '?')
+      const style = row === head ? 'bold' : COLOURS[cell]
+      return style ? styleText(style, plain) : plain
+    })
+    process.stdout.write(`${cells.join('  ')}\n`)
+  }
+}
+
+/** What went wrong, for people: each wrong field by name. */
+function explain(err: unknown): string {
+  if (err instanceof TaskRunnerApiError && err.errors.length > 0) {
+    return [
+      'the service refuses:',
+      ...err.errors.map((one) => `  ${one.path}: ${one.message}`),
+    ].join('\n')
+  }
+  const isKnown = [TaskRunnerApiError, TaskRunnerError, WorkerError, UsageError].some(
+    (kind) => err instanceof kind,
+  )
+  if (isKnown && err instanceof Error) return err.message
+  return err instanceof Error ? (err.stack ?? err.message) : String(err)
+}
+
+try {
+  process.exitCode = await main(process.argv.slice(2))
+} catch (err) {
+  // Ctrl-C: as shells tell it.
+  if (interrupted.signal.aborted) process.exitCode = 130
+  else {
+    process.exitCode = err instanceof UsageError ? 2 : 1
+    process.stderr.write(`task-runner: ${explain(err)}\n`)
+  }
+}

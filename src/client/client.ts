@@ -1,0 +1,270 @@
+import { setTimeout as pause } from 'node:timers/promises'
+import type { z } from 'zod'
+import {
+  acceptedSchema,
+  callbackStateSchema,
+  cancelledSchema,
+  cleanupSchema,
+  doneSchema,
+  errorSchema,
+  taskListSchema,
+  taskSchema,
+  workerListSchema,
+  type workerSchema,
+} from '../wire/responses.ts'
+import type { taskRequestSchema } from '../wire/task-request.ts'
+import { readEvents } from './events.ts'
+
+export type TaskRunnerRequest = z.input<ReturnType<typeof taskRequestSchema>>
+export type Task = z.output<typeof taskSchema>
+export type TaskList = z.output<typeof taskListSchema>
+export type Worker = z.output<typeof workerSchema>
+
+export interface TaskRunnerClientOptions {
+  /** Where the service is, with its `BASE_PATH` if it has one. */
+  url: string
+  token?: string | undefined
+  /** How often a call is made in all, while the service cannot be reached or is busy. Default 5. */
+  attempts?: number | undefined
+  /** For one attempt. Default 30000. */
+  timeoutMs?: number | undefined
+}
+
+/** The service refused, or could not be reached: `status` is null then. */
+export class TaskRunnerApiError extends Error {
+  override name = 'TaskRunnerApiError'
+  readonly status: number | null
+  /** Where fields are wrong: each by its path. */
+  readonly errors: ReadonlyArray<{ path: string; message: string }>
+
+  constructor(
+    message: string,
+    options: {
+      status: number | null
+      errors?: TaskRunnerApiError['errors'] | undefined
+      cause?: unknown
+    },
+  ) {
+    super(message, options.cause === undefined ? undefined : { cause: options.cause })
+    this.status = options.status
+    this.errors = options.errors ?? []
+  }
+}
+
+/** What a later attempt may find otherwise; 500 is not among them. */
+const RETRIED_STATUSES: readonly number[] = [429, 502, 503, 504]
+const RETRY_MS = 250
+const RETRY_MAX_MS = 10_000
+const POLL_MS = 250
+const POLL_MAX_MS = 5_000
+/** A stream that brought nothing this often is one that some proxy between does not let through. */
+const STREAMS_WITHOUT_EVENT_MAX = 3
+
+interface Call {
+  method?: 'GET' | 'POST' | 'DELETE'
+  body?: unknown
+  signal?: AbortSignal | undefined
+}
+
+/**
+ * A client of the service. Every call may be repeated, so each is, while the service cannot be reached or is busy
+ * (429, 502, 503, 504, minding `Retry-After`). Throws `TaskRunnerApiError`.
+ */
+export class TaskRunnerClient {
+  readonly #options: { url: string; token: string; attempts: number; timeoutMs: number }
+
+  constructor(options: TaskRunnerClientOptions) {
+    const { url, token = '', attempts = 5, timeoutMs = 30_000 } = options
+    this.#options = { url: url.replace(/\/+$/, ''), token, attempts, timeoutMs }
+  }
+
+  /** Resolves when the task is stored and will run. The same request again starts nothing. */
+  async submit(request: TaskRunnerRequest, signal?: AbortSignal) {
+    return this.#json(acceptedSchema, '/task-runner', { method: 'POST', body: request, signal })
+  }
+
+  async get(taskId: string, signal?: AbortSignal): Promise<Task> {
+    return this.#json(taskSchema, taskPath(taskId), { signal })
+  }
+
+  /** Newest first; `next_cursor` of the answer is the `cursor` of the next page. */
+  async list(
+    filter: { status?: string; task_file_name?: string; limit?: number; cursor?: string } = {},
+  ): Promise<TaskList> {
+    const query = new URLSearchParams(
+      Object.entries(filter).flatMap(([name, value]) =>
+        value === undefined ? [] : [[name, String(value)]],
+      ),
+    )
+    return this.#json(taskListSchema, `/tasks?${query}`)
+  }
+
+  /** Waits for the task's end and returns it; `onLog` is given its log as it comes. Throws the signal's reason. */
+  async wait(
+    taskId: string,
+    options: { onLog?: (text: string) => void; signal?: AbortSignal | undefined } = {},
+  ): Promise<Task> {
+    const { onLog, signal } = options
+    let toldBytes = 0
+    try {
+      for await (const text of this.follow(taskId, signal)) {
+        toldBytes += text.length
+        onLog?.(text)
+      }
+    } catch (err) {
+      signal?.throwIfAborted()
+      if (err instanceof TaskRunnerApiError && err.status !== null) throw err
+      // No stream comes through, so ask instead.
+    }
+    for (let waitMs = POLL_MS; ; waitMs = Math.min(waitMs * 2, POLL_MAX_MS)) {
+      const task = await this.get(taskId, signal)
+      if (task.finished_at !== null) {
+        if (onLog && toldBytes === 0) onLog(await this.logs(taskId))
+        return task
+      }
+      await pause(waitMs, undefined, signal && { signal })
+    }
+  }
+
+  /** The last megabytes of the log, at most 5. */
+  async logs(taskId: string, options: { tailMb?: number } = {}): Promise<string> {
+    const query = options.tailMb === undefined ? '' : `?tail_mb=${options.tailMb}`
+    const answer = await this.#call(`${taskPath(taskId)}/logs${query}`)
+    return answer.text()
+  }
+
+  /**
+   * The log as it comes, until the task has ended. A stream that is cut is taken up where it was. Throws
+   * `TaskRunnerApiError`, with status null when no stream comes through.
+   */
+  async *follow(taskId: string, signal?: AbortSignal): AsyncGenerator<string, void> {
+    let lastId: string | undefined
+    for (let empty = 0; empty < STREAMS_WITHOUT_EVENT_MAX; ) {
+      const response = await this.#call(
+        `${taskPath(taskId)}/logs?follow=true`,
+        { signal },
+        { stream: true, headers: lastId === undefined ? {} : { 'last-event-id': lastId } },
+      )
+      empty += 1
+      try {
+        for await (const event of readEvents(response)) {
+          if (event.name === 'end') return
+          empty = 0
+          lastId = event.id ?? lastId
+          yield event.data
+        }
+      } catch (err) {
+        signal?.throwIfAborted()
+        if (!isNetworkError(err)) throw err
+      }
+      await pause(RETRY_MS, undefined, signal && { signal })
+    }
+    throw new TaskRunnerApiError('The log cannot be followed', { status: null })
+  }
+
+  /** Ends the task in whatever state it is; a final one stays as it is. */
+  async cancel(taskId: string) {
+    return this.#json(cancelledSchema, `${taskPath(taskId)}/cancel`, { method: 'POST' })
+  }
+
+  /** The delivery of the callback, attempt by attempt. */
+  async callback(taskId: string) {
+    return this.#json(callbackStateSchema, `${taskPath(taskId)}/callback`)
+  }
+
+  async redeliver(taskId: string) {
+    return this.#json(doneSchema, `${taskPath(taskId)}/callback/redeliver`, { method: 'POST' })
+  }
+
+  async workers(): Promise<Worker[]> {
+    return (await this.#json(workerListSchema, '/workers')).workers
+  }
+
+  /** Ends a worker; a task that still runs on it is cancelled. */
+  async terminateWorker(name: string) {
+    return this.#json(doneSchema, `/workers/${encodeURIComponent(name)}`, { method: 'DELETE' })
+  }
+
+  /** Terminates workers stuck in Provisioning, by default for more than 59 seconds; returns their names. */
+  async cleanup(options: { olderThanSeconds?: number | undefined } = {}): Promise<string[]> {
+    const body = { older_than_seconds: options.olderThanSeconds ?? null }
+    return (await this.#json(cleanupSchema, '/workers/cleanup', { method: 'POST', body })).workers
+  }
+
+  async #json<T extends z.ZodType>(schema: T, path: string, call: Call = {}): Promise<z.output<T>> {
+    const response = await this.#call(path, call)
+    const parsed = schema.safeParse(await response.json().catch(() => undefined))
+    if (parsed.success) return parsed.data
+    const message = `${this.#options.url} does not answer as a task runner`
+    throw new TaskRunnerApiError(message, { status: response.status, cause: parsed.error })
+  }
+
+  /** An answer that is not an error. */
+  async #call(
+    path: string,
+    call: Call = {},
+    options: { stream?: boolean; headers?: Record<string, string> } = {},
+  ): Promise<Response> {
+    for (let attempt = 1; ; attempt += 1) {
+      const { response, err } = await this.#attempt(path, call, options)
+      if (response?.ok) return response
+      const isWorthIt = !response || RETRIED_STATUSES.includes(response.status)
+      if (!isWorthIt || attempt >= this.#options.attempts) {
+        throw response ? await refusal(response) : unreachable(this.#options.url, err)
+      }
+      const asked = Number(response?.headers.get('retry-after')) * 1000
+      await response?.body?.cancel()
+      const backoff = Math.min(RETRY_MS * 2 ** (attempt - 1), RETRY_MAX_MS)
+      const waitMs = Math.max(backoff * (0.5 + Math.random()), Math.min(asked || 0, RETRY_MAX_MS))
+      await pause(waitMs, undefined, call.signal && { signal: call.signal })
+    }
+  }
+
+  async #attempt(
+    path: string,
+    { method = 'GET', body, signal }: Call,
+    { stream = false, headers = {} }: { stream?: boolean; headers?: Record<string, string> },
+  ): Promise<{ response?: Response; err?: unknown }> {
+    const { url, token, timeoutMs } = this.#options
+    const timeout = AbortSignal.timeout(timeoutMs)
+    const signals = [...(signal ? [signal] : []), ...(stream ? [] : [timeout])]
+    try {
+      const response = await fetch(url + path, {
+        method,
+        headers: {
+          ...headers,
+          ...(token === '' ? {} : { authorization: `Bearer ${token}` }),
+          ...(body === undefined ? {} : { 'content-type': 'application/json' }),
+        },
+        body: body === undefined ? null : JSON.stringify(body),
+        signal: AbortSignal.any(signals),
+      })
+      return { response }
+    } catch (err) {
+      signal?.throwIfAborted()
+      return { err }
+    }
+  }
+}
+
+function taskPath(taskId: string): string {
+  return `/tasks/${encodeURIComponent(taskId)}`
+}
+
+async function refusal(response: Response): Promise<TaskRunnerApiError> {
+  const { status } = response
+  const body = errorSchema.safeParse(await response.json().catch(() => undefined)).data
+  const message = body?.message ?? `The service answered with status ${status}`
+  return new TaskRunnerApiError(message, { status, errors: body?.errors })
+}
+
+function unreachable(url: string, cause: unknown): TaskRunnerApiError {
+  const inner = cause instanceof Error && cause.cause instanceof Error ? cause.cause : cause
+  const why = inner instanceof Error ? inner.message : String(inner)
+  return new TaskRunnerApiError(`${url} cannot be reached: ${why}`, { status: null, cause })
+}
+
+/** fetch reports whatever befalls a connection as a TypeError. */
+function isNetworkError(err: unknown): boolean {
+  return err instanceof TypeError || (err instanceof Error && err.name === 'TimeoutError')
+}

@@ -1,0 +1,67 @@
+import { timingSafeEqual } from 'node:crypto'
+import type { z } from 'zod'
+import { callbackSchema } from '../wire/callback.ts'
+import { signatures, signingKey } from '../wire/signature.ts'
+
+export type TaskRunnerCallback = z.output<typeof callbackSchema>
+
+/** How far a callback's time may be from ours (Standard Webhooks 1.0 advises 5 minutes). */
+const TOLERANCE_SECONDS = 300
+
+/** A callback that must not be trusted; the message says why. */
+export class CallbackVerificationError extends Error {
+  override name = 'CallbackVerificationError'
+}
+
+/**
+ * Verifies that a callback was signed with one of the secrets (`whsec_…`, Standard Webhooks) within the last five
+ * minutes, and returns its four fields. `body` is the body as it came, byte for byte: parsing and writing it
+ * again would change it. Throws `CallbackVerificationError`; a `TypeError` when a secret is not one. A
+ * callback may come more than once, always with the same `webhook-id`.
+ */
+export function verifyCallback(
+  headers: Headers | Readonly<Record<string, string | readonly string[] | undefined>>,
+  body: string | Uint8Array,
+  secret: string | readonly string[],
+): TaskRunnerCallback {
+  const keys = [secret].flat().map((each) => {
+    const key = signingKey(each)
+    if (!key) throw new TypeError('a signing secret must be whsec_ and 24 to 64 bytes in base64')
+    return key
+  })
+  const [id, timestamp, given] = ['webhook-id', 'webhook-timestamp', 'webhook-signature'].map(
+    (name) => headerOf(headers, name),
+  )
+  if (!id || !timestamp || !given) throw new CallbackVerificationError('it is not signed')
+  const seconds = /^\d{1,12}$/.test(timestamp) ? Number(timestamp) : Number.NaN
+  if (!(Math.abs(Date.now() / 1000 - seconds) <= TOLERANCE_SECONDS)) {
+    throw new CallbackVerificationError('its timestamp is more than five minutes away')
+  }
+  const bytes = Buffer.from(body)
+  const expected = signatures(keys, { id, timestamp: seconds, body: bytes }).split(' ')
+  const matches = given.split(' ').some((one) => expected.some((other) => isSame(one, other)))
+  if (!matches) throw new CallbackVerificationError('no signature matches')
+  const parsed = callbackSchema.safeParse(jsonOf(bytes))
+  if (!parsed.success) throw new CallbackVerificationError('its body is not a callback')
+  return parsed.data
+}
+
+function headerOf(headers: Parameters<typeof verifyCallback>[0], name: string): string | undefined {
+  if (headers instanceof Headers) return headers.get(name) ?? undefined
+  const key = Object.keys(headers).find((each) => each.toLowerCase() === name)
+  const value = key === undefined ? undefined : headers[key]
+  return typeof value === 'string' ? value : value?.[0]
+}
+
+function isSame(one: string, other: string): boolean {
+  const [a, b] = [Buffer.from(one), Buffer.from(other)]
+  return a.length === b.length && timingSafeEqual(a, b)
+}
+
+function jsonOf(bytes: Buffer): unknown {
+  try {
+    return JSON.parse(bytes.toString())
+  } catch {
+    return undefined
+  }
+}

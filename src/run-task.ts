@@ -1,0 +1,139 @@
+import { randomUUID } from 'node:crypto'
+import { mkdtemp, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join, posix, resolve } from 'node:path'
+import { AddressGuard } from './callbacks/address-guard.ts'
+import { type Config, loadConfig } from './config.ts'
+import { TaskRunnerError } from './core/errors.ts'
+import { Masker, maskedTail } from './core/masking.ts'
+import type { Completion, Worker } from './core/ports.ts'
+import { workerNameFor } from './core/task.ts'
+import { TaskFiles } from './core/task-files.ts'
+import { LOG_BYTES_KEPT } from './core/task-runner.ts'
+import { mergeWorkerConfigs } from './core/worker-config.ts'
+import { locateInRepository } from './core/worker-setup.ts'
+import { parseWith } from './wire/fields.ts'
+import { logText } from './wire/log-text.ts'
+import { taskFileName } from './wire/task-request.ts'
+import { parseWorkerFile, toWorkerConfig, workerConfigSchema } from './wire/worker-config.ts'
+import type { WorkerConfigInput } from './wire/worker-file.ts'
+import { newWorkerSetup, openBackend } from './workers-from-config.ts'
+
+export interface RunTaskOptions {
+  /** The script, relative to `filesPath`; or of a repository of `workerConfig`: `<repository>/path/task.py`. */
+  fileName: string
+  /** The folder that the worker gets a copy of, with the worker defaults in it. Default: the working directory. */
+  filesPath?: string | undefined
+  /** As in worker files and requests. */
+  workerConfig?: WorkerConfigInput | undefined
+  /** Default true. False keeps the worker for a look inside, until `worker.terminate()`. */
+  terminateOnCompletion?: boolean | undefined
+  /** Called with the log as it comes; secrets in it are masked. */
+  onLog?: ((text: string) => void) | undefined
+  /** Ends the task and its worker when it aborts. */
+  signal?: AbortSignal | undefined
+}
+
+export interface TaskRun {
+  worker: {
+    name: string
+    /** The last 5 MB. */
+    logs(): Promise<string>
+    /** Ends what is left of it. Safe to repeat. */
+    terminate(): Promise<void>
+  }
+  success: boolean
+  /** Null when the task had none: it never started, or was lost. */
+  exitCode: number | null
+  /** Why it ended so, as in the API: `completed`, `exit_code`, `startup_failed`, … */
+  reason: Completion['reason']
+  message: string | null
+}
+
+/**
+ * Runs a script on a worker of this machine, without a server, and waits for its end. A script that fails is
+ * a result. Throws `TaskRunnerError` (`invalid_request` names the wrong fields, `task_file_not_found`), a
+ * `WorkerError` when no worker could be had, and the signal's reason when it aborts. Settings are those of the
+ * service, from environment variables (`SECRETS_DIR`, `PYTHON_COMMAND`, …).
+ */
+export async function runTask(options: RunTaskOptions): Promise<TaskRun> {
+  const { onLog, terminateOnCompletion = true } = options
+  const taskId = `run-${randomUUID()}`
+  const name = workerNameFor(taskId)
+  const signal = options.signal ?? new AbortController().signal
+  const dataDir = await mkdtemp(join(tmpdir(), 'task-runner-'))
+  const config = { ...loadConfig(), dataDir, tasksDir: resolve(options.filesPath ?? '.') }
+  const backend = await openBackend(config, process.umask())
+  let isKept = false
+  try {
+    const { spec, secretValues } = await prepare(options, config, { taskId, workerName: name })
+    const masker = new Masker(secretValues)
+    const worker = await backend.provision(spec, signal)
+    const [end] = await Promise.all([
+      worker.completion(signal),
+      onLog && follow(worker, masker, onLog, signal),
+    ])
+    const log = logText((await maskedTail(worker, masker, LOG_BYTES_KEPT)).log)
+    isKept = !terminateOnCompletion
+    return {
+      worker: { name, logs: async () => log, terminate: () => terminate(config, name) },
+      success: end.reason === 'completed' && end.exitCode === 0,
+      ...{ exitCode: end.exitCode, reason: end.reason },
+      message: end.message && masker.mask(Buffer.from(end.message)).toString(),
+    }
+  } finally {
+    // Asked for by its name: it may have been made although nobody waited for it any more.
+    if (!isKept) await (await backend.find(name))?.terminate()
+    await backend.close()
+    if (!isKept) await rm(dataDir, { recursive: true, force: true })
+  }
+}
+
+/** What the service does between a request and its worker. */
+async function prepare(
+  options: RunTaskOptions,
+  config: Config,
+  names: { taskId: string; workerName: string },
+) {
+  const fileName = posix.normalize(parseWith(taskFileName, options.fileName, ['fileName']))
+  const path = ['workerConfig']
+  const given = parseWith(workerConfigSchema, options.workerConfig ?? {}, path)
+  const files = new TaskFiles(config.tasksDir, parseWorkerFile)
+  const defaults = await files.defaultsFor(fileName)
+  const workerConfig = mergeWorkerConfigs(defaults, toWorkerConfig(given, path))
+  const isKnown =
+    (await files.has(fileName)) || locateInRepository(fileName, workerConfig.gitConfigs)
+  if (!isKnown) {
+    const message = `There is no file "${fileName}" in ${config.tasksDir}`
+    throw new TaskRunnerError('task_file_not_found', message)
+  }
+  const setup = newWorkerSetup(config, files, new AddressGuard(config.gitAllowedNetworks))
+  await setup.check(workerConfig)
+  return setup.specFor({ ...names, taskFileName: fileName, workerConfig })
+}
+
+async function follow(
+  worker: Worker,
+  masker: Masker,
+  onLog: (text: string) => void,
+  signal: AbortSignal,
+): Promise<void> {
+  const decoder = new TextDecoder()
+  const masked = masker.stream()
+  const tell = (text: string) => text !== '' && onLog(text)
+  for await (const bytes of worker.follow({ from: 0, signal })) {
+    tell(decoder.decode(masked.push(bytes), { stream: true }))
+  }
+  tell(decoder.decode(masked.flush()))
+}
+
+/** Found again by its name: the backend that made it was let go. */
+async function terminate(config: Config, name: string): Promise<void> {
+  const backend = await openBackend(config, process.umask())
+  try {
+    await (await backend.find(name))?.terminate()
+  } finally {
+    await backend.close()
+  }
+  await rm(config.dataDir, { recursive: true, force: true })
+}

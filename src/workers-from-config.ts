@@ -1,0 +1,57 @@
+/** What the service and `runTask` both make of a configuration: the backend, and what its workers are given. */
+import { access, constants } from 'node:fs/promises'
+import { delimiter, join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import type { AddressGuard } from './callbacks/address-guard.ts'
+import { GuardedGitHosts } from './callbacks/git-hosts.ts'
+import type { Config } from './config.ts'
+import type { WorkerBackend } from './core/ports.ts'
+import type { TaskFiles } from './core/task-files.ts'
+import { WorkerSetup } from './core/worker-setup.ts'
+import { FileSecretSource } from './secrets/source.ts'
+import { LocalBackend } from './workers/local/local-backend.ts'
+
+export function newWorkerSetup(
+  config: Config,
+  files: TaskFiles,
+  gitGuard: AddressGuard,
+): WorkerSetup {
+  return new WorkerSetup({
+    secrets: new FileSecretSource({ folder: config.secretsDir, variables: config.secretVariables }),
+    gitHosts: new GuardedGitHosts(gitGuard),
+    files,
+    maxLogBytes: config.maxLogBytes,
+  })
+}
+
+/** The backend that the configuration names. `umask` is that of the tasks. */
+export async function openBackend(config: Config, umask: number): Promise<WorkerBackend> {
+  const find = (command: string) => findCommand(command, config.path)
+  return new LocalBackend({
+    workersDir: join(config.dataDir, 'workers'),
+    tasksDir: config.tasksDir,
+    bootstrap: fileURLToPath(new URL('./workers/bootstrap.sh', import.meta.url)),
+    interpreters: {
+      python: (await find(config.pythonCommand)) ?? config.pythonCommand,
+      shell: config.shellCommand ?? (await find('bash')) ?? '/bin/sh',
+      node: process.execPath,
+    },
+    environment: { PATH: config.path, ...config.locale },
+    umask,
+    terminationGraceMs: config.terminationGraceMs,
+  })
+}
+
+/** Looked up once instead of at every start of a task. */
+async function findCommand(command: string, path: string): Promise<string | undefined> {
+  if (command.includes('/')) return command
+  for (const folder of path.split(delimiter)) {
+    const candidate = join(folder, command)
+    const found = await access(candidate, constants.X_OK).then(
+      () => true,
+      () => false,
+    )
+    if (found) return candidate
+  }
+  return undefined
+}

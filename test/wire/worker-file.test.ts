@@ -1,0 +1,91 @@
+import { execFileSync } from 'node:child_process'
+import fc from 'fast-check'
+import { describe, expect, test } from 'vitest'
+import { InvalidRequestError } from '../../src/core/errors.ts'
+import {
+  decodeWorkerFile,
+  encodeWorkerFile,
+  type WorkerConfigInput,
+} from '../../src/wire/worker-file.ts'
+
+/** What the Practicus SDK wrote. */
+const WRITTEN =
+  '{"worker_image":"practicus","worker_size":"X-Small","additional_params":"eyJlbnZfdmFyaWFibGVzIjogeyJNWV9GSVJTVF9QQVJBTSI6ICJWQUxVRTEiLCAiTVlfU0VDT05EX1BBUkFNIjogMTIzfX0="}'
+const CONFIG: WorkerConfigInput = {
+  worker_image: 'practicus',
+  worker_size: 'X-Small',
+  env_variables: { MY_FIRST_PARAM: 'VALUE1', MY_SECOND_PARAM: 123 },
+}
+
+const additional = (file: string) =>
+  Buffer.from(JSON.parse(file).additional_params, 'base64').toString()
+
+describe('encodeWorkerFile', () => {
+  test('writes what the SDK writes, byte for byte, nulls left out', () => {
+    const nulls = { personal_secrets: null, startup_script: null, email: null, git_configs: null }
+    expect(encodeWorkerFile({ ...CONFIG, ...nulls })).toBe(WRITTEN)
+  })
+
+  test('moves the fields with structure, and leaves nulls out inside them as well', () => {
+    const file = encodeWorkerFile({
+      worker_size: 'Small',
+      personal_secrets: ['git_secret'],
+      git_configs: [{ remote_url: 'https://example.com/a.git', branch: null }],
+      interactive: false,
+    })
+    expect(JSON.parse(file)).toEqual({
+      ...{ worker_size: 'Small', interactive: false },
+      additional_params: expect.any(String),
+    })
+    expect(additional(file)).toBe(
+      '{"personal_secrets": ["git_secret"], "git_configs": [{"remote_url": "https://example.com/a.git"}]}',
+    )
+  })
+
+  test('without such fields there is no additional_params', () => {
+    expect(encodeWorkerFile({ worker_size: 'Small' })).toBe('{"worker_size":"Small"}')
+    expect(encodeWorkerFile({})).toBe('{}')
+  })
+
+  test('a file that was written before stays as it is', () => {
+    expect(encodeWorkerFile(JSON.parse(WRITTEN))).toBe(WRITTEN)
+    const more = { ...JSON.parse(WRITTEN), env_variables: { MY_SECOND_PARAM: 4, NEW: true } }
+    expect(additional(encodeWorkerFile(more))).toContain('"MY_FIRST_PARAM": "VALUE1"')
+  })
+
+  test('any text is spelled as Python spells it', () => {
+    const texts = fc.array(fc.string({ unit: 'grapheme' }), { minLength: 1, maxLength: 30 })
+    fc.assert(
+      fc.property(texts, (values) => {
+        const clean = values.filter((value) => !value.includes('\0') && value.isWellFormed())
+        const env_variables = Object.fromEntries(clean.map((value, index) => [`V${index}`, value]))
+        fc.pre(clean.length > 0)
+        const python = execFileSync(
+          '/usr/bin/python3',
+          ['-c', 'import json, sys; sys.stdout.write(json.dumps(json.load(sys.stdin)))'],
+          { input: JSON.stringify({ env_variables }) },
+        )
+        expect(additional(encodeWorkerFile({ env_variables }))).toBe(python.toString())
+      }),
+      { numRuns: 15 },
+    )
+  })
+
+  test('a wrong field is refused by its path', () => {
+    const wrong = { worker_size: 'Giant' } as WorkerConfigInput
+    expect(() => encodeWorkerFile(wrong)).toThrow(InvalidRequestError)
+    expect(() => encodeWorkerFile(wrong)).toThrow('worker_size')
+    expect(() => encodeWorkerFile({ additional_params: '%' })).toThrow('additional_params')
+  })
+})
+
+describe('decodeWorkerFile', () => {
+  test('writes out what additional_params holds; fields given outright win, variables one by one', () => {
+    expect(decodeWorkerFile(JSON.parse(WRITTEN))).toEqual(CONFIG)
+    const over = { ...JSON.parse(WRITTEN), env_variables: { MY_SECOND_PARAM: 4 }, email: null }
+    expect(decodeWorkerFile(over)).toEqual({
+      ...CONFIG,
+      env_variables: { MY_FIRST_PARAM: 'VALUE1', MY_SECOND_PARAM: 4 },
+    })
+  })
+})
