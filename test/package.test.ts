@@ -19,7 +19,11 @@ const run = async (command: string, args: string[], cwd = project) => {
 
 beforeAll(async () => {
   project = await mkdtemp(join(tmpdir(), 'package-test-'))
-  const packed = await run('npm', ['pack', '--json', '--pack-destination', project], ROOT)
+  const packed = await run(
+    'npm',
+    ['pack', '--ignore-scripts', '--json', '--pack-destination', project],
+    ROOT,
+  )
   const { filename } = JSON.parse(packed.slice(packed.indexOf('[\n')))[0] as { filename: string }
   const installed = join(project, 'node_modules/task-runner')
   await mkdir(installed, { recursive: true })

@@ -6,6 +6,7 @@ export default defineConfig({
     root: new URL('.', import.meta.url).pathname,
     include: ['**/*.test.ts'],
     exclude: ['chaos/**'],
+    globalSetup: ['helpers/build.ts'],
     testTimeout: 30_000,
     hookTimeout: 30_000,
     // The tests start processes: more of them than cores would only make them wait for each other.

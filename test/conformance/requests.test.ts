@@ -254,7 +254,6 @@ describe('without the right token', () => {
     ['GET', '/workers/some-worker/logs'],
     ['DELETE', '/workers/some-worker'],
     ['POST', '/workers/cleanup'],
-    ['GET', '/metrics'],
   ]
 
   test.for(PROTECTED)('%s %s is a 401', async ([method, path], { skip }) => {
@@ -309,12 +308,6 @@ describe('without the right token', () => {
     expect([status, text]).toEqual([200, expect.stringMatching(/<html/i)])
     expect(headers.get('content-type')).toMatch(/^text\/html/)
   })
-})
-
-test('GET /metrics answers text', async () => {
-  const { status, headers } = await target.get('/metrics')
-  expect(status).toBe(200)
-  expect(headers.get('content-type')).toMatch(/^(text\/plain|application\/openmetrics-text)/)
 })
 
 describe('the sample callbacks, open', () => {
