@@ -111,7 +111,9 @@ describe('a cancel', () => {
       status: 'cancelled',
       started_at: null,
     })
-    expect(await scene.app.text(`/tasks/${queued}/logs`)).toBe('')
+    expect(await scene.app.text(`/tasks/${queued}/logs`)).toBe(
+      '[task-runner] Cancelled on request\n',
+    )
     await expectNothingLeft(scene)
   })
 

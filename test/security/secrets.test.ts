@@ -30,6 +30,8 @@ const CANARIES = {
   urlQuery: 'canary-url-query-a4d9',
   variable: 'canary-variable-value-c8f0',
   hiddenVariable: 'canary-hidden-variable-1e2d',
+  namedSecret: 'canary-named-secret-6f0b',
+  gitSecret: 'canary-git/secret@5d17',
 }
 
 /** Set on the service by mistake or by its platform: none of its tasks' business. */
@@ -56,6 +58,7 @@ describe('secrets', () => {
 
     const secretConfig = {
       refresh_token: CANARIES.refreshToken,
+      personal_secrets: ['NAMED'],
       env_variables: { CANARY: CANARIES.variable, GATE: story.gate, SHOW: 'TASK_ID' },
       additional_params: base64({
         env_variables: { HIDDEN: CANARIES.hiddenVariable },
@@ -94,6 +97,19 @@ describe('secrets', () => {
       }),
       request('startup-fails', {
         worker_config: { ...secretConfig, startup_script: 'exit 4' },
+      }),
+      request('prints-named', {
+        ...printing('echo "$NAMED" >&2; exit 3'),
+        worker_config: {
+          personal_secrets: ['NAMED'],
+          env_variables: { SCRIPT: 'echo "$NAMED" >&2; exit 3' },
+        },
+      }),
+      request('clone-fails', {
+        worker_config: {
+          ...secretConfig,
+          git_configs: [{ remote_url: 'http://127.0.0.1:1/a.git', secret_name: 'git' }],
+        },
       }),
       request('waits', { task_file_name: 'bad-waits.sh' }),
       request('is-cancelled', { task_file_name: 'bad-waits.sh' }),
@@ -140,7 +156,9 @@ describe('secrets', () => {
     const called = receiver.received.find(({ body }) => body.task_id === 'prints-it')
     expect(called?.headers.authorization).toBe(`Bearer ${CANARIES.callbackToken}`)
     expect(called?.body.logs).toBe('*** and ***\n')
-    expect((await call('GET', '/tasks/fails/logs')).text).toBe('***\n')
+    for (const name of ['fails', 'prints-named']) {
+      expect((await call('GET', `/tasks/${name}/logs`)).text, name).toBe('***\n')
+    }
 
     const running = await filesWith(Object.values(CANARIES), story.dataDir)
     await service.kill('SIGTERM')
@@ -219,6 +237,7 @@ describe('what is stored', () => {
     const body = {
       task_file_name: 'bad-variables.sh',
       worker_config: {
+        personal_secrets: ['NAMED'],
         env_variables: { CANARY: CANARIES.variable, SHOW: 'TASK_ID' },
         additional_params: base64({
           env_variables: { HIDDEN: CANARIES.hiddenVariable },
@@ -230,7 +249,10 @@ describe('what is stored', () => {
     const waiting = {
       ...body,
       task_file_name: 'bad-waits.sh',
-      worker_config: { env_variables: { CANARY: CANARIES.variable, GATE: story.gate } },
+      worker_config: {
+        personal_secrets: ['NAMED'],
+        env_variables: { CANARY: CANARIES.variable, GATE: story.gate },
+      },
     }
     await story.call('POST', '/task-runner', { ...body, task_id: 'done' })
     await story.call('POST', '/task-runner', { ...waiting, task_id: 'running' })
@@ -244,9 +266,11 @@ describe('what is stored', () => {
     const rows = await unsealedRows(story.dataDir)
     // One that runs still needs them: the search finds what is there.
     expect(rows.running).toContain(CANARIES.variable)
+    expect(rows.running).toContain(CANARIES.namedSecret)
     for (const id of ['done', 'cancelled']) {
       expect(rows[id], id).toContain('"CANARY":""')
-      for (const value of [CANARIES.variable, CANARIES.hiddenVariable, CANARIES.refreshToken]) {
+      const { variable, hiddenVariable, refreshToken, namedSecret } = CANARIES
+      for (const value of [variable, hiddenVariable, refreshToken, namedSecret]) {
         expect(rows[id], id).not.toContain(value)
       }
       // Without a callback there is nothing that a token could still be for.
@@ -348,8 +372,12 @@ async function startStory(env: Record<string, string> = {}): Promise<Story> {
   const folder = await mkdtemp(join(tmpdir(), 'task-runner-secrets-'))
   const gate = await mkdtemp(join(folder, 'gate-'))
   const dataDir = join(folder, 'data')
+  const secretsDir = await mkdtemp(join(folder, 'secrets-'))
+  await writeFile(join(secretsDir, 'NAMED'), `${CANARIES.namedSecret}\n`)
+  await writeFile(join(secretsDir, 'git'), CANARIES.gitSecret)
   const service = await startService({
     DATA_DIR: dataDir,
+    SECRETS_DIR: secretsDir,
     TASKS_DIR: FIXTURE_TASKS,
     LOG_LEVEL: 'trace',
     API_TOKENS: `${CANARIES.otherApiToken},${CANARIES.apiToken}`,
@@ -528,7 +556,8 @@ async function processesThatKnow(values: string[], { service, dataDir }: Story) 
     if (known.length === 0) continue
     const isTask = environ?.includes(`HOME=${dataDir}/workers/`)
     // A task knows its own variables, by its environment alone.
-    const allowed: string[] = [CANARIES.variable, CANARIES.hiddenVariable, CANARIES.callbackToken]
+    const { variable, hiddenVariable, namedSecret, callbackToken } = CANARIES
+    const allowed: string[] = [variable, hiddenVariable, namedSecret, callbackToken]
     const ownOnly = known.every((value) => allowed.includes(value) && !cmdline?.includes(value))
     if (isTask && ownOnly) own.push(pid)
     else others.push(`${pid} ${cmdline?.replaceAll('\0', ' ')}: ${known}`)
