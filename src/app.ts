@@ -121,7 +121,11 @@ export async function buildApp(options: AppOptions): Promise<App> {
     const { tasks, deliveries, backend, sender } = wrapPorts({
       tasks: taskStore,
       deliveries: new SqlDeliveryStore(connection, taskStore),
-      backend: await openBackend(config, options.taskUmask ?? process.umask()),
+      backend: await openBackend(config, {
+        umask: options.taskUmask ?? process.umask(),
+        instance: sealer.derive('deployment').toString('hex').slice(0, 16),
+        log,
+      }),
       sender: new HttpCallbackSender({
         timeoutMs: config.callbackTimeoutMs,
         userAgent: `task-runner/${VERSION}`,
@@ -142,7 +146,9 @@ export async function buildApp(options: AppOptions): Promise<App> {
     })
     const maskerFor = (task: Task) =>
       new Masker([task.callbackUrlToken, ...task.secretValues, ...config.apiTokens])
-    const files = new TaskFiles(config.tasksDir, parseWorkerFile)
+    const files = new TaskFiles(config.tasksDir, (json) =>
+      parseWorkerFile(json, config.workerSizes),
+    )
     const setup = newWorkerSetup(config, files, gitGuard)
     const queue = new EmbeddedQueue()
     const runner = new TaskRunner({
@@ -216,6 +222,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
           await secured.register(taskRunnerRoute, {
             submissions,
             timeoutSecondsMax: config.taskTimeoutSeconds,
+            workerSizes: config.workerSizes,
           })
           await secured.register(taskRoutes, { tasks, deliveries, runner, callbacks })
           await secured.register(taskLogRoutes, { tasks, backend, maskerFor })

@@ -162,6 +162,7 @@ async function runHere(file: string, values: Values): Promise<number> {
 async function runThere(file: string, values: Values): Promise<number> {
   const client = clientFor(values)
   const taskId = values.id ?? `cli-${randomUUID()}`
+  onInterrupt(() => client.cancel(taskId))
   await client.submit({
     task_id: taskId,
     task_file_name: file,
@@ -169,7 +170,6 @@ async function runThere(file: string, values: Values): Promise<number> {
     terminate_on_completion: !values.keep,
     timeout_seconds: values.timeout === undefined ? null : number('timeout', values.timeout),
   })
-  onInterrupt(() => client.cancel(taskId))
   const onLog = (text: string) => logStream(values).write(text)
   const task = await client.wait(taskId, { onLog, signal: interrupted.signal })
   if (values.json) print(task)
@@ -311,19 +311,19 @@ function clientFor(values: Values): TaskRunnerClient {
   return new TaskRunnerClient({ url, token: process.env.TASK_RUNNER_TOKEN })
 }
 
-/** The first Ctrl-C or TERM ends what was begun; the second ends us. */
+/** What happens when whoever started us has gone: away from the terminal, or from the pipe. */
+let leave = (): void => process.exit(0)
+
+/** Ctrl-C and its like end what was begun, once; `end` is what that takes. */
 function onInterrupt(end: () => Promise<unknown> = async () => {}): void {
-  for (const name of ['SIGINT', 'SIGTERM'] as const) {
-    process.once(name, () => {
-      end().then(
-        () => interrupted.abort(),
-        (err) => {
-          process.stderr.write(`task-runner: ${explain(err)}\n`)
-          interrupted.abort()
-        },
-      )
-    })
+  leave = () => {
+    // Again and again changes nothing: a worker that does not end by itself is killed after its grace period.
+    leave = () => {}
+    end()
+      .catch((err: unknown) => process.stderr.write(`task-runner: ${explain(err)}\n`))
+      .finally(() => interrupted.abort())
   }
+  for (const name of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) process.on(name, () => leave())
 }
 
 /** With --json, stdout is for the outcome alone. */
@@ -377,6 +377,8 @@ function explain(err: unknown): string {
   return err instanceof Error ? (err.stack ?? err.message) : String(err)
 }
 
+// A reader that has seen enough, such as head(1).
+process.stdout.on('error', () => leave())
 try {
   process.exitCode = await main(process.argv.slice(2))
 } catch (err) {

@@ -1,10 +1,12 @@
 import { readFileSync, statSync } from 'node:fs'
 import { availableParallelism } from 'node:os'
-import { resolve } from 'node:path'
+import { isAbsolute, join, relative, resolve } from 'node:path'
 import { z } from 'zod'
 import { isNetwork } from './callbacks/address-guard.ts'
 import { isLoopbackName } from './core/loopback.ts'
+import { DEFAULT_WORKER_SIZES, type WorkerSizes } from './core/worker-sizes.ts'
 import { signingKey } from './wire/signature.ts'
+import type { EngineAddress } from './workers/docker/engine.ts'
 
 /** What the service needs to know. Immutable, read once. Nothing but this file reads the environment. */
 export interface Config {
@@ -16,6 +18,15 @@ export interface Config {
   authOff: boolean
   dataDir: string
   tasksDir: string
+  workerBackend: 'local' | 'docker'
+  /** For container workers that name none. */
+  workerImage: string
+  workerImagePrefix: string
+  workerSizes: WorkerSizes
+  /** `source:/target[:ro]`, in container workers. */
+  workerMounts: readonly string[]
+  dockerEngine: EngineAddress
+  dockerNetwork: string
   concurrency: number
   queuedMax: number
   taskTimeoutSeconds: number
@@ -66,6 +77,9 @@ const int = (min: number, max: number) => z.coerce.number().int().min(min).max(m
 /** setTimeout takes no more than 2^31 ms, 24.8 days. */
 const SECONDS_MAX = 2_000_000
 
+const MOUNT = /^[^:]+:\/[^:]*(:ro)?$/
+const MOUNT_HINT = 'each must be source:/target or source:/target:ro'
+
 const schema = z.object({
   HOST: z.string().default('127.0.0.1'),
   PORT: int(0, 65535).default(3000),
@@ -79,7 +93,20 @@ const schema = z.object({
   DATA_DIR: z.string().default('./data'),
   TASKS_DIR: z.string().default('./tasks'),
   DATABASE_URL: z.undefined('is not supported by this version').optional(),
-  WORKER_BACKEND: z.enum(['local'], 'must be local in this version').default('local'),
+  WORKER_BACKEND: z
+    .enum(['local', 'docker'], 'must be local or docker in this version')
+    .default('local'),
+  WORKER_IMAGE: z.string().default('task-runner'),
+  WORKER_IMAGE_PREFIX: z.string().default(''),
+  WORKER_SIZES_FILE: z.string().optional(),
+  WORKER_MOUNTS: list.pipe(z.array(z.string().regex(MOUNT, MOUNT_HINT))).default([]),
+  DOCKER_HOST: z
+    .string()
+    .regex(/^(unix:\/\/\/.+|tcp:\/\/[^/]+:\d+)$/, 'must be unix:///path or tcp://host:port')
+    .default('unix:///var/run/docker.sock'),
+  DOCKER_TLS_VERIFY: z.string().optional(),
+  DOCKER_CERT_PATH: z.string().optional(),
+  DOCKER_NETWORK: z.string().default('bridge'),
   MAX_CONCURRENT_TASKS: int(1, 10_000).default(4 * availableParallelism()),
   MAX_QUEUED_TASKS: int(1, 10_000_000).default(100_000),
   TASK_TIMEOUT_SECONDS: int(1, SECONDS_MAX).default(86_400),
@@ -111,8 +138,14 @@ const schema = z.object({
   TZ: z.string().optional(),
 })
 
-/** Throws `ConfigError` that lists every problem, and repeats no value: some are secret. */
-export function loadConfig(env: NodeJS.ProcessEnv = process.env): Config {
+/**
+ * Throws `ConfigError` that lists every problem, and repeats no value: some are secret. `serves`: false for who only
+ * runs tasks, to whom it does not matter who could reach a service.
+ */
+export function loadConfig(
+  env: NodeJS.ProcessEnv = process.env,
+  { serves = true }: { serves?: boolean } = {},
+): Config {
   // An empty variable is how many tools write "not set".
   const set = Object.fromEntries(
     Object.entries(env)
@@ -133,11 +166,16 @@ export function loadConfig(env: NodeJS.ProcessEnv = process.env): Config {
   if (apiTokens.some((token) => !/^[\x21-\x7e]+$/.test(token))) {
     problems.push('API_TOKENS: a token holds white space or characters outside ASCII')
   }
-  const isOpen = apiTokens.length === 0 && values.AUTH === 'on' && !isLoopbackName(values.HOST)
+  const isOpen =
+    serves && apiTokens.length === 0 && values.AUTH === 'on' && !isLoopbackName(values.HOST)
   if (isOpen) {
     problems.push(
       `HOST: "${values.HOST}" is not loopback and there are no API_TOKENS; set tokens, or AUTH=off`,
     )
+  }
+  const inside = relative(resolve(values.TASKS_DIR), resolve(values.DATA_DIR))
+  if (!inside.startsWith('..') && !isAbsolute(inside)) {
+    problems.push('DATA_DIR: must not lie in TASKS_DIR, of which every worker gets a copy')
   }
   const secretsDir = values.SECRETS_DIR === undefined ? undefined : resolve(values.SECRETS_DIR)
   if (secretsDir && !statSync(secretsDir, { throwIfNoEntry: false })?.isDirectory()) {
@@ -156,6 +194,8 @@ export function loadConfig(env: NodeJS.ProcessEnv = process.env): Config {
   }
   const callbackAllowedNetworks = allowed('CALLBACK_ALLOWED_NETWORKS')
   const gitAllowedNetworks = allowed('GIT_ALLOWED_NETWORKS')
+  const workerSizes = sizesFromFile(values.WORKER_SIZES_FILE, problems)
+  const dockerEngine = engineAddress(values, problems)
   if (problems.length > 0) throw new ConfigError(listed(problems))
   return {
     host: values.HOST,
@@ -165,6 +205,13 @@ export function loadConfig(env: NodeJS.ProcessEnv = process.env): Config {
     authOff: values.AUTH === 'off',
     dataDir: resolve(values.DATA_DIR),
     tasksDir: resolve(values.TASKS_DIR),
+    workerBackend: values.WORKER_BACKEND,
+    workerImage: values.WORKER_IMAGE,
+    workerImagePrefix: values.WORKER_IMAGE_PREFIX,
+    workerSizes,
+    workerMounts: values.WORKER_MOUNTS,
+    dockerEngine,
+    dockerNetwork: values.DOCKER_NETWORK,
     concurrency: values.MAX_CONCURRENT_TASKS,
     queuedMax: values.MAX_QUEUED_TASKS,
     taskTimeoutSeconds: values.TASK_TIMEOUT_SECONDS,
@@ -204,6 +251,46 @@ function tokensFromFile(path: string | undefined, problems: string[]): string[] 
   } catch {
     problems.push('API_TOKENS_FILE: the file cannot be read')
     return []
+  }
+}
+
+const sizesSchema = z.record(
+  z.string().min(1).max(100),
+  z.strictObject({
+    cpus: z.number().positive(),
+    memory_mb: z.number().positive(),
+    gpus: z.int().min(0).default(0),
+  }),
+)
+
+function sizesFromFile(path: string | undefined, problems: string[]): WorkerSizes {
+  if (path === undefined) return DEFAULT_WORKER_SIZES
+  try {
+    const table = sizesSchema.parse(JSON.parse(readFileSync(path, 'utf8')))
+    const sizes = Object.entries(table).map(([name, { cpus, memory_mb, gpus }]) => {
+      return [name, { cpus, memoryBytes: Math.round(memory_mb * 1024 * 1024), gpus }] as const
+    })
+    return Object.fromEntries(sizes)
+  } catch {
+    const shape = '{"Small": {"cpus": 1, "memory_mb": 2048}, …}'
+    problems.push(`WORKER_SIZES_FILE: the file cannot be read, or is not JSON like ${shape}`)
+    return DEFAULT_WORKER_SIZES
+  }
+}
+
+/** As Docker's own command takes it from these variables. */
+function engineAddress(values: z.output<typeof schema>, problems: string[]): EngineAddress {
+  const { DOCKER_HOST, DOCKER_TLS_VERIFY, DOCKER_CERT_PATH } = values
+  if (DOCKER_HOST.startsWith('unix://')) return { socketPath: DOCKER_HOST.slice('unix://'.length) }
+  const address = DOCKER_HOST.slice('tcp://'.length)
+  if (DOCKER_TLS_VERIFY === undefined) return { url: `http://${address}` }
+  const read = (name: string) => readFileSync(join(DOCKER_CERT_PATH ?? '', name), 'utf8')
+  try {
+    const tls = { ca: read('ca.pem'), cert: read('cert.pem'), key: read('key.pem') }
+    return { url: `https://${address}`, tls }
+  } catch {
+    problems.push('DOCKER_CERT_PATH: ca.pem, cert.pem and key.pem cannot be read there')
+    return {}
   }
 }
 

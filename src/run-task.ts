@@ -17,7 +17,7 @@ import { logText } from './wire/log-text.ts'
 import { taskFileName } from './wire/task-request.ts'
 import { parseWorkerFile, toWorkerConfig, workerConfigSchema } from './wire/worker-config.ts'
 import type { WorkerConfigInput } from './wire/worker-file.ts'
-import { newWorkerSetup, openBackend } from './workers-from-config.ts'
+import { newWorkerSetup, openLocal } from './workers-from-config.ts'
 
 export interface RunTaskOptions {
   /** The script, relative to `filesPath`; or of a repository of `workerConfig`: `<repository>/path/task.py`. */
@@ -61,9 +61,10 @@ export async function runTask(options: RunTaskOptions): Promise<TaskRun> {
   const taskId = `run-${randomUUID()}`
   const name = workerNameFor(taskId)
   const signal = options.signal ?? new AbortController().signal
+  const settings = loadConfig(undefined, { serves: false })
   const dataDir = await mkdtemp(join(tmpdir(), 'task-runner-'))
-  const config = { ...loadConfig(), dataDir, tasksDir: resolve(options.filesPath ?? '.') }
-  const backend = await openBackend(config, process.umask())
+  const config = { ...settings, dataDir, tasksDir: resolve(options.filesPath ?? '.') }
+  const backend = await openLocal(config, process.umask())
   let isKept = false
   try {
     const { spec, secretValues } = await prepare(options, config, { taskId, workerName: name })
@@ -98,9 +99,12 @@ async function prepare(
   const fileName = posix.normalize(parseWith(taskFileName, options.fileName, ['fileName']))
   const path = ['workerConfig']
   const given = parseWith(workerConfigSchema, options.workerConfig ?? {}, path)
-  const files = new TaskFiles(config.tasksDir, parseWorkerFile)
+  const files = new TaskFiles(config.tasksDir, (json) => parseWorkerFile(json, config.workerSizes))
   const defaults = await files.defaultsFor(fileName)
-  const workerConfig = mergeWorkerConfigs(defaults, toWorkerConfig(given, path))
+  const workerConfig = mergeWorkerConfigs(
+    defaults,
+    toWorkerConfig(given, { path, sizes: config.workerSizes }),
+  )
   const isKnown =
     (await files.has(fileName)) || locateInRepository(fileName, workerConfig.gitConfigs)
   if (!isKnown) {
@@ -109,7 +113,8 @@ async function prepare(
   }
   const setup = newWorkerSetup(config, files, new AddressGuard(config.gitAllowedNetworks))
   await setup.check(workerConfig)
-  return setup.specFor({ ...names, taskFileName: fileName, workerConfig })
+  const { terminateOnCompletion = true } = options
+  return setup.specFor({ ...names, taskFileName: fileName, workerConfig, terminateOnCompletion })
 }
 
 async function follow(
@@ -124,12 +129,13 @@ async function follow(
   for await (const bytes of worker.follow({ from: 0, signal })) {
     tell(decoder.decode(masked.push(bytes), { stream: true }))
   }
-  tell(decoder.decode(masked.flush()))
+  // Cut short, what is held back may be half a secret.
+  if (!signal.aborted) tell(decoder.decode(masked.flush()))
 }
 
 /** Found again by its name: the backend that made it was let go. */
 async function terminate(config: Config, name: string): Promise<void> {
-  const backend = await openBackend(config, process.umask())
+  const backend = await openLocal(config, process.umask())
   try {
     await (await backend.find(name))?.terminate()
   } finally {

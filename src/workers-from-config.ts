@@ -5,11 +5,15 @@ import { fileURLToPath } from 'node:url'
 import type { AddressGuard } from './callbacks/address-guard.ts'
 import { GuardedGitHosts } from './callbacks/git-hosts.ts'
 import type { Config } from './config.ts'
-import type { WorkerBackend } from './core/ports.ts'
+import type { Logger, WorkerBackend } from './core/ports.ts'
 import type { TaskFiles } from './core/task-files.ts'
+import { LOG_BYTES_KEPT } from './core/task-runner.ts'
 import { WorkerSetup } from './core/worker-setup.ts'
 import { FileSecretSource } from './secrets/source.ts'
 import { LocalBackend } from './workers/local/local-backend.ts'
+
+/** Of a log, beyond what is told: a secret may lie across the border. */
+const MASKING_OVERLAP_BYTES = 256 * 1024
 
 export function newWorkerSetup(
   config: Config,
@@ -20,12 +24,45 @@ export function newWorkerSetup(
     secrets: new FileSecretSource({ folder: config.secretsDir, variables: config.secretVariables }),
     gitHosts: new GuardedGitHosts(gitGuard),
     files,
+    sizes: config.workerSizes,
     maxLogBytes: config.maxLogBytes,
   })
 }
 
-/** The backend that the configuration names. `umask` is that of the tasks. */
-export async function openBackend(config: Config, umask: number): Promise<WorkerBackend> {
+/** The backend that the configuration names; what it needs is loaded only then. */
+export function openBackend(
+  config: Config,
+  options: {
+    /** Of local tasks. */
+    umask: number
+    /** Tells this service's workers from those of others. */
+    instance: string
+    log: Logger
+  },
+): Promise<WorkerBackend> {
+  const { instance, log } = options
+  const open = {
+    local: async () => openLocal(config, options.umask),
+    docker: async () => {
+      const { DockerBackend } = await import('./workers/docker/docker-backend.ts')
+      return new DockerBackend({
+        instance,
+        log,
+        engine: config.dockerEngine,
+        tasksDir: config.tasksDir,
+        images: { default: config.workerImage, prefix: config.workerImagePrefix },
+        network: config.dockerNetwork,
+        mounts: config.workerMounts,
+        terminationGraceMs: config.terminationGraceMs,
+        logBytesKept: LOG_BYTES_KEPT + MASKING_OVERLAP_BYTES,
+      })
+    },
+  } satisfies Record<Config['workerBackend'], () => Promise<WorkerBackend>>
+  return open[config.workerBackend]()
+}
+
+/** Workers of this machine. `umask` is that of the tasks. */
+export async function openLocal(config: Config, umask: number): Promise<WorkerBackend> {
   const find = (command: string) => findCommand(command, config.path)
   return new LocalBackend({
     workersDir: join(config.dataDir, 'workers'),

@@ -90,7 +90,7 @@ describe('run on this machine', () => {
     expect(stderr).toBe('hi\n')
   })
 
-  test.each(['SIGINT', 'SIGTERM'] as const)(
+  test.each(['SIGINT', 'SIGTERM', 'SIGHUP'] as const)(
     '%s ends the script and leaves nothing',
     async (signal) => {
       const script = 'SCRIPT=echo begun; exec sleep 1000'
@@ -101,6 +101,15 @@ describe('run on this machine', () => {
       expect(processesOf(root)).toEqual(processesOf(join(root, 'data')))
     },
   )
+
+  test('a reader that has seen enough ends the script, and nothing is left', async () => {
+    const script = 'SCRIPT=while :; do echo y; sleep 0.01; done'
+    const running = start(['run', join(FIXTURE_TASKS, 'w-eval.sh'), '--env', script])
+    await running.firstOutput
+    running.child.stdout.destroy()
+    expect(await running.ended).toMatchObject({ code: 130, stderr: '' })
+    expect(processesOf(root)).toEqual(processesOf(join(root, 'data')))
+  })
 })
 
 describe('with a service', () => {

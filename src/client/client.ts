@@ -57,6 +57,7 @@ const RETRY_MS = 250
 const RETRY_MAX_MS = 10_000
 const POLL_MS = 250
 const POLL_MAX_MS = 5_000
+const UNREACHABLE_MS_MAX = 600_000
 /** A stream that brought nothing this often is one that some proxy between does not let through. */
 const STREAMS_WITHOUT_EVENT_MAX = 3
 
@@ -64,10 +65,11 @@ interface Call {
   method?: 'GET' | 'POST' | 'DELETE'
   body?: unknown
   signal?: AbortSignal | undefined
+  once?: boolean
 }
 
 /**
- * A client of the service. Every call may be repeated, so each is, while the service cannot be reached or is busy
+ * A client of the service. A call that may be repeated is, while the service cannot be reached or is busy
  * (429, 502, 503, 504, minding `Retry-After`). Throws `TaskRunnerApiError`.
  */
 export class TaskRunnerClient {
@@ -99,28 +101,39 @@ export class TaskRunnerClient {
     return this.#json(taskListSchema, `/tasks?${query}`)
   }
 
-  /** Waits for the task's end and returns it; `onLog` is given its log as it comes. Throws the signal's reason. */
+  /**
+   * Waits for the task's end and returns it; `onLog` is given its log as it comes. Goes on waiting while the service
+   * cannot be reached, for ten minutes at most. Throws the signal's reason.
+   */
   async wait(
     taskId: string,
     options: { onLog?: (text: string) => void; signal?: AbortSignal | undefined } = {},
   ): Promise<Task> {
     const { onLog, signal } = options
-    let toldBytes = 0
+    let told = 0
+    let isWhole = false
     try {
       for await (const text of this.follow(taskId, signal)) {
-        toldBytes += text.length
+        told += text.length
         onLog?.(text)
       }
+      isWhole = true
     } catch (err) {
-      signal?.throwIfAborted()
-      if (err instanceof TaskRunnerApiError && err.status !== null) throw err
       // No stream comes through, so ask instead.
+      if (!isUnreachable(err, signal)) throw err
     }
+    let seenAt = performance.now()
     for (let waitMs = POLL_MS; ; waitMs = Math.min(waitMs * 2, POLL_MAX_MS)) {
-      const task = await this.get(taskId, signal)
-      if (task.finished_at !== null) {
-        if (onLog && toldBytes === 0) onLog(await this.logs(taskId))
-        return task
+      try {
+        const task = await this.get(taskId, signal)
+        seenAt = performance.now()
+        if (task.finished_at !== null) {
+          if (onLog && !isWhole) onLog((await this.logs(taskId)).slice(told))
+          return task
+        }
+      } catch (err) {
+        const isTooLong = performance.now() - seenAt > UNREACHABLE_MS_MAX
+        if (isTooLong || !isUnreachable(err, signal)) throw err
       }
       await pause(waitMs, undefined, signal && { signal })
     }
@@ -129,8 +142,7 @@ export class TaskRunnerClient {
   /** The last megabytes of the log, at most 5. */
   async logs(taskId: string, options: { tailMb?: number } = {}): Promise<string> {
     const query = options.tailMb === undefined ? '' : `?tail_mb=${options.tailMb}`
-    const answer = await this.#call(`${taskPath(taskId)}/logs${query}`)
-    return answer.text()
+    return (await this.#call(`${taskPath(taskId)}/logs${query}`)).text
   }
 
   /**
@@ -140,7 +152,7 @@ export class TaskRunnerClient {
   async *follow(taskId: string, signal?: AbortSignal): AsyncGenerator<string, void> {
     let lastId: string | undefined
     for (let empty = 0; empty < STREAMS_WITHOUT_EVENT_MAX; ) {
-      const response = await this.#call(
+      const { response } = await this.#call(
         `${taskPath(taskId)}/logs?follow=true`,
         { signal },
         { stream: true, headers: lastId === undefined ? {} : { 'last-event-id': lastId } },
@@ -172,48 +184,52 @@ export class TaskRunnerClient {
     return this.#json(callbackStateSchema, `${taskPath(taskId)}/callback`)
   }
 
+  /** Not repeated: each asks for a delivery. */
   async redeliver(taskId: string) {
-    return this.#json(doneSchema, `${taskPath(taskId)}/callback/redeliver`, { method: 'POST' })
+    const path = `${taskPath(taskId)}/callback/redeliver`
+    return this.#json(doneSchema, path, { method: 'POST', once: true })
   }
 
   async workers(): Promise<Worker[]> {
     return (await this.#json(workerListSchema, '/workers')).workers
   }
 
-  /** Ends a worker; a task that still runs on it is cancelled. */
+  /** Ends a worker; a task that still runs on it is cancelled. Not repeated: the second time it is a 404. */
   async terminateWorker(name: string) {
-    return this.#json(doneSchema, `/workers/${encodeURIComponent(name)}`, { method: 'DELETE' })
+    const path = `/workers/${encodeURIComponent(name)}`
+    return this.#json(doneSchema, path, { method: 'DELETE', once: true })
   }
 
-  /** Terminates workers stuck in Provisioning, by default for more than 59 seconds; returns their names. */
+  /** Terminates workers stuck in Provisioning, by default for more than 59 seconds; returns their names. Not repeated. */
   async cleanup(options: { olderThanSeconds?: number | undefined } = {}): Promise<string[]> {
     const body = { older_than_seconds: options.olderThanSeconds ?? null }
-    return (await this.#json(cleanupSchema, '/workers/cleanup', { method: 'POST', body })).workers
+    const call = { method: 'POST', body, once: true } as const
+    return (await this.#json(cleanupSchema, '/workers/cleanup', call)).workers
   }
 
   async #json<T extends z.ZodType>(schema: T, path: string, call: Call = {}): Promise<z.output<T>> {
-    const response = await this.#call(path, call)
-    const parsed = schema.safeParse(await response.json().catch(() => undefined))
+    const { response, text } = await this.#call(path, call)
+    const parsed = schema.safeParse(jsonOf(text))
     if (parsed.success) return parsed.data
     const message = `${this.#options.url} does not answer as a task runner`
     throw new TaskRunnerApiError(message, { status: response.status, cause: parsed.error })
   }
 
-  /** An answer that is not an error. */
+  /** An answer that is not an error; its text is there unless it is a stream. */
   async #call(
     path: string,
     call: Call = {},
     options: { stream?: boolean; headers?: Record<string, string> } = {},
-  ): Promise<Response> {
+  ): Promise<{ response: Response; text: string }> {
+    const attemptsMax = call.once ? 1 : this.#options.attempts
     for (let attempt = 1; ; attempt += 1) {
-      const { response, err } = await this.#attempt(path, call, options)
-      if (response?.ok) return response
+      const { response, text = '', err } = await this.#attempt(path, call, options)
+      if (response?.ok) return { response, text }
       const isWorthIt = !response || RETRIED_STATUSES.includes(response.status)
-      if (!isWorthIt || attempt >= this.#options.attempts) {
-        throw response ? await refusal(response) : unreachable(this.#options.url, err)
+      if (!isWorthIt || attempt >= attemptsMax) {
+        throw response ? refusal(response.status, text) : unreachable(this.#options.url, err)
       }
       const asked = Number(response?.headers.get('retry-after')) * 1000
-      await response?.body?.cancel()
       const backoff = Math.min(RETRY_MS * 2 ** (attempt - 1), RETRY_MAX_MS)
       const waitMs = Math.max(backoff * (0.5 + Math.random()), Math.min(asked || 0, RETRY_MAX_MS))
       await pause(waitMs, undefined, call.signal && { signal: call.signal })
@@ -224,7 +240,7 @@ export class TaskRunnerClient {
     path: string,
     { method = 'GET', body, signal }: Call,
     { stream = false, headers = {} }: { stream?: boolean; headers?: Record<string, string> },
-  ): Promise<{ response?: Response; err?: unknown }> {
+  ): Promise<{ response?: Response; text?: string; err?: unknown }> {
     const { url, token, timeoutMs } = this.#options
     const timeout = AbortSignal.timeout(timeoutMs)
     const signals = [...(signal ? [signal] : []), ...(stream ? [] : [timeout])]
@@ -239,7 +255,7 @@ export class TaskRunnerClient {
         body: body === undefined ? null : JSON.stringify(body),
         signal: AbortSignal.any(signals),
       })
-      return { response }
+      return stream && response.ok ? { response } : { response, text: await response.text() }
     } catch (err) {
       signal?.throwIfAborted()
       return { err }
@@ -251,9 +267,16 @@ function taskPath(taskId: string): string {
   return `/tasks/${encodeURIComponent(taskId)}`
 }
 
-async function refusal(response: Response): Promise<TaskRunnerApiError> {
-  const { status } = response
-  const body = errorSchema.safeParse(await response.json().catch(() => undefined)).data
+function jsonOf(text: string): unknown {
+  try {
+    return JSON.parse(text)
+  } catch {
+    return undefined
+  }
+}
+
+function refusal(status: number, text: string): TaskRunnerApiError {
+  const body = errorSchema.safeParse(jsonOf(text)).data
   const message = body?.message ?? `The service answered with status ${status}`
   return new TaskRunnerApiError(message, { status, errors: body?.errors })
 }
@@ -262,6 +285,15 @@ function unreachable(url: string, cause: unknown): TaskRunnerApiError {
   const inner = cause instanceof Error && cause.cause instanceof Error ? cause.cause : cause
   const why = inner instanceof Error ? inner.message : String(inner)
   return new TaskRunnerApiError(`${url} cannot be reached: ${why}`, { status: null, cause })
+}
+
+/** Whether waiting makes sense. Throws the reason of a signal that has aborted. */
+function isUnreachable(err: unknown, signal: AbortSignal | undefined): boolean {
+  signal?.throwIfAborted()
+  return (
+    err instanceof TaskRunnerApiError &&
+    (err.status === null || RETRIED_STATUSES.includes(err.status))
+  )
 }
 
 /** fetch reports whatever befalls a connection as a TypeError. */

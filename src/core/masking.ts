@@ -2,6 +2,7 @@ import type { LogTail, Worker } from './ports.ts'
 
 /** Shorter values would turn half a log into stars, and are no secrets worth the name. */
 const MASKED_BYTES_MIN = 6
+const LINES_MAX = 100
 const MASK = Buffer.from('***')
 
 /** A run of bytes that are part of a value: from, and up to but not including. */
@@ -14,9 +15,7 @@ export class Masker {
   readonly overlapBytes: number
 
   constructor(values: ReadonlyArray<string | null>) {
-    // Of a value of several lines, as keys have them, a task may print a single one.
-    const lines = values.flatMap((value) => (value ? [value, ...value.split(/\r?\n/)] : []))
-    this.#values = [...new Set(lines)]
+    this.#values = [...new Set(values.flatMap((value) => (value ? withLines(value) : [])))]
       .map((value) => Buffer.from(value))
       .filter((value) => value.length >= MASKED_BYTES_MIN)
     this.overlapBytes = Math.max(0, ...this.#values.map((value) => value.length - 1))
@@ -81,14 +80,25 @@ export class Masker {
   /** Where a value may begin whose rest is still to come; the text's length when none may. */
   safeBorder(text: Buffer): number {
     for (let at = Math.max(0, text.length - this.overlapBytes); at < text.length; at += 1) {
-      const rest = text.subarray(at)
+      const length = text.length - at
       const begins = this.#values.some(
-        (value) => value.length > rest.length && value.subarray(0, rest.length).equals(rest),
+        (value) =>
+          value[0] === text[at] &&
+          value.length > length &&
+          value.subarray(0, length).equals(text.subarray(at)),
       )
       if (begins) return at
     }
     return text.length
   }
+}
+
+/** Of a value of several lines, as keys have them, a task may print a single one. */
+function withLines(value: string): string[] {
+  const lines = value.split(/\r?\n/)
+  // Each is searched for: of longer ones, such as certificates, the whole has to do.
+  if (lines.length === 1 || lines.length > LINES_MAX) return [value]
+  return [value, ...lines.filter((line) => line.trim().length >= MASKED_BYTES_MIN)]
 }
 
 /** The runs between two borders, counted from the first. */

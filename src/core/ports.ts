@@ -38,6 +38,18 @@ export interface Repository {
   keepCredential: boolean
 }
 
+export interface WorkerResources {
+  cpus: number
+  memoryBytes: number
+  gpus: number
+}
+
+/** How a worker's image is had. */
+export interface ImageConfig {
+  pullPolicy?: 'Always' | 'IfNotPresent' | 'Never'
+  credential?: { username: string; password: string }
+}
+
 export interface WorkerSpec {
   name: string
   taskId: string
@@ -49,7 +61,12 @@ export interface WorkerSpec {
   environment: Record<string, string>
   startupScript?: string | undefined
   image?: string | undefined
+  imageConfig?: ImageConfig | undefined
   size?: string | undefined
+  /** What the size means; undefined: as much as there is. */
+  resources?: WorkerResources | undefined
+  /** The worker stays for a look inside after its task has ended. */
+  keepAfterwards: boolean
   /** A task that logs more is ended with reason `log_limit`. */
   maxLogBytes: number
   /** Lines for people, put at the top of the task's log. */

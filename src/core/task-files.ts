@@ -63,7 +63,10 @@ export class TaskFiles {
   }
 
   async #defaultsFiles(folder: string): Promise<string[]> {
-    const entries = await readdir(join(this.#folder, folder), { withFileTypes: true })
+    // What goes away while we look is no longer broken.
+    const entries =
+      (await readdir(join(this.#folder, folder), { withFileTypes: true }).catch(ignoreMissing)) ??
+      []
     const nested = entries.map(async (entry) => {
       const name = join(folder, entry.name)
       if (!entry.isDirectory()) return name.endsWith('_worker.json') ? [name] : []

@@ -151,13 +151,25 @@ export class TaskRunner {
   }
 
   async #attachOrProvision(task: ClaimedTask, cancelled: AbortSignal): Promise<Worker | undefined> {
-    if (task.status === 'running' || cancelled.aborted) return this.#backend.find(task.workerName)
+    const find = () => this.#backend.find(task.workerName)
+    if (task.status === 'running' || cancelled.aborted) {
+      const worker = await this.#persistently('finding a worker', find)
+      this.#closing.signal.throwIfAborted()
+      return worker
+    }
     const signal = AbortSignal.any([
       this.#closing.signal,
       cancelled,
       AbortSignal.timeout(this.#options.provisioningTimeoutMs),
     ])
-    const { spec, secretValues } = await until(this.#options.setup.specFor(task), signal)
+    const setup = this.#options.setup.specFor(task)
+    const { spec, secretValues } = await until(setup, signal).catch(async (err: unknown) => {
+      // What a worker needs may be gone, and the worker there all the same: from a run that a crash cut short.
+      const begun = task.claim > 1 ? await find() : undefined
+      if (!begun) throw err
+      return { spec: begun, secretValues: [] }
+    })
+    if (!('environment' in spec)) return spec
     if (secretValues.length > 0) {
       // Before the worker can print one. A worker of an earlier claim may know older values.
       const known = [...new Set([...task.secretValues, ...secretValues])]

@@ -8,7 +8,11 @@ export interface WorkerConfig {
   sharedSecrets?: string[]
   gitConfigs?: GitConfig[]
   startupScript?: string
-  imageConfig?: Record<string, unknown>
+  imageConfig?: {
+    pullPolicy?: 'Always' | 'IfNotPresent' | 'Never'
+    username?: string
+    secretName?: string
+  }
   logLevel?: string
   modulesLogLevel?: string
   /** Wire names of fields that were set but have no effect in this service; noted in the task's log. */

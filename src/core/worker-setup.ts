@@ -2,6 +2,7 @@
 import { type FieldError, InvalidRequestError } from './errors.ts'
 import {
   type GitHosts,
+  type ImageConfig,
   type Repository,
   type SecretSource,
   UnusableSecretError,
@@ -17,6 +18,7 @@ import {
   taskEnvironment,
   type WorkerConfig,
 } from './worker-config.ts'
+import type { WorkerSizes } from './worker-sizes.ts'
 
 /** Taken by GitHub, GitLab, Gitea and Azure DevOps beside a token, whatever its owner's name is. */
 const USERNAME_DEFAULT = 'x-access-token'
@@ -25,6 +27,7 @@ export interface WorkerSetupOptions {
   secrets: SecretSource
   gitHosts: GitHosts
   files: Pick<TaskFiles, 'has'>
+  sizes: WorkerSizes
   /** A task that logs more is ended with reason `log_limit`. */
   maxLogBytes: number
 }
@@ -61,7 +64,10 @@ export class WorkerSetup {
    * Throws a `WorkerError` with `startup_failed` when a secret has gone or a host may not be asked.
    */
   async specFor(
-    task: Pick<Task, 'taskId' | 'taskFileName' | 'workerName' | 'workerConfig'>,
+    task: Pick<
+      Task,
+      'taskId' | 'taskFileName' | 'workerName' | 'workerConfig' | 'terminateOnCompletion'
+    >,
   ): Promise<{ spec: WorkerSpec; secretValues: string[] }> {
     const { workerConfig } = task
     const gitConfigs = workerConfig.gitConfigs ?? []
@@ -88,7 +94,13 @@ export class WorkerSetup {
         },
         startupScript: workerConfig.startupScript,
         image: workerConfig.workerImage,
+        imageConfig: imageConfigOf(workerConfig, values),
         size: workerConfig.workerSize,
+        resources:
+          workerConfig.workerSize === undefined
+            ? undefined
+            : this.#options.sizes[workerConfig.workerSize],
+        keepAfterwards: !task.terminateOnCompletion,
         maxLogBytes: this.#options.maxLogBytes,
         notes: (workerConfig.withoutEffect ?? []).map((field) => `${field} has no effect here`),
       },
@@ -115,7 +127,7 @@ export class WorkerSetup {
   async #repository(config: GitConfig, secrets: Map<string, string>): Promise<Repository> {
     const url = new URL(config.remoteUrl)
     const password = config.secretName === undefined ? undefined : secrets.get(config.secretName)
-    const username = config.username ?? (decodeURIComponent(url.username) || USERNAME_DEFAULT)
+    const username = config.username ?? USERNAME_DEFAULT
     return {
       url: config.remoteUrl,
       directory: directoryOf(config),
@@ -152,6 +164,19 @@ export function locateInRepository(
   return config && rest.length > 0 ? { config, path: rest.join('/') } : undefined
 }
 
+function imageConfigOf(
+  { imageConfig }: WorkerConfig,
+  secrets: Map<string, string>,
+): ImageConfig | undefined {
+  if (!imageConfig) return undefined
+  const { pullPolicy, username = '', secretName } = imageConfig
+  const password = secretName === undefined ? undefined : secrets.get(secretName)
+  return {
+    ...(pullPolicy === undefined ? {} : { pullPolicy }),
+    ...(password === undefined ? {} : { credential: { username, password } }),
+  }
+}
+
 /** Percent-encoded as git itself does it when it stores credentials. */
 export function encodedForGit(text: string): string {
   const bytes = [...Buffer.from(text)].map((byte) => {
@@ -164,12 +189,15 @@ export function encodedForGit(text: string): string {
 function namedSecrets(config: WorkerConfig): Array<{ path: string; name: string }> {
   const listed = (field: string, names: readonly string[] = []) =>
     names.map((name, index) => ({ path: `worker_config.${field}.${index}`, name }))
+  const optional = (path: string, name: string | undefined) =>
+    name === undefined ? [] : [{ path: `worker_config.${path}.secret_name`, name }]
   return [
     ...listed('personal_secrets', config.personalSecrets),
     ...listed('shared_secrets', config.sharedSecrets),
-    ...(config.gitConfigs ?? []).flatMap(({ secretName: name }, index) =>
-      name === undefined ? [] : [{ path: `worker_config.git_configs.${index}.secret_name`, name }],
+    ...(config.gitConfigs ?? []).flatMap(({ secretName }, index) =>
+      optional(`git_configs.${index}`, secretName),
     ),
+    ...optional('image_config', config.imageConfig?.secretName),
   ]
 }
 

@@ -1,3 +1,4 @@
+import type { FastifyBaseLogger } from 'fastify'
 import type { FastifyPluginAsyncZod } from 'fastify-type-provider-zod'
 import { TaskRunnerError } from '../core/errors.ts'
 import { healthSchema } from '../wire/responses.ts'
@@ -65,8 +66,16 @@ export const healthRoutes: FastifyPluginAsyncZod<{
         success: ok,
         message,
         parts: Object.fromEntries(states),
-        ...(ok ? { warnings: await warnings() } : {}),
+        ...(ok ? { warnings: await warnings().catch(asWarning(request.log)) } : {}),
       })
     },
   )
+}
+
+/** They cannot be had, which is one itself. */
+function asWarning(log: FastifyBaseLogger) {
+  return (err: unknown): string[] => {
+    log.warn({ err }, 'defaults files could not be looked at')
+    return ['the defaults files could not be looked at; the log says why']
+  }
 }

@@ -1,5 +1,6 @@
 import type { FastifyPluginAsyncZod } from 'fastify-type-provider-zod'
 import type { Submissions } from '../core/submissions.ts'
+import type { WorkerSizes } from '../core/worker-sizes.ts'
 import { acceptedSchema } from '../wire/responses.ts'
 import { taskRequestSchema, toTaskRequest } from '../wire/task-request.ts'
 import { answer, errorResponses } from './responses.ts'
@@ -8,7 +9,8 @@ import { answer, errorResponses } from './responses.ts'
 export const taskRunnerRoute: FastifyPluginAsyncZod<{
   submissions: Submissions
   timeoutSecondsMax: number
-}> = async (app, { submissions, timeoutSecondsMax }) => {
+  workerSizes: WorkerSizes
+}> = async (app, { submissions, timeoutSecondsMax, workerSizes }) => {
   app.post(
     '/task-runner',
     {
@@ -26,7 +28,7 @@ export const taskRunnerRoute: FastifyPluginAsyncZod<{
       },
     },
     async ({ body }) => {
-      const submitted = await submissions.submit(toTaskRequest(body))
+      const submitted = await submissions.submit(toTaskRequest(body, workerSizes))
       const message = submitted.isNew
         ? 'Started Task successfully'
         : `Already accepted: ${submitted.status}`

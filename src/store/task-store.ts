@@ -304,7 +304,8 @@ export class SqlTaskStore implements TaskStore {
   }
 
   #unseal(row: { task_id: string; sealed: Uint8Array }): Sealed {
-    // Holds: `insert` sealed exactly this, and nobody else has the key.
-    return JSON.parse(this.#sealer.unseal(row.sealed, row.task_id)) as Sealed
+    // Holds: nobody else has the key. What was sealed before there were named secrets has none.
+    const sealed = JSON.parse(this.#sealer.unseal(row.sealed, row.task_id)) as Sealed
+    return { ...sealed, secretValues: sealed.secretValues ?? [] }
   }
 }

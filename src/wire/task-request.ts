@@ -2,6 +2,7 @@ import { posix } from 'node:path'
 import { z } from 'zod'
 import type { TaskRequest } from '../core/task.ts'
 import { TASK_FILE_EXTENSIONS } from '../core/task-files.ts'
+import type { WorkerSizes } from '../core/worker-sizes.ts'
 import { line } from './fields.ts'
 import { toWorkerConfig, workerConfigSchema } from './worker-config.ts'
 
@@ -87,12 +88,15 @@ function withoutFragment(callbackUrl: string): string {
   return url.href
 }
 
-/** Throws `invalid_request` when `additional_params` holds something wrong. */
-export function toTaskRequest(wire: z.output<ReturnType<typeof taskRequestSchema>>): TaskRequest {
+/** Throws `invalid_request` when `additional_params` holds something wrong, or the size is none of these. */
+export function toTaskRequest(
+  wire: z.output<ReturnType<typeof taskRequestSchema>>,
+  sizes: WorkerSizes,
+): TaskRequest {
   return {
     taskId: wire.task_id,
     taskFileName: posix.normalize(wire.task_file_name),
-    workerConfig: toWorkerConfig(wire.worker_config),
+    workerConfig: toWorkerConfig(wire.worker_config, { path: ['worker_config'], sizes }),
     callbackUrl: wire.callback_url == null ? null : withoutFragment(wire.callback_url),
     callbackUrlToken: wire.callback_url_token ?? null,
     terminateOnCompletion: wire.terminate_on_completion ?? true,

@@ -1,9 +1,8 @@
 import { z } from 'zod'
 import { InvalidRequestError } from '../core/errors.ts'
 import { type GitConfig, mergeWorkerConfigs, type WorkerConfig } from '../core/worker-config.ts'
+import { DEFAULT_WORKER_SIZES, knownSize, type WorkerSizes } from '../core/worker-sizes.ts'
 import { line, parseWith, text } from './fields.ts'
-
-export const WORKER_SIZES = ['X-Small', 'Small', 'Medium', 'Large', 'X-Large', '2X-Large'] as const
 
 /** Linux takes no single `NAME=value` longer than this (MAX_ARG_STRLEN, include/uapi/linux/binfmts.h). */
 const VARIABLE_BYTES_MAX = 131_071
@@ -45,10 +44,13 @@ const envVariables = z
     }
   })
 
+/** Of ssh URLs, whose hosts no parser looks at, as of others. */
+const HOST = /^([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])$/
 const gitRemote = line(2048).superRefine((value, context) => {
   const wrong = (message: string) => context.addIssue({ code: 'custom', message })
   const url = URL.parse(value)
-  if (!url || !/^(https?|ssh):\/\/[^\s]+$/.test(value)) {
+  // A backslash is a slash to some readers, and part of the host to others.
+  if (!url || !/^(https?|ssh):\/\/[^\s\\]+$/.test(value) || !HOST.test(url.hostname)) {
     wrong('must be an http(s) or ssh URL, such as ssh://git@host/path.git')
   } else if (url.password !== '' || (url.username !== '' && url.protocol !== 'ssh:')) {
     wrong('must not contain a user name or password; use username and secret_name')
@@ -108,7 +110,9 @@ export const gitConfigSchema = z
       .describe(
         'Leaves the secret on the worker, so that the task can pull and push; http(s) only',
       ),
-    username: line(255).nullish().describe('Default `x-access-token`, which suits tokens'),
+    username: line(255)
+      .nullish()
+      .describe('Default `x-access-token`, which suits tokens; http(s) only'),
     local_path: localPath
       .nullish()
       .describe('Where to, below the home of the worker; default `~/projects/<repository>`'),
@@ -128,9 +132,11 @@ export const gitConfigSchema = z
     fetch_depth: z.int().positive().nullish().describe('Only so many of the last commits'),
   })
   .superRefine((config, context) => {
-    if (config.save_secret === true && config.remote_url.startsWith('ssh:')) {
-      const message = 'is for http(s) repositories'
-      context.addIssue({ code: 'custom', path: ['save_secret'], message })
+    for (const field of ['save_secret', 'username'] as const) {
+      if (config[field] && config.remote_url.startsWith('ssh:')) {
+        const message = 'is for http(s) repositories'
+        context.addIssue({ code: 'custom', path: [field], message })
+      }
     }
     if (config.save_secret === true && config.secret_name == null) {
       const message = 'there is no secret_name'
@@ -146,16 +152,22 @@ export const gitConfigSchema = z
 /** Put in the environment, so it is a name for variables as well. */
 const secretVariable = line(255).pipe(variableName)
 
-const workerSize = z
-  .string()
-  .max(100)
-  .refine((size) => knownSize(size) !== undefined, `must be one of ${WORKER_SIZES.join(', ')}`)
+const imageConfig = z.looseObject({
+  pull_policy: z
+    .enum(['Always', 'IfNotPresent', 'Never'])
+    .nullish()
+    .describe('When the image is pulled; default `IfNotPresent`'),
+  username: line(255).nullish().describe('For the registry'),
+  secret_name: secretName.nullish().describe('Name of the secret that is the password'),
+})
 
 const fields = {
   worker_image: line(512).nullish().describe('Container image; local workers do not use it'),
-  worker_size: workerSize
+  worker_size: line(100)
     .nullish()
-    .describe(`One of ${WORKER_SIZES.join(', ')}, in any case; local workers do not enforce it`),
+    .describe(
+      `One of ${Object.keys(DEFAULT_WORKER_SIZES).join(', ')}, or of the operator's own table, in any case; local workers do not enforce it`,
+    ),
   env_variables: envVariables
     .nullish()
     .describe('Environment of the task; numbers and booleans are passed as text'),
@@ -171,7 +183,7 @@ const fields = {
     .describe('As personal_secrets, which win over these'),
   git_configs: z.array(gitConfigSchema).max(100).nullish(),
   startup_script: text(1_000_000).nullish().describe('Shell script run before the task'),
-  image_config: z.record(z.string(), z.unknown()).nullish(),
+  image_config: imageConfig.nullish().describe('How the image is had; local workers have none'),
   log_level: line(50).nullish().describe('Reaches the task as `LOG_LEVEL`'),
   modules_log_level: z
     .union([line(10_000), z.record(z.string(), z.string())])
@@ -199,7 +211,6 @@ const WITHOUT_EFFECT = [
   'service_url',
   'email',
   'refresh_token',
-  'image_config',
 ] as const
 const NOT_SUPPORTED = ['distributed_config'] as const
 
@@ -231,23 +242,29 @@ type WireFields = z.output<typeof additionalSchema>
  */
 export function toWorkerConfig(
   { additional_params, ...outright }: z.output<typeof workerConfigSchema>,
-  path: string[] = ['worker_config'],
-  prepare: (fields: object) => object = (fields) => fields,
+  options: {
+    path: string[]
+    /** The names that `worker_size` may be; undefined: any. */
+    sizes?: WorkerSizes | undefined
+    prepare?: (fields: object) => object
+  },
 ): WorkerConfig {
-  const given = fromFields(outright, path)
+  const { path, sizes, prepare = (fields) => fields } = options
+  const given = fromFields(outright, path, sizes)
   if (additional_params == null || additional_params === '') return given
   const hidden = [...path, 'additional_params']
   return mergeWorkerConfigs(
     fromFields(
       parseWith(additionalSchema, prepare(decodeParams(additional_params, hidden)), hidden),
       hidden,
+      sizes,
     ),
     given,
   )
 }
 
 /** A worker defaults file: in it `null`, `""` and `"None"` count as absent. */
-export function parseWorkerFile(json: string): WorkerConfig {
+export function parseWorkerFile(json: string, sizes?: WorkerSizes): WorkerConfig {
   let whole: unknown
   try {
     whole = JSON.parse(json)
@@ -259,7 +276,7 @@ export function parseWorkerFile(json: string): WorkerConfig {
     throw new Error('it does not hold a JSON object')
   }
   const fields = parseWith(workerConfigSchema, withoutAbsent(whole))
-  return toWorkerConfig(fields, [], withoutAbsent)
+  return toWorkerConfig(fields, { path: [], sizes, prepare: withoutAbsent })
 }
 
 function withoutAbsent(fields: object): object {
@@ -277,6 +294,11 @@ export function maskedWorkerConfig(config: WorkerConfig): Record<string, unknown
     env_variables:
       config.envVariables &&
       Object.fromEntries(Object.keys(config.envVariables).map((name) => [name, '***'])),
+    image_config: config.imageConfig && {
+      pull_policy: config.imageConfig.pullPolicy,
+      username: config.imageConfig.username,
+      secret_name: config.imageConfig.secretName,
+    },
     personal_secrets: config.personalSecrets,
     shared_secrets: config.sharedSecrets,
     git_configs: config.gitConfigs?.map(toWireGitConfig),
@@ -287,17 +309,32 @@ export function maskedWorkerConfig(config: WorkerConfig): Record<string, unknown
   return Object.fromEntries(Object.entries(masked).filter(([, value]) => value !== undefined))
 }
 
-function fromFields(wire: WireFields, path: string[]): WorkerConfig {
+function fromFields(
+  wire: WireFields,
+  path: string[],
+  sizes: WorkerSizes | undefined,
+): WorkerConfig {
   const refused = NOT_SUPPORTED.filter((field) => isSet(wire[field])).map((field) => ({
     path: [...path, field].join('.'),
     message: 'not supported',
   }))
+  const size = wire.worker_size && sizes ? knownSize(wire.worker_size, sizes) : wire.worker_size
+  if (wire.worker_size && size === undefined && sizes) {
+    const message = `must be one of ${Object.keys(sizes).join(', ')}`
+    refused.push({ path: [...path, 'worker_size'].join('.'), message })
+  }
   if (refused.length > 0) throw new InvalidRequestError(refused)
-  const withoutEffect = WITHOUT_EFFECT.filter((field) => isSet(wire[field]))
+  const { pull_policy, username, secret_name, ...unknown } = wire.image_config ?? {}
+  const withoutEffect = [
+    ...WITHOUT_EFFECT.filter((field) => isSet(wire[field])),
+    ...Object.keys(unknown).map((field) => `image_config.${field}`),
+  ]
   const modules = wire.modules_log_level
   return present({
     workerImage: wire.worker_image,
-    workerSize: wire.worker_size && knownSize(wire.worker_size),
+    workerSize: size,
+    imageConfig:
+      wire.image_config && present({ pullPolicy: pull_policy, username, secretName: secret_name }),
     envVariables:
       wire.env_variables &&
       Object.fromEntries(
@@ -314,14 +351,10 @@ function fromFields(wire: WireFields, path: string[]): WorkerConfig {
   })
 }
 
-/** The size in the table's spelling. */
-function knownSize(size: string): string | undefined {
-  return WORKER_SIZES.find((known) => known.toLowerCase() === size.toLowerCase())
-}
-
 function fromGitConfig(wire: z.output<typeof gitConfigSchema>): GitConfig {
   return present({
-    remoteUrl: wire.remote_url,
+    // As it is judged, so is it used: git reads some spellings otherwise.
+    remoteUrl: new URL(wire.remote_url).href,
     secretName: wire.secret_name,
     saveSecret: wire.save_secret,
     username: wire.username,

@@ -32,7 +32,7 @@ export function encodeWorkerFile(config: WorkerConfigInput): string {
 export function decodeWorkerFile(config: WorkerConfigInput): WorkerConfigInput {
   const fields = parseWith(workerConfigSchema, config)
   // Judges what `additional_params` holds.
-  toWorkerConfig(fields, [])
+  toWorkerConfig(fields, { path: [] })
   const { additional_params, ...outright } = withoutNulls(fields)
   const hidden = additional_params ? withoutNulls(decoded(additional_params)) : {}
   const env = { ...hidden.env_variables, ...outright.env_variables }

@@ -4,12 +4,15 @@
 #   sh bootstrap.sh run WORKER_FOLDER TASK_FOLDER TASK_FILE PYTHON SHELL NODE
 #       as a program: clones the repositories, runs the startup script if there is one, then the task file;
 #       its exit code is ours
+#   sh bootstrap.sh contain WORKER_FOLDER KEEP TASK_FOLDER TASK_FILE PYTHON SHELL NODE
+#       as the program of a container: `run` with the environment of environment.sh; ends whatever is left.
+#       KEEP, unless empty: stays for a look inside after the task has ended
 #   . bootstrap.sh
 #       for the functions alone: a local slot shell runs plain tasks with them, without another exec
 #
-# The worker's folder holds: tasks/ (a copy of the task files), home/, tmp/, log, startup.sh (only with a
-# startup script), repositories.sh and secret-<n> (only with repositories), and, written here, exit:
-# "<phase> <exit code> <words>". TASK_FOLDER is where the task runs: tasks, or a repository below home.
+# The worker's folder holds: tasks/ (a copy of the task files), home/, tmp/, startup.sh (only with a startup
+# script), repositories.sh and secret-<n> (only with repositories), environment.sh and notes (only in
+# containers), and, written here, exit: "<phase> <exit code> <words>". TASK_FOLDER is where the task runs: tasks, or a repository below home.
 # Needs only a POSIX system, and what the task itself needs; git 2.31 with repositories (2.37 pins addresses).
 
 # Our variables have names that no task uses: one that came with the environment would reach the task changed.
@@ -48,6 +51,8 @@ fail() {
 clone() {
   echo "[task-runner] cloning $1 into ~/$2"
   (
+    # What the task's variables must not change about the clone.
+    unset GIT_CONFIG_PARAMETERS GIT_TRACE GIT_TRACE_CURL GIT_CURL_VERBOSE GIT_TRACE_REDACT GIT_DIR GIT_WORK_TREE
     # Nobody is there to answer; redirects could lead where the judged address does not.
     export GIT_TERMINAL_PROMPT=0 GIT_ASKPASS=true GIT_ALLOW_PROTOCOL=http:https:ssh __tr_secret="$6"
     export GIT_CONFIG_KEY_0=http.followRedirects GIT_CONFIG_VALUE_0=false
@@ -59,10 +64,12 @@ clone() {
     export GIT_CONFIG_KEY_5=credential.helper GIT_CONFIG_VALUE_5= GIT_CONFIG_COUNT=6
     case $1 in
       ssh:*)
-        __tr_ssh='ssh -o BatchMode=yes -o ConnectTimeout=30 -o StrictHostKeyChecking=accept-new'
+        # Nothing of the user that the worker happens to run as: no configuration, no keys.
+        __tr_ssh='ssh -F none -o BatchMode=yes -o IdentitiesOnly=yes -o IdentityAgent=none -o ConnectTimeout=30'
+        __tr_ssh="$__tr_ssh -o ServerAliveInterval=15 -o ServerAliveCountMax=2 -o StrictHostKeyChecking=accept-new"
         __tr_ssh="$__tr_ssh -o UserKnownHostsFile=.ssh/known_hosts ${5:+-o HostName=${5#*=} -o HostKeyAlias=${5%%=*}}"
         # shellcheck disable=SC2016 # git's shell expands it
-        [ -n "$6" ] && __tr_ssh="$__tr_ssh"' -o IdentitiesOnly=yes -i "$__tr_secret"'
+        [ -n "$6" ] && __tr_ssh="$__tr_ssh"' -i "$__tr_secret"' || __tr_ssh="$__tr_ssh -o IdentityFile=none"
         export GIT_SSH_COMMAND="$__tr_ssh"
         mkdir -p .ssh
         ;;
@@ -100,7 +107,10 @@ cloned() {
 }
 
 run() {
-  __tr_folder=$1
+  __tr_folder=$1 __tr_stopped=
+  # What is at work gets the signal as well, ends in its own way, and its exit code is the task's.
+  trap '__tr_stopped=1' TERM
+  command -v "$5" >/dev/null 2>&1 || set -- "$1" "$2" "$3" "$4" sh "$6"
   if [ -f "$1/repositories.sh" ]; then
     cd "$1/home" && . "$1/repositories.sh"
     rm -f "$1"/secret-*
@@ -111,6 +121,7 @@ run() {
     [ "$__tr_code" = 0 ] ||
       fail "$1" startup "$__tr_code" "The startup script failed with exit code $__tr_code"
   fi
+  [ -z "$__tr_stopped" ] || fail "$1" task 143 "Stopped before the task ran"
   cd "$1/$2" || fail "$1" startup 1 "The folder of the task is not there"
   # Only of a repository could nobody know before.
   [ "$2" = tasks ] || [ -f "./$3" ] || fail "$1" startup 127 "There is no file \"$3\" in ~/${2#home/}"
@@ -122,6 +133,43 @@ run() {
   exit "$__tr_code"
 }
 
+contain() {
+  __tr_folder=$1 __tr_keep=$2
+  shift 2
+  trap 'kill -TERM -1' TERM
+  # What a shell starts in the background ignores INT and QUIT, and so would everything below it.
+  __tr_reset='env --default-signal=INT,QUIT'
+  $__tr_reset true 2>/dev/null || __tr_reset=
+  (
+    . "$__tr_folder/environment.sh"
+    rm -f "$__tr_folder/environment.sh"
+    [ ! -f "$__tr_folder/notes" ] || while IFS= read -r __tr_line; do
+      printf '%s\n' "$__tr_line"
+    done <"$__tr_folder/notes"
+    # A shell of its own, which takes none of these variables for its own.
+    # shellcheck disable=SC2086 # three words, or none
+    exec $__tr_reset /bin/sh "$__tr_folder/bootstrap.sh" run "$__tr_folder" "$@"
+  ) </dev/null 2>&1 & # one stream, or its lines would lose their order
+  __tr_pid=$!
+  # A signal ends `wait` before what it waits for.
+  while :; do
+    wait "$__tr_pid"
+    __tr_code=$?
+    kill -0 "$__tr_pid" 2>/dev/null || break
+  done
+  finish "$__tr_folder" task "$__tr_code"
+  kill -KILL -1 2>/dev/null
+  if [ -n "$__tr_keep" ]; then
+    trap 'exit 0' TERM
+    while :; do
+      sleep 3600 &
+      wait $!
+    done
+  fi
+  read -r _ __tr_code _ <"$__tr_folder/exit"
+  exit "$__tr_code"
+}
+
 case ${1-} in
-  run) shift; run "$@" ;;
+  run | contain) "$@" ;;
 esac

@@ -207,6 +207,44 @@ describe('against a service in trouble', () => {
     expect(task.status).toBe('succeeded')
   })
 
+  test('where streams are cut for good, the rest of the log comes with the end', async () => {
+    let streams = 0
+    await using server = await startServer((incoming, response) => {
+      if (incoming.url?.endsWith('/logs')) return response.end('start\nresult\n')
+      if (!incoming.url?.includes('follow')) return json(response, 200, final)
+      streams += 1
+      response.writeHead(200, { 'content-type': 'text/event-stream' })
+      return streams === 1 ? response.end('id: 6\ndata: start\ndata: \n\n') : response.end()
+    })
+    let log = ''
+    await server.client().wait('a', {
+      onLog: (text) => {
+        log += text
+      },
+    })
+    expect(log).toBe('start\nresult\n')
+  })
+
+  test('a restart that takes longer than one call is tried is waited out', async () => {
+    await using server = await startServer((incoming, response, count) => {
+      if (count < 6) return incoming.socket.destroy()
+      if (incoming.url?.includes('follow')) return response.writeHead(200).end()
+      return json(response, 200, final)
+    })
+    const task = await server.client({ attempts: 2 }).wait('a')
+    expect(task.status).toBe('succeeded')
+  })
+
+  test.each([
+    ['cleanup', (client: TaskRunnerClient) => client.cleanup()],
+    ['redeliver', (client: TaskRunnerClient) => client.redeliver('a')],
+    ['terminateWorker', (client: TaskRunnerClient) => client.terminateWorker('w')],
+  ])('%s is not repeated', async (_, call) => {
+    await using server = await startServer((incoming) => incoming.socket.destroy())
+    await expect(call(server.client())).rejects.toMatchObject({ status: null })
+    expect(server.count()).toBe(1)
+  })
+
   test('where no stream comes through it asks until the task has ended, and takes the log then', async () => {
     let asked = 0
     await using server = await startServer((incoming, response) => {

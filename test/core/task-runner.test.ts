@@ -19,6 +19,7 @@ import {
 import { isFinal, type Task } from '../../src/core/task.ts'
 import { TaskRunner } from '../../src/core/task-runner.ts'
 import { WorkerSetup } from '../../src/core/worker-setup.ts'
+import { DEFAULT_WORKER_SIZES } from '../../src/core/worker-sizes.ts'
 import { EmbeddedQueue } from '../../src/queue/embedded.ts'
 import { Sealer } from '../../src/secrets/sealing.ts'
 import type { Connection } from '../../src/store/connection.ts'
@@ -206,6 +207,7 @@ describe('TaskRunner', () => {
         secrets: { read: async () => undefined },
         gitHosts: { refusal: () => undefined, addresses: async () => [] },
         files: { has: async () => true },
+        sizes: DEFAULT_WORKER_SIZES,
         maxLogBytes: 1_000_000,
       }),
       onProvisioningFailed: async () => void events.push('clean up'),
@@ -293,6 +295,7 @@ describe('TaskRunner', () => {
           },
           ...{ taskFolder: 'tasks', repositories: [] },
           ...{ startupScript: 'echo', image: 'image', size: 'Small', maxLogBytes: 1_000_000 },
+          ...{ resources: DEFAULT_WORKER_SIZES.Small, keepAfterwards: false },
           notes: ['email has no effect here'],
         },
       ])
@@ -607,6 +610,17 @@ describe('TaskRunner', () => {
       await workerGone(task)
       expect(backend.specs).toHaveLength(1)
       expect(sender.sent).toHaveLength(1)
+    })
+
+    test('a worker that was begun before is taken up although what it was given is gone by now', async () => {
+      const task = await stored({ workerConfig: { personalSecrets: ['gone'] } })
+      await store.claim(task.taskId)
+      backend.make({ name: task.workerName, taskId: task.taskId } as WorkerSpec)
+      await open().runner.start()
+      const worker = await workerOf(task)
+      await isIn(task, 'running')
+      worker.ended.resolve(DONE)
+      expect(await finalOf(task)).toMatchObject({ status: 'succeeded' })
     })
 
     test('a task in provisioning stays so, and the next runner provisions it', async () => {

@@ -1,18 +1,22 @@
 import { describe, expect, test } from 'vitest'
 import { type FieldError, InvalidRequestError } from '../../src/core/errors.ts'
+import { DEFAULT_WORKER_SIZES } from '../../src/core/worker-sizes.ts'
 import { fieldErrors, parseWith } from '../../src/wire/fields.ts'
 import {
   gitConfigSchema,
   maskedWorkerConfig,
   parseWorkerFile,
   toWorkerConfig,
-  WORKER_SIZES,
   workerConfigSchema,
 } from '../../src/wire/worker-config.ts'
 
 /** As the route does it. */
 function parse(config: unknown) {
-  return toWorkerConfig(parseWith(workerConfigSchema, config, ['worker_config']))
+  const path = ['worker_config']
+  return toWorkerConfig(parseWith(workerConfigSchema, config, path), {
+    path,
+    sizes: DEFAULT_WORKER_SIZES,
+  })
 }
 
 function errorsOf(config: unknown): readonly FieldError[] {
@@ -144,7 +148,7 @@ describe('fields', () => {
     expect(config.withoutEffect?.toSorted()).toEqual([
       'bypass_ssl_verification',
       'email',
-      'image_config',
+      'image_config.registry_password',
       'interactive',
       'network_protocol',
       'refresh_token',
@@ -162,7 +166,7 @@ describe('fields', () => {
   })
 
   test('all wrong fields are told at once', () => {
-    const paths = errorsOf({ worker_size: 'x', interactive: 1, log_level: 2 }).map((e) => e.path)
+    const paths = errorsOf({ worker_size: 1, interactive: 1, log_level: 2 }).map((e) => e.path)
     expect(paths.sort()).toEqual([
       'worker_config.interactive',
       'worker_config.log_level',
@@ -176,11 +180,10 @@ describe('fields', () => {
       refresh_token: { secret },
       env_variables: { A: `${secret}\0`, B: [secret], C: `${secret}${'x'.repeat(200_000)}` },
       startup_script: `${secret}\0`,
-      worker_size: secret,
       service_type: secret,
       git_configs: [{ remote_url: secret }],
     })
-    expect(errors.length).toBeGreaterThanOrEqual(8)
+    expect(errors.length).toBeGreaterThanOrEqual(7)
     expect(JSON.stringify(errors)).not.toContain(secret)
   })
 })
@@ -200,6 +203,9 @@ describe('GitConfig', () => {
         'https://token@host/repo.git',
         'https://user:token@host/repo.git',
         'ssh://git:password@host/repo.git',
+        'http://public.example\\@127.0.0.1/repo.git',
+        // biome-ignore lint/suspicious/noTemplateCurlyInString: what a shell would make of it
+        'ssh://git@a;touch${IFS}x;b/repo.git',
         ...['https://host', 'https://host/', 'https://host/.git', 'https://host/a/..%2f..'],
         ...['https://host/repo.git?a=b', 'https://host/repo.git#main', 'https://host/%ff'],
       ],
@@ -261,7 +267,13 @@ describe('what this version cannot do is refused, not dropped', () => {
 })
 
 describe('worker_size', () => {
-  test.each(WORKER_SIZES)('%s is known in any case', (size) => {
+  test('an unknown one is not repeated', () => {
+    const errors = errorsOf({ worker_size: 'a-secret-value' })
+    expect(errors).toHaveLength(1)
+    expect(JSON.stringify(errors)).not.toContain('a-secret-value')
+  })
+
+  test.each(Object.keys(DEFAULT_WORKER_SIZES))('%s is known in any case', (size) => {
     for (const written of [size, size.toLowerCase(), size.toUpperCase()]) {
       expect(parse({ worker_size: written })).toEqual({ workerSize: size })
     }
@@ -269,7 +281,7 @@ describe('worker_size', () => {
 
   test('an unknown one is answered with those there are', () => {
     const [error] = errorsOf({ worker_size: 'Gigantic' })
-    for (const size of WORKER_SIZES) expect(error?.message).toContain(size)
+    for (const size of Object.keys(DEFAULT_WORKER_SIZES)) expect(error?.message).toContain(size)
   })
 })
 
@@ -484,7 +496,7 @@ describe('parseWorkerFile', () => {
       log_level: 'None',
       additional_params: base64({ env_variables: { A: 1 } }),
     }
-    expect(parseWorkerFile(JSON.stringify(file))).toEqual({
+    expect(parseWorkerFile(JSON.stringify(file), DEFAULT_WORKER_SIZES)).toEqual({
       workerSize: 'Small',
       envVariables: { A: '1' },
     })
@@ -493,7 +505,7 @@ describe('parseWorkerFile', () => {
   test.each(['', '{', '[]', 'null', '"text"', '1', '{"a":1}', '{"worker_size":"x"}'])(
     'the content %j is refused',
     (json) => {
-      expect(() => parseWorkerFile(json)).toThrow()
+      expect(() => parseWorkerFile(json, DEFAULT_WORKER_SIZES)).toThrow()
     },
   )
 

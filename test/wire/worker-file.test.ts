@@ -72,9 +72,9 @@ describe('encodeWorkerFile', () => {
   })
 
   test('a wrong field is refused by its path', () => {
-    const wrong = { worker_size: 'Giant' } as WorkerConfigInput
+    const wrong = { log_level: 5 } as unknown as WorkerConfigInput
     expect(() => encodeWorkerFile(wrong)).toThrow(InvalidRequestError)
-    expect(() => encodeWorkerFile(wrong)).toThrow('worker_size')
+    expect(() => encodeWorkerFile(wrong)).toThrow('log_level')
     expect(() => encodeWorkerFile({ additional_params: '%' })).toThrow('additional_params')
   })
 })

@@ -50,6 +50,7 @@ export function spec(script: string, overrides: Partial<WorkerSpec> = {}): Worke
     taskFileName,
     taskFolder: 'tasks',
     repositories: [],
+    keepAfterwards: false,
     maxLogBytes: 50 * 1024 * 1024,
     notes: [],
     ...overrides,
@@ -200,6 +201,8 @@ export function describeWorkerBackend(name: string, open: () => Promise<BackendH
         ...['PATH', 'HOME', 'LANG', 'TZ', 'TMPDIR', 'TASK_ID', 'TASK_FILE_NAME', 'WORKER_NAME'],
         // What shells add themselves.
         ...['PWD', 'OLDPWD', 'SHLVL', '_'],
+        // What containers add.
+        'HOSTNAME',
       ]
 
       test("a task has the variables of its worker and its own, and none of the service's", async () => {

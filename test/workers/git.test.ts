@@ -334,6 +334,7 @@ describe('which hosts may be asked', () => {
       secrets: { read: async () => undefined },
       gitHosts: { refusal: () => undefined, addresses: async () => ['127.0.0.1'] },
       files: { has: async () => true },
+      sizes: {},
       maxLogBytes: 1,
     })
     const remoteUrl = `http://pinned.invalid:${git.port}/public.git`

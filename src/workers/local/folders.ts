@@ -21,6 +21,7 @@ import {
 import { dirname, join, relative, sep } from 'node:path'
 import type { LogTail } from '../../core/ports.ts'
 import { LINKED, NOT_COPIED } from '../../core/task-files.ts'
+import { type Exit, parseExit } from '../completion.ts'
 import type { ProcessIdentity } from './processes.ts'
 
 /** `worker.json`. */
@@ -33,14 +34,6 @@ export interface WorkerRecord {
   slot: ProcessIdentity
 }
 
-export interface Exit {
-  /** `clone`, `startup`: the task itself did not run. */
-  phase: 'clone' | 'startup' | 'task'
-  code: number
-  /** What the bootstrap has to say about it. */
-  words: string | null
-}
-
 export interface Contents {
   record: WorkerRecord
   /** Empty when it is not a file of the tasks folder. */
@@ -51,7 +44,6 @@ export interface Contents {
 
 const CRLF_LOOK_BYTES = 4096
 
-const EXIT_LINE = /^(clone|startup|task) (\d+)(?: (.+))?\n/
 /** Enough for the longest without words, and a block of the disk has room for those. */
 const EXIT_LENGTH = 11
 
@@ -65,7 +57,7 @@ export function prepare(folder: string, tasksDir: string, contents: Contents): v
     mkdirSync(folder, { mode: 0o700 })
   }
   for (const name of ['home', 'tmp']) mkdirSync(join(folder, name), { mode: 0o700 })
-  copyTasks(realpathSync(tasksDir), join(folder, 'tasks'))
+  copyTasks(realpathSync(tasksDir), join(folder, 'tasks'), { skip: realpathSync(dirname(folder)) })
   for (const { name, content } of contents.files) {
     writeFileSync(join(folder, name), content, { mode: 0o600 })
   }
@@ -92,11 +84,7 @@ export function hasStarted(folder: string): boolean {
 
 /** How the task ended; undefined while that is not written. */
 export function readExit(folder: string): Exit | undefined {
-  const match = EXIT_LINE.exec(readIfThere(join(folder, 'exit')) ?? '')
-  if (!match) return undefined
-  const [, phase, code, words = null] = match
-  // Holds: the expression lets nothing else through.
-  return { phase: phase as Exit['phase'], code: Number(code), words }
+  return parseExit(readIfThere(join(folder, 'exit')) ?? '')
 }
 
 /** 0 when there is no log. */
@@ -133,15 +121,22 @@ function writeRecord(folder: string, record: WorkerRecord): void {
   renameSync(draft, join(folder, 'worker.json'))
 }
 
-/** Reflinks where the disk can. Links are followed inside the tasks folder, and left out where they leave it. */
-function copyTasks(from: string, to: string, root = from): void {
+/**
+ * Reflinks where the disk can. Links are followed inside the tasks folder, and left out where they leave it. `skip`:
+ * the folder of the workers, which may lie in there.
+ */
+function copyTasks(
+  from: string,
+  to: string,
+  { skip, root = from }: { skip: string; root?: string },
+): void {
   mkdirSync(to, { mode: 0o700 })
   for (const entry of readdirSync(from, { withFileTypes: true })) {
-    if (NOT_COPIED.includes(entry.name)) continue
     const source = join(from, entry.name)
+    if (NOT_COPIED.includes(entry.name) || source === skip) continue
     const target = join(to, entry.name)
     if (LINKED.includes(entry.name)) symlinkSync(source, target)
-    else if (entry.isDirectory()) copyTasks(source, target, root)
+    else if (entry.isDirectory()) copyTasks(source, target, { skip, root })
     else if (entry.isFile()) copyFileSync(source, target, constants.COPYFILE_FICLONE)
     else if (entry.isSymbolicLink()) copyLinked(source, target, root)
   }

@@ -50,6 +50,7 @@ export class LocalBackend implements WorkerBackend {
       notes.push(`worker_image "${spec.image}" is not used by local workers`)
     if (spec.size !== undefined)
       notes.push(`worker_size "${spec.size}" is not enforced on local workers`)
+    if (spec.imageConfig !== undefined) notes.push('image_config is not used by local workers')
     try {
       return this.#worker(await until(this.#call('provision', spec, notes), signal))
     } catch (err) {

@@ -2,8 +2,8 @@ import { mkdirSync, readdirSync } from 'node:fs'
 import { join } from 'node:path'
 import { setTimeout as pause } from 'node:timers/promises'
 import type { Completion, LogTail, WorkerSpec, WorkerStatus } from '../../core/ports.ts'
+import { completionOf, lost, overLogLimit } from '../completion.ts'
 import { repositoryFiles } from '../repositories.ts'
-import { completionOf } from './completion.ts'
 import * as folders from './folders.ts'
 import { type Interpreters, jobText } from './job.ts'
 import { identify, isAlive, kill, LeftoverFinder } from './processes.ts'
@@ -151,7 +151,7 @@ export class LocalWorkers {
     const live = this.#live.get(name) ?? this.#attach(name)
     if (live) return live.ended.promise
     await this.#endLeftovers(name)
-    return completionOf(folders.readExit(this.#folder(name)))
+    return completionIn(this.#folder(name))
   }
 
   tail(name: string, maxBytes: number): LogTail {
@@ -276,14 +276,7 @@ export class LocalWorkers {
       else live.slot.retire()
     }
     live.ended.resolve(
-      live.overLogLimit
-        ? {
-            reason: 'log_limit',
-            exitCode: null,
-            signal: null,
-            message: `Logged more than the limit of ${live.record.maxLogBytes} bytes`,
-          }
-        : completionOf(folders.readExit(live.folder)),
+      live.overLogLimit ? overLogLimit(live.record.maxLogBytes) : completionIn(live.folder),
     )
   }
 
@@ -322,6 +315,12 @@ export class LocalWorkers {
   #folder(name: string): string {
     return join(this.#settings.workersDir, name)
   }
+}
+
+function completionIn(folder: string): Completion {
+  const exit = folders.readExit(folder)
+  if (exit) return completionOf(exit)
+  return lost('The worker ended without recording an exit code (killed, or the machine restarted)')
 }
 
 function newLive(folder: string, record: folders.WorkerRecord, slot: SlotShell | undefined): Live {

@@ -1,0 +1,91 @@
+import { once } from 'node:events'
+
+const CAPACITY_MIN = 4096
+const CHUNK_BYTES = 64 * 1024
+
+/**
+ * The last bytes of a log that comes as a stream, and how many there were in all. Followers read from it; one
+ * that is slower than the log misses what was overwritten, and holds up nobody.
+ */
+export class LogRing {
+  readonly #capacityMax: number
+  readonly #changed = new EventTarget()
+  #buffer = Buffer.alloc(0)
+  #totalBytes = 0
+  #isEnded = false
+
+  constructor(capacityMax: number) {
+    this.#capacityMax = capacityMax
+  }
+
+  get totalBytes(): number {
+    return this.#totalBytes
+  }
+
+  get isEnded(): boolean {
+    return this.#isEnded
+  }
+
+  append(piece: Buffer): void {
+    if (piece.length === 0) return
+    this.#grow(this.#totalBytes + piece.length)
+    const capacity = this.#buffer.length
+    const kept = piece.subarray(Math.max(0, piece.length - capacity))
+    const at = (this.#totalBytes + piece.length - kept.length) % capacity
+    const first = Math.min(kept.length, capacity - at)
+    kept.copy(this.#buffer, at, 0, first)
+    kept.copy(this.#buffer, 0, first)
+    this.#totalBytes += piece.length
+    this.#changed.dispatchEvent(new Event('change'))
+  }
+
+  /** Nothing comes after this. Idempotent. */
+  end(): void {
+    this.#isEnded = true
+    this.#changed.dispatchEvent(new Event('change'))
+  }
+
+  /** The last bytes, as far as they are kept. */
+  tail(maxBytes: number): { content: Buffer; totalBytes: number } {
+    const content = this.#read(this.#totalBytes - maxBytes, this.#totalBytes)
+    return { content, totalBytes: this.#totalBytes }
+  }
+
+  /** Bytes from an offset on, as they come, until the log ends or `signal` aborts. */
+  async *follow(from: number, signal: AbortSignal): AsyncGenerator<Buffer, void> {
+    for (let at = from; !signal.aborted; ) {
+      if (at < this.#totalBytes) {
+        const start = Math.max(at, this.#totalBytes - this.#buffer.length)
+        at = Math.min(start + CHUNK_BYTES, this.#totalBytes)
+        yield this.#read(start, at)
+      } else if (this.#isEnded) return
+      else await this.#change(signal)
+    }
+  }
+
+  /** Settles with the next change, or when `signal` aborts. */
+  async #change(signal: AbortSignal): Promise<void> {
+    // What it rejects with is the abort, which the caller looks for itself.
+    await once(this.#changed, 'change', { signal }).catch(() => {})
+  }
+
+  /** A copy: what is kept may be overwritten while a reader is at it. */
+  #read(from: number, to: number): Buffer {
+    const capacity = this.#buffer.length
+    const start = Math.max(from, this.#totalBytes - capacity, 0)
+    if (start >= to) return Buffer.alloc(0)
+    const at = start % capacity
+    const head = this.#buffer.subarray(at, Math.min(capacity, at + to - start))
+    return Buffer.concat([head, this.#buffer.subarray(0, to - start - head.length)])
+  }
+
+  /** Before it has grown to its full size nothing was overwritten, so that a plain copy keeps all. */
+  #grow(neededBytes: number): void {
+    const capacity = this.#buffer.length
+    if (neededBytes <= capacity || capacity === this.#capacityMax) return
+    const grown = Math.max(CAPACITY_MIN, capacity * 2, neededBytes)
+    const buffer = Buffer.alloc(Math.min(grown, this.#capacityMax))
+    this.#buffer.copy(buffer)
+    this.#buffer = buffer
+  }
+}
