@@ -180,6 +180,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
         queuedMax: config.queuedMax,
         defaultTimeoutSeconds: config.taskTimeoutSeconds,
         digestKey: sealer.derive('request digest'),
+        taskFilesProblem: async () => backend.taskFilesProblem?.(),
         callbackUrlRefusal: (url) => guard.refusal(new URL(url)),
         now,
         log,

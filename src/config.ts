@@ -18,7 +18,7 @@ export interface Config {
   authOff: boolean
   dataDir: string
   tasksDir: string
-  workerBackend: 'local' | 'docker'
+  workerBackend: 'local' | 'docker' | 'kubernetes'
   /** For container workers that name none. */
   workerImage: string
   workerImagePrefix: string
@@ -27,6 +27,14 @@ export interface Config {
   workerMounts: readonly string[]
   dockerEngine: EngineAddress
   dockerNetwork: string
+  kubernetes: {
+    namespace: string | undefined
+    /** Of workers. */
+    serviceAccount: string
+    /** Kueue's. */
+    queue: string | undefined
+    workersMax: number
+  }
   concurrency: number
   queuedMax: number
   taskTimeoutSeconds: number
@@ -77,6 +85,7 @@ const int = (min: number, max: number) => z.coerce.number().int().min(min).max(m
 /** setTimeout takes no more than 2^31 ms, 24.8 days. */
 const SECONDS_MAX = 2_000_000
 
+const DNS_LABEL = /^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$/
 const MOUNT = /^[^:]+:\/[^:]*(:ro)?$/
 const MOUNT_HINT = 'each must be source:/target or source:/target:ro'
 
@@ -93,9 +102,7 @@ const schema = z.object({
   DATA_DIR: z.string().default('./data'),
   TASKS_DIR: z.string().default('./tasks'),
   DATABASE_URL: z.undefined('is not supported by this version').optional(),
-  WORKER_BACKEND: z
-    .enum(['local', 'docker'], 'must be local or docker in this version')
-    .default('local'),
+  WORKER_BACKEND: z.enum(['local', 'docker', 'kubernetes']).default('local'),
   WORKER_IMAGE: z.string().default('task-runner'),
   WORKER_IMAGE_PREFIX: z.string().default(''),
   WORKER_SIZES_FILE: z.string().optional(),
@@ -107,6 +114,10 @@ const schema = z.object({
   DOCKER_TLS_VERIFY: z.string().optional(),
   DOCKER_CERT_PATH: z.string().optional(),
   DOCKER_NETWORK: z.string().default('bridge'),
+  KUBERNETES_NAMESPACE: z.string().regex(DNS_LABEL, 'is not the name of a namespace').optional(),
+  KUBERNETES_SERVICE_ACCOUNT: z.string().regex(DNS_LABEL, 'is not a name').default('default'),
+  KUBERNETES_QUEUE: z.string().regex(DNS_LABEL, 'is not the name of a queue').optional(),
+  KUBERNETES_MAX_WORKERS: int(1, 100_000).default(1_000),
   MAX_CONCURRENT_TASKS: int(1, 10_000).default(4 * availableParallelism()),
   MAX_QUEUED_TASKS: int(1, 10_000_000).default(100_000),
   TASK_TIMEOUT_SECONDS: int(1, SECONDS_MAX).default(86_400),
@@ -212,6 +223,12 @@ export function loadConfig(
     workerMounts: values.WORKER_MOUNTS,
     dockerEngine,
     dockerNetwork: values.DOCKER_NETWORK,
+    kubernetes: {
+      namespace: values.KUBERNETES_NAMESPACE,
+      serviceAccount: values.KUBERNETES_SERVICE_ACCOUNT,
+      queue: values.KUBERNETES_QUEUE,
+      workersMax: values.KUBERNETES_MAX_WORKERS,
+    },
     concurrency: values.MAX_CONCURRENT_TASKS,
     queuedMax: values.MAX_QUEUED_TASKS,
     taskTimeoutSeconds: values.TASK_TIMEOUT_SECONDS,

@@ -114,7 +114,10 @@ async function prepare(
   const setup = newWorkerSetup(config, files, new AddressGuard(config.gitAllowedNetworks))
   await setup.check(workerConfig)
   const { terminateOnCompletion = true } = options
-  return setup.specFor({ ...names, taskFileName: fileName, workerConfig, terminateOnCompletion })
+  return setup.specFor({
+    ...{ ...names, taskFileName: fileName, workerConfig, terminateOnCompletion },
+    timeoutSeconds: config.taskTimeoutSeconds,
+  })
 }
 
 async function follow(

@@ -41,20 +41,29 @@ export function openBackend(
   },
 ): Promise<WorkerBackend> {
   const { instance, log } = options
+  const common = {
+    ...{ instance, log, tasksDir: config.tasksDir },
+    images: { default: config.workerImage, prefix: config.workerImagePrefix },
+    terminationGraceMs: config.terminationGraceMs,
+    logBytesKept: LOG_BYTES_KEPT + MASKING_OVERLAP_BYTES,
+  }
   const open = {
     local: async () => openLocal(config, options.umask),
     docker: async () => {
       const { DockerBackend } = await import('./workers/docker/docker-backend.ts')
       return new DockerBackend({
-        instance,
-        log,
+        ...common,
         engine: config.dockerEngine,
-        tasksDir: config.tasksDir,
-        images: { default: config.workerImage, prefix: config.workerImagePrefix },
         network: config.dockerNetwork,
         mounts: config.workerMounts,
-        terminationGraceMs: config.terminationGraceMs,
-        logBytesKept: LOG_BYTES_KEPT + MASKING_OVERLAP_BYTES,
+      })
+    },
+    kubernetes: async () => {
+      const { KubernetesBackend } = await import('./workers/kubernetes/kubernetes-backend.ts')
+      return new KubernetesBackend({
+        ...{ ...common, ...config.kubernetes },
+        provisioningTimeoutMs: config.provisioningTimeoutMs,
+        keptWorkerMs: config.keptWorkerMs,
       })
     },
   } satisfies Record<Config['workerBackend'], () => Promise<WorkerBackend>>

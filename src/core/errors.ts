@@ -15,6 +15,7 @@ export type ErrorCode =
   | 'queue_full'
   | 'draining'
   | 'store_unavailable'
+  | 'workers_unavailable'
   | 'defaults_file_broken'
   | 'internal_error'
 

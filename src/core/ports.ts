@@ -69,6 +69,8 @@ export interface WorkerSpec {
   keepAfterwards: boolean
   /** A task that logs more is ended with reason `log_limit`. */
   maxLogBytes: number
+  /** How long the task may run: for engines that end it should we be away. */
+  timeoutSeconds: number
   /** Lines for people, put at the top of the task's log. */
   notes: string[]
 }
@@ -76,17 +78,7 @@ export interface WorkerSpec {
 export type WorkerStatus = 'Provisioning' | 'Running' | 'Completed' | 'Terminating'
 
 export interface Completion {
-  reason: Extract<
-    Reason,
-    | 'completed'
-    | 'exit_code'
-    | 'signal'
-    | 'startup_failed'
-    | 'worker_lost'
-    | 'log_limit'
-    | 'oom_killed'
-    | 'evicted'
-  >
+  reason: Exclude<Reason, 'cancelled' | 'internal_error'>
   exitCode: number | null
   signal: string | null
   message: string | null
@@ -125,8 +117,10 @@ export interface WorkerBackend {
   find(name: string): Promise<Worker | undefined>
   /** What really exists, not what is remembered. */
   list(): Promise<Worker[]>
-  /** Throws when workers cannot be had at the moment. */
+  /** Throws when workers cannot be had at the moment; a `TaskRunnerError` tells why. */
   check(): Promise<void>
+  /** Why no worker could be given the task files as they are now; undefined: they are fine. */
+  taskFilesProblem?(): Promise<string | undefined>
   /** Lets go of workers without ending them. */
   close(): Promise<void>
 }

@@ -17,6 +17,8 @@ export interface SubmissionOptions {
   digestKey: Buffer
   /** Why an address may not be called, as far as that can be told before calling it. */
   callbackUrlRefusal: (url: string) => string | undefined
+  /** Why no worker could be given the task files as they are now. */
+  taskFilesProblem: () => Promise<string | undefined>
   now: () => number
   log: Logger
 }
@@ -91,6 +93,8 @@ export class Submissions {
       throw new TaskRunnerError('task_file_not_found', `There is no task file "${taskFileName}"`)
     }
     await this.#setup.check(workerConfig)
+    const problem = await this.#options.taskFilesProblem()
+    if (problem) throw new InvalidRequestError([{ path: 'task_file_name', message: problem }])
     const inserted = await this.#store.insert({
       ...request,
       workerConfig,

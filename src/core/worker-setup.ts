@@ -66,7 +66,12 @@ export class WorkerSetup {
   async specFor(
     task: Pick<
       Task,
-      'taskId' | 'taskFileName' | 'workerName' | 'workerConfig' | 'terminateOnCompletion'
+      | 'taskId'
+      | 'taskFileName'
+      | 'workerName'
+      | 'workerConfig'
+      | 'terminateOnCompletion'
+      | 'timeoutSeconds'
     >,
   ): Promise<{ spec: WorkerSpec; secretValues: string[] }> {
     const { workerConfig } = task
@@ -101,6 +106,7 @@ export class WorkerSetup {
             ? undefined
             : this.#options.sizes[workerConfig.workerSize],
         keepAfterwards: !task.terminateOnCompletion,
+        timeoutSeconds: task.timeoutSeconds,
         maxLogBytes: this.#options.maxLogBytes,
         notes: (workerConfig.withoutEffect ?? []).map((field) => `${field} has no effect here`),
       },

@@ -21,6 +21,7 @@ export const STATUS_OF = {
   defaults_file_broken: 500,
   draining: 503,
   store_unavailable: 503,
+  workers_unavailable: 503,
 } as const satisfies Record<ErrorCode, number>
 
 /** What the framework itself refuses, in our words. */

@@ -4,9 +4,10 @@
 #   sh bootstrap.sh run WORKER_FOLDER TASK_FOLDER TASK_FILE PYTHON SHELL NODE
 #       as a program: clones the repositories, runs the startup script if there is one, then the task file;
 #       its exit code is ours
-#   sh bootstrap.sh contain WORKER_FOLDER KEEP TASK_FOLDER TASK_FILE PYTHON SHELL NODE
+#   sh bootstrap.sh contain WORKER_FOLDER KEEP MESSAGE_FILE TASK_FOLDER TASK_FILE PYTHON SHELL NODE
 #       as the program of a container: `run` with the environment of environment.sh; ends whatever is left.
-#       KEEP, unless empty: stays for a look inside after the task has ended
+#       KEEP, unless empty: stays for a look inside after the task has ended. MESSAGE_FILE, unless empty: gets a
+#       copy of what is written to exit
 #   . bootstrap.sh
 #       for the functions alone: a local slot shell runs plain tasks with them, without another exec
 #
@@ -134,9 +135,16 @@ run() {
 }
 
 contain() {
-  __tr_folder=$1 __tr_keep=$2
-  shift 2
-  trap 'kill -TERM -1' TERM
+  __tr_folder=$1 __tr_keep=$2 __tr_message=$3
+  shift 3
+  # All there is in a container, but never on a machine that this was started on by mistake.
+  __tr_all=0 __tr_init=
+  read -r __tr_init </proc/1/comm 2>/dev/null
+  case $$:$PPID:$__tr_init in
+    1:* | *:1:docker-init | *:1:podman-init | *:1:catatonit) __tr_all=-1 ;;
+  esac
+  # Our own group is sent the signal as well, which must not come back for ever.
+  trap 'trap "" TERM; kill -TERM "$__tr_all"' TERM
   # What a shell starts in the background ignores INT and QUIT, and so would everything below it.
   __tr_reset='env --default-signal=INT,QUIT'
   $__tr_reset true 2>/dev/null || __tr_reset=
@@ -158,7 +166,8 @@ contain() {
     kill -0 "$__tr_pid" 2>/dev/null || break
   done
   finish "$__tr_folder" task "$__tr_code"
-  kill -KILL -1 2>/dev/null
+  [ "$__tr_all" = 0 ] || kill -KILL -1 2>/dev/null
+  [ -z "$__tr_message" ] || cat "$__tr_folder/exit" >"$__tr_message"
   if [ -n "$__tr_keep" ]; then
     trap 'exit 0' TERM
     while :; do

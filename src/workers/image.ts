@@ -1,7 +1,7 @@
 export interface ImageNames {
   /** For workers that name none. */
   default: string
-  /** Put before short names; empty, or such as `registry.example.com/team/`. */
+  /** Put before short names; empty, or such as `example.com/team/`. */
   prefix: string
 }
 

@@ -6,11 +6,10 @@ import { quote } from './quote.ts'
 
 /**
  * The files for the worker's folder: `repositories.sh`, and a secret for each repository that has one, which
- * bootstrap.sh removes when the clones are done. `folder` is the worker's folder as the worker sees it.
+ * bootstrap.sh removes when the clones are done.
  */
 export function repositoryFiles(
   repositories: readonly Repository[],
-  folder: string,
 ): Array<{ name: string; content: string }> {
   const secrets = repositories.flatMap((repository, index) => {
     const content = secretFile(repository)
@@ -18,11 +17,11 @@ export function repositoryFiles(
   })
   const lines = repositories.map((repository, index) => {
     const { url, directory, branch = '', depth = '', sparseFolders } = repository
-    const secret = repository.credential ? `${folder}/secret-${index}` : ''
+    const secret = repository.credential ? `"$__tr_folder"/secret-${index}` : "''"
     const keep = repository.keepCredential ? 'keep' : ''
-    const words = [url, directory, branch, `${depth}`, pinOf(repository), secret, keep]
-    const args = [...words, ...sparseFolders].map(quote).join(' ')
-    return `clone ${args}\ncloned $? ${quote(url)}\n`
+    const where = [url, directory, branch, `${depth}`, pinOf(repository)].map(quote).join(' ')
+    const rest = [keep, ...sparseFolders].map(quote).join(' ')
+    return `clone ${where} ${secret} ${rest}\ncloned $? ${quote(url)}\n`
   })
   return [{ name: 'repositories.sh', content: lines.join('') }, ...secrets]
 }

@@ -17,33 +17,40 @@ export const WORKER_USER = 10_001
 
 export const BOOTSTRAP = fileURLToPath(new URL('./bootstrap.sh', import.meta.url))
 
-/** The command of a worker's container. */
-export function workerCommand(spec: WorkerSpec): string[] {
+/** The command of a worker's container. `messageFile`: where the engine looks for a container's last words. */
+export function workerCommand(spec: WorkerSpec, messageFile = ''): string[] {
   const keep = spec.keepAfterwards ? 'keep' : ''
   const interpreters = ['python3', 'bash', 'node']
-  const args = [WORKER_FOLDER, keep, spec.taskFolder, spec.taskFileName, ...interpreters]
+  const args = [
+    WORKER_FOLDER,
+    keep,
+    messageFile,
+    spec.taskFolder,
+    spec.taskFileName,
+    ...interpreters,
+  ]
   return ['/bin/sh', `${WORKER_FOLDER}/bootstrap.sh`, 'contain', ...args]
 }
 
 /** Files of one worker alone, by their names in its folder. They hold its secrets. */
 export function ownFiles(spec: WorkerSpec): Array<{ name: string; content: string }> {
-  const environment = {
-    HOME: `${WORKER_FOLDER}/home`,
-    TMPDIR: `${WORKER_FOLDER}/tmp`,
-    LANG: 'C.UTF-8',
-    ...spec.environment,
-  }
-  const exports = Object.entries(environment).map(
+  const exports = Object.entries({ LANG: 'C.UTF-8', ...spec.environment }).map(
     ([name, value]) => `export ${name}=${quote(value)}\n`,
   )
+  const folders = 'export HOME="$__tr_folder/home" TMPDIR="$__tr_folder/tmp"\n'
   return [
-    { name: 'environment.sh', content: exports.join('') },
+    { name: 'environment.sh', content: folders + exports.join('') },
     { name: 'notes', content: spec.notes.map((note) => `[task-runner] ${note}\n`).join('') },
     ...(spec.startupScript === undefined
       ? []
       : [{ name: 'startup.sh', content: spec.startupScript }]),
-    ...(spec.repositories.length === 0 ? [] : repositoryFiles(spec.repositories, WORKER_FOLDER)),
+    ...(spec.repositories.length === 0 ? [] : repositoryFiles(spec.repositories)),
   ]
+}
+
+/** What all workers share, as tar: the bootstrap and the tasks folder. The same files give the same bytes. */
+export async function sharedTar(tasksDir: string): Promise<AsyncIterable<Buffer>> {
+  return packed([await bootstrapIn('.'), tasksIn('.', tasksDir)], tasksDir, new Date(0))
 }
 
 /**
@@ -61,13 +68,20 @@ export async function workerTar(
   const own = ownFiles(spec).map(({ name, content }): TarSource => {
     return { type: 'content', content, target: `${root}/${name}`, mode: 0o600 }
   })
-  const bootstrap = await readFile(BOOTSTRAP)
-  const sources: TarSource[] = [
-    ...folders,
-    { type: 'content', content: bootstrap, target: `${root}/bootstrap.sh`, mode: 0o600 },
-    ...own,
-    { type: 'directory', source: tasksDir, target: `${root}/tasks` },
-  ]
+  const sources = [...folders, await bootstrapIn(root), ...own, tasksIn(root, tasksDir)]
+  return packed(sources, tasksDir)
+}
+
+async function bootstrapIn(root: string): Promise<TarSource> {
+  const content = await readFile(BOOTSTRAP)
+  return { type: 'content', content, target: `${root}/bootstrap.sh`, mode: 0o600 }
+}
+
+function tasksIn(root: string, tasksDir: string): TarSource {
+  return { type: 'directory', source: tasksDir, target: `${root}/tasks` }
+}
+
+function packed(sources: TarSource[], tasksDir: string, mtime?: Date): AsyncIterable<Buffer> {
   return packTar(sources, {
     dereference: true,
     baseDir: tasksDir,
@@ -78,6 +92,7 @@ export async function workerTar(
       ...header,
       type: header.name.endsWith('/') ? 'directory' : (header.type ?? 'file'),
       ...{ uid: WORKER_USER, gid: WORKER_USER, uname: '', gname: '' },
+      ...(mtime ? { mtime } : {}),
       mode: (header.mode ?? 0) | (header.type === 'directory' ? 0o700 : 0o600),
     }),
   })

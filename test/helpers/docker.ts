@@ -1,6 +1,28 @@
-import { execFile } from 'node:child_process'
+import { execFile, spawn } from 'node:child_process'
 import { randomBytes } from 'node:crypto'
+import { once } from 'node:events'
+import {
+  chmod,
+  copyFile,
+  mkdir,
+  mkdtemp,
+  readdir,
+  readFile,
+  realpath,
+  rm,
+  symlink,
+} from 'node:fs/promises'
+import http from 'node:http'
+import https from 'node:https'
+import type { AddressInfo } from 'node:net'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
 import { promisify } from 'node:util'
+import { expect, vi } from 'vitest'
+import { DockerBackend, type DockerSettings } from '../../src/workers/docker/docker-backend.ts'
+import type { BackendHarness } from '../workers/contract.ts'
+import { FIXTURE_TASKS } from './app.ts'
+import { QUIET } from './stores.ts'
 
 /** The image that workers of tests run; `.ci/docker` makes it. */
 export const TEST_IMAGE = 'task-runner-test'
@@ -27,4 +49,210 @@ export function dockerSocket(): string {
 /** Keeps the containers of one test file from those of others. */
 export function newInstance(): string {
   return `test-${randomBytes(6).toString('hex')}`
+}
+
+export interface DockerHarness extends BackendHarness {
+  backend: DockerBackend
+  settings: DockerSettings
+}
+
+export async function openDocker(overrides: Partial<DockerSettings> = {}): Promise<DockerHarness> {
+  const folder = await realpath(await mkdtemp(join(tmpdir(), 'docker-workers-')))
+  const sharedDir = join(folder, 'shared')
+  await mkdir(sharedDir)
+  // Workers run as a user of their own.
+  await chmod(folder, 0o755)
+  await chmod(sharedDir, 0o777)
+  const settings: DockerSettings = {
+    engine: { socketPath: dockerSocket() },
+    instance: newInstance(),
+    tasksDir: FIXTURE_TASKS,
+    images: { default: TEST_IMAGE, prefix: '' },
+    network: 'none',
+    mounts: [`${sharedDir}:${sharedDir}`],
+    terminationGraceMs: 400,
+    logBytesKept: 6 * 1024 * 1024,
+    log: QUIET,
+    ...overrides,
+  }
+  const harness: DockerHarness = {
+    backend: new DockerBackend(settings),
+    graceMs: settings.terminationGraceMs,
+    sharedDir,
+    settings,
+    async reopen() {
+      const before = harness.backend
+      harness.backend = new DockerBackend(settings)
+      await before.close()
+      return harness.backend
+    },
+    // Of other users and in other namespaces, but of this machine.
+    async processes(wanted) {
+      const pids = (await readdir('/proc')).filter((entry) => /^\d+$/.test(entry))
+      const lines = await Promise.all(
+        pids.map(async (pid) => {
+          const read = (name: string) => readFile(`/proc/${pid}/${name}`, 'latin1').catch(() => '')
+          const [command, environment] = await Promise.all([read('cmdline'), read('environ')])
+          const isIt = command.includes(wanted) || environment.includes(wanted)
+          return isIt && Number(pid) !== process.pid ? [`${pid} ${command}`] : []
+        }),
+      )
+      return lines.flat()
+    },
+    async clean() {
+      for (const worker of await harness.backend.list()) await worker.terminate()
+      if (settings.engine.socketPath === dockerSocket()) {
+        expect(await containers(settings.instance)).toEqual([])
+      }
+    },
+    async dispose() {
+      await harness.clean()
+      await harness.backend.close()
+      await rm(folder, { recursive: true })
+    },
+  }
+  return harness
+}
+
+export async function containers(instance: string): Promise<string[]> {
+  const filter = `label=task-runner.instance=${instance}`
+  const names = await docker('ps', '--all', '--filter', filter, '--format', '{{.Names}}')
+  return names.split('\n').filter((name) => name !== '')
+}
+
+/** What `command` does with a file system as tar on its standard input. */
+async function pipe(tar: [string, ...string[]], command: [string, ...string[]]): Promise<void> {
+  const from = spawn(tar[0], tar.slice(1), { stdio: ['ignore', 'pipe', 'inherit'] })
+  const to = spawn(command[0], command.slice(1), { stdio: [from.stdout, 'ignore', 'inherit'] })
+  const [[code]] = await Promise.all([once(to, 'exit'), once(from, 'exit')])
+  if (code !== 0) throw new Error(`${command.join(' ')} failed`)
+}
+
+/** An image of the files in a folder, on the engine that the Docker command is told by `host`. */
+export async function importImage(
+  folder: string,
+  name: string,
+  host: string[] = [],
+): Promise<void> {
+  await pipe(['tar', '-C', folder, '-c', '.'], ['docker', ...host, 'import', '-', name])
+}
+
+/** A folder with busybox alone, as everything that it can be. */
+export async function busyboxRoot(folder: string): Promise<void> {
+  const { stdout } = await promisify(execFile)('sh', ['-c', 'command -v busybox; busybox --list'])
+  const [path = '', ...applets] = stdout.trim().split('\n')
+  await mkdir(join(folder, 'bin'), { recursive: true })
+  await mkdir(join(folder, 'tmp'))
+  await copyFile(await realpath(path), join(folder, 'bin/busybox'))
+  for (const applet of applets.filter((name) => name !== 'busybox')) {
+    await symlink('busybox', join(folder, 'bin', applet))
+  }
+}
+
+export interface EngineProxy extends AsyncDisposable {
+  socketPath: string
+  /** `GET /containers/…`, one for each request, as they came. */
+  requests: string[]
+  /** Ends all connections. */
+  cut(): void
+}
+
+/** What a proxy does with a request: true when it has seen to it itself. */
+export type Intercept = (
+  request: http.IncomingMessage,
+  response: http.ServerResponse,
+  forward: () => http.ClientRequest,
+) => boolean
+
+/** Stands before the engine of the tests, and answers or fails where `intercept` says so. With TLS it is on a port. */
+export async function startEngineProxy(
+  intercept: Intercept,
+  tls?: https.ServerOptions,
+): Promise<EngineProxy & { port: number }> {
+  const folder = await mkdtemp(join(tmpdir(), 'engine-proxy-'))
+  const socketPath = join(folder, 'socket')
+  const requests: string[] = []
+  const onRequest: http.RequestListener = (request, response) => {
+    requests.push(`${request.method} ${request.url}`)
+    const forward = () => {
+      const { method, url: path, headers } = request
+      const onward = http.request({
+        socketPath: dockerSocket(),
+        method,
+        path,
+        headers,
+        agent: false,
+      })
+      request.pipe(onward)
+      response.on('close', () => onward.destroy())
+      onward.on('error', () => response.destroy())
+      return onward
+    }
+    if (intercept(request, response, forward)) return
+    forward().on('response', (answer) => {
+      response.writeHead(answer.statusCode ?? 500, answer.headers)
+      // The head of a stream may be all there is for long.
+      response.flushHeaders()
+      answer.pipe(response)
+      answer.on('error', () => response.destroy())
+    })
+  }
+  const server = tls ? https.createServer(tls, onRequest) : http.createServer(onRequest)
+  if (tls) server.listen(0, '127.0.0.1')
+  else server.listen(socketPath)
+  await once(server, 'listening')
+  return {
+    socketPath,
+    requests,
+    port: tls ? (server.address() as AddressInfo).port : 0,
+    cut: () => server.closeAllConnections(),
+    async [Symbol.asyncDispose]() {
+      server.closeAllConnections()
+      await new Promise((resolve) => server.close(resolve))
+      await rm(folder, { recursive: true, force: true })
+    },
+  }
+}
+
+export interface Dockerd extends AsyncDisposable {
+  socketPath: string
+  docker(...args: string[]): Promise<string>
+  /** Ends the engine, and what it runs with it unless it was started with `--live-restore`. */
+  kill(signal: NodeJS.Signals): Promise<void>
+  start(): Promise<void>
+}
+
+/** An engine of one's own, as .ci/docker starts one, which may be killed. */
+export async function startDockerd(...flags: string[]): Promise<Dockerd> {
+  const folder = await mkdtemp(join(tmpdir(), 'dockerd-'))
+  const socketPath = join(folder, 'socket')
+  const host = `unix://${socketPath}`
+  let engine: ReturnType<typeof spawn> | undefined
+  const dockerd: Dockerd = {
+    socketPath,
+    docker: (...args) => docker('--host', host, ...args),
+    async start() {
+      const paths = ['--data-root', 'data', '--exec-root', 'exec', '--pidfile', 'pid']
+      const absolute = paths.map((word) => (word.startsWith('--') ? word : join(folder, word)))
+      const args = ['--iptables=false', '--bridge=none', '--host', host, ...absolute, ...flags]
+      engine = spawn('dockerd', args, { stdio: 'ignore' })
+      await vi.waitFor(() => dockerd.docker('info'), { timeout: 60_000, interval: 100 })
+    },
+    async kill(signal) {
+      if (!engine) return
+      const ended = once(engine, 'exit')
+      engine.kill(signal)
+      await ended
+      engine = undefined
+    },
+    async [Symbol.asyncDispose]() {
+      if (!engine) await dockerd.start()
+      const ids = (await dockerd.docker('ps', '--all', '--quiet')).split('\n').filter(Boolean)
+      if (ids.length > 0) await dockerd.docker('rm', '--force', ...ids)
+      await dockerd.kill('SIGTERM')
+      await rm(folder, { recursive: true, force: true, maxRetries: 10 })
+    },
+  }
+  await dockerd.start()
+  return dockerd
 }

@@ -343,7 +343,7 @@ describe('which hosts may be asked', () => {
       workerConfig: { gitConfigs: [{ remoteUrl }] },
     } as never)
     const home = join(app.dataDir, 'pinned')
-    const [script] = repositoryFiles(spec.repositories, home)
+    const [script] = repositoryFiles(spec.repositories)
     const bootstrap = new URL('../../src/workers/bootstrap.sh', import.meta.url).pathname
     execFileSync('/bin/sh', [
       '-c',

@@ -43,10 +43,12 @@ const RETRY_MS = 250
 const RETRY_MAX_MS = 5_000
 /** How often a worker that stays is asked whether its task has ended. */
 const KEPT_POLL_MS = 500
-/** After a task's end its last output is on the way for a moment. */
+/** After a task's end its last output is on the way for a moment: one that stands still for so long has ended. */
 const LAST_OUTPUT_MS = 5_000
 const QUIET_MS = 200
 const KILLED_EXIT_CODE = 137
+/** Of the init process, which then has nothing to run. */
+const COULD_NOT_RUN = [126, 127]
 
 /** A container whose log and end are watched. */
 interface Watched {
@@ -122,9 +124,12 @@ export class DockerBackend implements WorkerBackend {
     )
     if (pulledMs !== undefined) notes.push(`pulled ${image} in ${Math.ceil(pulledMs / 1000)} s`)
     try {
-      const container = await this.#create({ ...spec, notes }, image, signal)
+      const container = await this.#persistently(
+        () => this.#create({ ...spec, notes }, image, signal),
+        signal,
+      )
       signal.throwIfAborted()
-      const watched = await this.#start(container, signal)
+      const watched = await this.#started(container, signal)
       this.#watched.set(spec.name, watched)
       return this.#worker(container)
     } catch (err) {
@@ -155,21 +160,34 @@ export class DockerBackend implements WorkerBackend {
       const message = `A container of another service has the name ${spec.name}`
       throw new WorkerError('startup_failed', message)
     }
-    await this.#engine.text('PUT', `/containers/${container.Id}/archive`, {
-      query: { path: '/' },
-      body: await workerTar(spec, tasksDir),
-      signal,
-    })
+    const files = await workerTar(spec, tasksDir)
+    const call = { query: { path: '/' }, body: files, signal }
+    await this.#engine
+      .text('PUT', `/containers/${container.Id}/archive`, call)
+      .catch((err: unknown) => Promise.reject(workerErrorOf(err)))
     return container
+  }
+
+  async #started(container: Inspected, signal: AbortSignal): Promise<Watched> {
+    let isAgain = false
+    return this.#persistently(async () => {
+      // An earlier attempt may have got through, with its answer lost.
+      const begun = isAgain ? await this.#inspect(container.Id) : undefined
+      isAgain = true
+      if (begun && begun.State.Status !== 'created') return this.#watch(begun, undefined)
+      return this.#start(container, signal)
+    }, signal)
   }
 
   /** Attached before it starts, so that no byte of its log is missed. */
   async #start(container: Inspected, signal: AbortSignal): Promise<Watched> {
     const { Id } = container
-    const output = await this.#engine.stream('POST', `/containers/${Id}/attach`, {
-      query: { stream: 'true', stdout: 'true', stderr: 'true' },
-      signal: this.#closing.signal,
-    })
+    const output = await this.#engine
+      .stream('POST', `/containers/${Id}/attach`, {
+        query: { stream: 'true', stdout: 'true', stderr: 'true' },
+        signal: this.#closing.signal,
+      })
+      .catch((err: unknown) => Promise.reject(workerErrorOf(err)))
     try {
       await this.#engine.text('POST', `/containers/${Id}/start`, { signal })
     } catch (err) {
@@ -262,11 +280,8 @@ export class DockerBackend implements WorkerBackend {
     const { signal } = this.#closing
     for (let output = first; !signal.aborted; output = undefined) {
       try {
-        let toSkip = output ? 0 : ring.totalBytes
-        for await (const piece of output ?? (await this.#logs(id))) {
-          const fresh = piece.subarray(toSkip)
-          toSkip -= piece.length - fresh.length
-          ring.append(fresh)
+        for await (const piece of output ?? unseen(await this.#logs(id), ring)) {
+          ring.append(piece)
           if (ring.totalBytes > watched.maxLogBytes && !watched.overLogLimit) {
             watched.overLogLimit = true
             void this.#stop(watched).catch((err: unknown) =>
@@ -284,8 +299,8 @@ export class DockerBackend implements WorkerBackend {
     ring.end()
   }
 
-  async #logs(id: string): Promise<AsyncIterable<Buffer>> {
-    const query = { follow: 'true', stdout: 'true', stderr: 'true' }
+  async #logs(id: string, follow = true): Promise<AsyncIterable<Buffer>> {
+    const query = { follow: String(follow), stdout: 'true', stderr: 'true' }
     const { signal } = this.#closing
     return outputOf(await this.#engine.stream('GET', `/containers/${id}/logs`, { query, signal }))
   }
@@ -294,53 +309,68 @@ export class DockerBackend implements WorkerBackend {
   async #end(watched: Watched): Promise<Completion> {
     const { id, name } = watched
     const { signal } = this.#closing
-    const completion = await this.#persistently(async () => {
+    const judge = async (): Promise<Completion> => {
       for (;;) {
         const container = await this.#inspect(name)
         if (container?.Id !== id) return lost(REMOVED)
         const { Status } = container.State
         if (Status === 'exited' || Status === 'dead') return this.#completionOf(container)
-        if (!watched.keeps) {
-          const query = { condition: 'not-running' }
-          await this.#engine.text('POST', `/containers/${id}/wait`, { query, signal })
-        } else {
-          const exit = await this.#exitOf(id)
-          if (exit) return completionOf(exit)
+        if (watched.keeps && (await this.#exitOf(id))) return this.#completionOf(container)
+        // Of one that was not started, or that stays, waiting for its end would be of no use.
+        if (Status === 'created' || watched.keeps) {
           await pause(KEPT_POLL_MS, undefined, { signal })
+        } else {
+          const query = { condition: 'not-running' }
+          await this.#engine.text('POST', `/containers/${id}/wait`, { query, signal }).catch(ifGone)
         }
       }
-    }, signal)
+    }
+    const completion = await this.#persistently(judge, signal)
     await this.#lastOutput(watched)
     watched.completion = watched.overLogLimit ? overLogLimit(watched.maxLogBytes) : completion
     return watched.completion
   }
 
-  /** Waits for the log to be whole. The stream of a container that stays does not end: silence has to do. */
-  async #lastOutput({ ring, keeps }: Watched): Promise<void> {
-    const late = AbortSignal.timeout(LAST_OUTPUT_MS)
-    for (let seen = -1; !ring.isEnded && !late.aborted; ) {
-      if (keeps && seen === ring.totalBytes) break
+  /** Waits for the log to be whole. The stream of a container that stays does not end: what the engine has, has to do. */
+  async #lastOutput({ id, ring, keeps }: Watched): Promise<void> {
+    const { signal } = this.#closing
+    const stay = (ms: number) => pause(ms, undefined, { signal }).catch(() => {})
+    if (keeps) await stay(QUIET_MS)
+    const whole = keeps ? await this.#bytesLogged(id).catch(() => ring.totalBytes) : Infinity
+    let movedAt = performance.now()
+    for (let seen = -1; !ring.isEnded && ring.totalBytes < whole && !signal.aborted; ) {
+      if (ring.totalBytes !== seen) movedAt = performance.now()
+      else if (performance.now() - movedAt > LAST_OUTPUT_MS) break
       seen = ring.totalBytes
-      await pause(QUIET_MS, undefined, { signal: late }).catch(() => {})
+      await stay(QUIET_MS / 10)
     }
     ring.end()
+  }
+
+  async #bytesLogged(id: string): Promise<number> {
+    let bytes = 0
+    for await (const piece of await this.#logs(id, false)) bytes += piece.length
+    return bytes
   }
 
   async #completionOf(container: Inspected): Promise<Completion> {
     const { Id, State, HostConfig } = container
     const exit = await this.#exitOf(Id)
-    const wasKilled = (exit?.code ?? State.ExitCode) === KILLED_EXIT_CODE
+    // A task that did without the child that was killed has succeeded.
+    if (exit?.code === 0) return completionOf(exit)
+    const exitCode = exit?.code ?? State.ExitCode
+    const wasKilled = exitCode === KILLED_EXIT_CODE
     if (State.OOMKilled || (wasKilled && (await this.#hadOom(container)))) {
       const limit = HostConfig.Memory > 0 ? ` of ${HostConfig.Memory / 2 ** 20} MB` : ''
       const message = `Ran out of memory: the worker's limit${limit} was reached; ask for a larger worker_size`
-      const exitCode = exit?.code ?? State.ExitCode
-      return { reason: 'oom_killed', exitCode, signal: 'SIGKILL', message }
+      return { reason: 'oom_killed', exitCode, signal: wasKilled ? 'SIGKILL' : null, message }
     }
     if (exit) return completionOf(exit)
-    const hint =
-      State.ExitCode === KILLED_EXIT_CODE
-        ? 'killed from outside, or out of memory'
-        : 'stopped from outside'
+    if (COULD_NOT_RUN.includes(State.ExitCode)) {
+      const message = 'The container could not be started: its image has no /bin/sh that runs'
+      return { reason: 'startup_failed', exitCode: null, signal: null, message }
+    }
+    const hint = wasKilled ? 'killed from outside, or out of memory' : 'stopped from outside'
     const words = State.Error === '' ? '' : `: ${State.Error}`
     return lost(
       `The container ended with exit code ${State.ExitCode}, and not by its task (${hint})${words}`,
@@ -350,10 +380,12 @@ export class DockerBackend implements WorkerBackend {
   /** The flag in the container's state is not to be relied on (moby/moby#15621); the event is. */
   async #hadOom({ Id, State }: Inspected): Promise<boolean> {
     const seconds = (time: string) => Math.floor(Date.parse(time) / 1000)
+    // One that stays has not finished.
+    const end = State.Status === 'running' ? Date.now() / 1000 : seconds(State.FinishedAt)
     const text = await this.#engine.text('GET', '/events', {
       query: {
         since: seconds(State.StartedAt),
-        until: seconds(State.FinishedAt) + 1,
+        until: Math.ceil(end) + 1,
         filters: JSON.stringify({ container: [Id], event: ['oom'] }),
       },
     })
@@ -453,13 +485,14 @@ export class DockerBackend implements WorkerBackend {
     return { cpus: info.NCPU, isPodman }
   }
 
-  /** Repeats a step while the engine does not answer. Rejects when `signal` aborts. */
+  /** Repeats a step while the engine does not answer, or not sensibly. Rejects when `signal` aborts. */
   async #persistently<T>(step: () => Promise<T>, signal: AbortSignal): Promise<T> {
     for (let waitMs = RETRY_MS; ; waitMs = Math.min(waitMs * 2, RETRY_MAX_MS)) {
       try {
         return await step()
       } catch (err) {
-        if (!(err instanceof EngineUnreachableError)) throw err
+        const isBroken = err instanceof EngineError && err.status >= 500
+        if (!(err instanceof EngineUnreachableError || isBroken)) throw err
         signal.throwIfAborted()
         this.#settings.log.warn({ err }, 'waiting for the engine')
         await pause(waitMs, undefined, { signal })
@@ -468,7 +501,40 @@ export class DockerBackend implements WorkerBackend {
   }
 }
 
+/** However short its lines are, the engine's files hold so much of a log. */
+const SURELY_KEPT_BYTES = 5 * 1024 * 1024
+/** Where a log that is read again is recognised by. */
+const LAST_BYTES = 64 * 1024
+
+/** Of a log that is read from its beginning again, what is not in the ring. */
+async function* unseen(pieces: AsyncIterable<Buffer>, ring: LogRing): AsyncGenerator<Buffer, void> {
+  let toSkip = ring.totalBytes
+  // The engine may have dropped the beginning: then it goes on after what we have last.
+  const last = toSkip > SURELY_KEPT_BYTES ? ring.tail(LAST_BYTES).content : undefined
+  let window: Buffer = Buffer.alloc(0)
+  for await (const piece of pieces) {
+    if (last === undefined || toSkip === 0) {
+      const fresh = piece.subarray(toSkip)
+      toSkip -= piece.length - fresh.length
+      yield fresh
+      continue
+    }
+    window = Buffer.concat([window, piece])
+    const at = window.indexOf(last)
+    if (at < 0) window = window.subarray(Math.max(0, window.length - last.length + 1))
+    else {
+      toSkip = 0
+      yield window.subarray(at + last.length)
+    }
+  }
+}
+
 const REMOVED = 'The container was removed from outside'
+
+/** Removed while it was waited for: the next look tells. */
+function ifGone(err: unknown): void {
+  if (!(err instanceof EngineError && err.status === 404)) throw err
+}
 
 /** The engine's words, as a reason its user can act on. */
 function workerErrorOf(err: unknown): unknown {

@@ -1,4 +1,3 @@
-import { once } from 'node:events'
 import type { Readable } from 'node:stream'
 import { Pool } from 'undici'
 
@@ -39,9 +38,12 @@ interface Call {
 /** The Docker Engine API over its socket; Podman serves it as well. */
 export class Engine {
   readonly #pool: Pool
+  readonly #callTimeoutMs: number
   #version: Promise<string> | undefined
 
-  constructor({ socketPath, url, tls }: EngineAddress) {
+  /** `callTimeoutMs` bounds calls without a signal of their own. */
+  constructor({ socketPath, url, tls }: EngineAddress, callTimeoutMs = CALL_TIMEOUT_MS) {
+    this.#callTimeoutMs = callTimeoutMs
     // Streams of logs are silent for as long as tasks are. allowH2: the engine speaks none.
     const options = { headersTimeout: 0, bodyTimeout: 0, allowH2: false }
     this.#pool =
@@ -62,14 +64,16 @@ export class Engine {
     path: string,
     call: Call = {},
   ): Promise<string> {
-    const signal = call.signal ?? AbortSignal.timeout(CALL_TIMEOUT_MS)
-    const body = await this.stream(method, path, { ...call, signal })
+    const signal = call.signal ?? AbortSignal.timeout(this.#callTimeoutMs)
     try {
       const chunks: Buffer[] = []
-      for await (const chunk of body) chunks.push(chunk)
+      for await (const chunk of await this.stream(method, path, { ...call, signal })) {
+        chunks.push(chunk)
+      }
       return Buffer.concat(chunks).toString()
     } catch (err) {
-      throw unreachable(err, call.signal)
+      // One that takes too long is as good as away: nothing is known, and it can be asked again.
+      throw err instanceof EngineError ? err : unreachable(err, call.signal)
     }
   }
 
@@ -114,7 +118,9 @@ export class Engine {
   }
 
   async #askVersion(): Promise<string> {
-    const { headers, body } = await this.#pool.request({ method: 'GET', path: '/_ping' })
+    // Without one, an engine that hangs would keep every later call waiting, too.
+    const signal = AbortSignal.timeout(this.#callTimeoutMs)
+    const { headers, body } = await this.#pool.request({ method: 'GET', path: '/_ping', signal })
     await body.dump()
     const [major = 1, minor = 24] = String(headers['api-version'] ?? '')
       .split('.')
@@ -152,16 +158,19 @@ export async function* outputOf(stream: Readable): AsyncGenerator<Buffer, void> 
 /** Ends a stream that nobody reads to its end. */
 export async function discard(stream: Readable): Promise<void> {
   if (stream.closed) return
-  stream.on('error', () => {})
-  const closed = once(stream, 'close')
+  // Not `once`, which rejects with the error that undici makes of this.
+  const closed = new Promise((resolve) => stream.on('error', () => {}).on('close', resolve))
   stream.destroy()
   await closed
 }
 
-function unreachable(err: unknown, signal: AbortSignal | undefined): unknown {
+/** What a failed request, or an answer that was cut, says: `signal` aborted, or the engine is away. */
+export function unreachable(err: unknown, signal: AbortSignal | undefined): unknown {
   if (signal?.aborted) return signal.reason
-  const { code } = err as NodeJS.ErrnoException
-  const why = code ?? (err instanceof Error ? err.message : String(err))
+  if (err instanceof EngineUnreachableError) return err
+  const { code } = err as { code?: unknown }
+  const words = err instanceof Error ? err.message : String(err)
+  const why = typeof code === 'string' ? code : words
   return new EngineUnreachableError(`The Docker engine does not answer (${why})`, { cause: err })
 }
 

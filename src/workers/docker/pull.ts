@@ -1,5 +1,5 @@
 import { type ImageConfig, WorkerError } from '../../core/ports.ts'
-import { type Engine, EngineError } from './engine.ts'
+import { type Engine, EngineError, unreachable } from './engine.ts'
 
 /**
  * Sees that the image is there. Returns how many ms pulling it took; undefined: it was there. Throws a
@@ -30,7 +30,9 @@ export async function pull(
       for (const line of lines) throwIfError(image, line)
     }
   } catch (err) {
-    throw err instanceof EngineError ? failed(image, err.message) : err
+    if (err instanceof WorkerError) throw err
+    // Cut in the middle, it can be asked for again.
+    throw err instanceof EngineError ? failed(image, err.message) : unreachable(err, signal)
   }
   throwIfError(image, unread)
   return performance.now() - startedAt
@@ -56,7 +58,9 @@ async function isThere(engine: Engine, image: string): Promise<boolean> {
 function registryAuth(image: string, credential: { username: string; password: string }): string {
   const [host = ''] = image.split('/')
   const serveraddress = /[.:]|^localhost$/.test(host) ? host : 'https://index.docker.io/v1/'
-  return Buffer.from(JSON.stringify({ ...credential, serveraddress })).toString('base64url')
+  const json = Buffer.from(JSON.stringify({ ...credential, serveraddress }))
+  // With padding: the engine drops what is cut for the want of it, and pulls as nobody.
+  return json.toString('base64').replaceAll('+', '-').replaceAll('/', '_')
 }
 
 function failed(image: string, why: string): WorkerError {

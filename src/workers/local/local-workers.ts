@@ -101,7 +101,7 @@ export class LocalWorkers {
       ...(spec.startupScript === undefined
         ? []
         : [{ name: 'startup.sh', content: spec.startupScript }]),
-      ...(spec.repositories.length === 0 ? [] : repositoryFiles(spec.repositories, folder)),
+      ...(spec.repositories.length === 0 ? [] : repositoryFiles(spec.repositories)),
     ]
     try {
       folders.prepare(folder, this.#settings.tasksDir, {

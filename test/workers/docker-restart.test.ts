@@ -1,0 +1,150 @@
+/** The engine goes down and comes back, in the middle of tasks. It is one of this test alone. */
+import { mkdtemp, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import type { DockerBackend } from '../../src/workers/docker/docker-backend.ts'
+import { EngineUnreachableError } from '../../src/workers/docker/engine.ts'
+import {
+  busyboxRoot,
+  type Dockerd,
+  type DockerHarness,
+  importImage,
+  openDocker,
+  startDockerd,
+  whyNoDocker,
+} from '../helpers/docker.ts'
+import { fileThere, logOf, marker, NEVER, spec, touch } from './contract.ts'
+
+const skipped = await whyNoDocker()
+const IMAGE = 'task-runner-busybox'
+const SLOW_MS = 90_000
+
+function withEngine(
+  flags: string[],
+  tests: (opened: () => { dockerd: Dockerd; harness: DockerHarness }) => void,
+): void {
+  let dockerd: Dockerd
+  let harness: DockerHarness
+  beforeAll(async () => {
+    dockerd = await startDockerd(...flags)
+    const folder = await mkdtemp(join(tmpdir(), 'docker-images-'))
+    await busyboxRoot(folder)
+    await importImage(folder, IMAGE, ['--host', `unix://${dockerd.socketPath}`])
+    await rm(folder, { recursive: true })
+    const engine = { socketPath: dockerd.socketPath }
+    harness = await openDocker({ engine, images: { default: IMAGE, prefix: '' } })
+  }, SLOW_MS)
+  afterAll(async () => {
+    await harness.dispose()
+    await dockerd[Symbol.asyncDispose]()
+  }, SLOW_MS)
+  tests(() => ({ dockerd, harness }))
+}
+
+/** A task that runs until the file is there, and is known to have begun. */
+async function begun({ backend, sharedDir }: DockerHarness, after: string, before = 'true') {
+  const [ready, go] = [join(sharedDir, marker()), join(sharedDir, marker())]
+  const waiting = `${before}; : >${ready}; until [ -e ${go} ]; do sleep 0.02; done; ${after}`
+  const worker = await backend.provision(spec(waiting), NEVER)
+  await fileThere(ready)
+  return { worker, go }
+}
+
+const unreachable = (backend: DockerBackend) =>
+  expect(backend.check()).rejects.toThrow(EngineUnreachableError)
+
+function keptAlive(): void {
+  withEngine(['--live-restore'], (opened) => {
+    test(
+      'a task that ends while the engine is down has its true exit code and its whole log',
+      async () => {
+        const { dockerd, harness } = opened()
+        const ended = join(harness.sharedDir, marker())
+        const { worker, go } = await begun(
+          harness,
+          `echo after; : >${ended}; exit 11`,
+          'seq 1 20000',
+        )
+        const long = await begun(harness, 'echo late; exit 12', 'echo early')
+        const ends = [worker, long.worker].map((each) => each.completion(NEVER))
+        await dockerd.kill('SIGKILL')
+        await unreachable(harness.backend)
+        await touch(go)
+        await fileThere(ended)
+        // Somebody asks in the meantime, and is told no lie.
+        await expect(worker.status()).rejects.toThrow(EngineUnreachableError)
+        const wanted = spec('echo new; exit 13')
+        const asked = harness.backend.provision(wanted, NEVER)
+        await dockerd.start()
+        expect(await ends[0]).toMatchObject({ reason: 'exit_code', exitCode: 11 })
+        const lines = Array.from({ length: 20_000 }, (_, index) => `${index + 1}\n`)
+        expect(await logOf(worker)).toBe(`${lines.join('')}after\n`)
+        await touch(long.go)
+        expect(await ends[1]).toMatchObject({ reason: 'exit_code', exitCode: 12 })
+        expect(await logOf(long.worker)).toBe('early\nlate\n')
+        // What was asked for while it was down was made when it was back.
+        const made = await asked
+        expect(await made.completion(NEVER)).toMatchObject({ exitCode: 13 })
+        expect(await logOf(made)).toBe('new\n')
+      },
+      SLOW_MS,
+    )
+
+    test('another engine knows nothing of its workers', async () => {
+      const { harness } = opened()
+      const { worker, go } = await begun(harness, 'exit 5')
+      const { instance } = harness.settings
+      const elsewhere = await openDocker({ instance })
+      try {
+        expect(await elsewhere.backend.find(worker.name)).toBeUndefined()
+        expect(await elsewhere.backend.list()).toEqual([])
+      } finally {
+        await elsewhere.dispose()
+      }
+      await touch(go)
+      expect(await worker.completion(NEVER)).toMatchObject({ exitCode: 5 })
+    })
+  })
+}
+
+function ended(): void {
+  withEngine([], (opened) => {
+    test(
+      'a task whose engine was killed is lost, or its signal is told: never a success',
+      async () => {
+        const { dockerd, harness } = opened()
+        const { worker } = await begun(harness, 'exit 0', 'echo before')
+        const end = worker.completion(NEVER)
+        await dockerd.kill('SIGKILL')
+        await unreachable(harness.backend)
+        await dockerd.start()
+        expect(await end).toMatchObject({ reason: 'worker_lost', exitCode: null })
+        expect(await logOf(worker)).toBe('before\n')
+        expect(await worker.status()).toBe('Completed')
+      },
+      SLOW_MS,
+    )
+
+    test(
+      'a task whose engine was shut down ended by TERM, which is told',
+      async () => {
+        const { dockerd, harness } = opened()
+        const { worker } = await begun(harness, 'exit 0', 'echo before')
+        const end = worker.completion(NEVER)
+        await dockerd.kill('SIGTERM')
+        await dockerd.start()
+        expect(await end).toMatchObject({ reason: 'signal', signal: 'SIGTERM' })
+        expect(await logOf(worker)).toBe('before\n')
+      },
+      SLOW_MS,
+    )
+  })
+}
+
+if (skipped === undefined) {
+  describe('DockerBackend, on an engine that keeps containers while it is down', keptAlive)
+  describe('DockerBackend, on an engine that ends them', ended)
+} else {
+  describe('DockerBackend, when its engine restarts', () => test.skip(skipped, () => {}))
+}
