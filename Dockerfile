@@ -1,4 +1,6 @@
-FROM node:26-slim
+# Any image with Node 26 and apt-get.
+ARG BASE=node:26-slim
+FROM ${BASE}
 
 RUN apt-get update \
   && apt-get install -y --no-install-recommends bash ca-certificates git python3 tini \

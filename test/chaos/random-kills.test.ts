@@ -1,17 +1,26 @@
 import { setTimeout as pause } from 'node:timers/promises'
 import { expect, test } from 'vitest'
 import { startCrashStory } from '../helpers/crash-story.ts'
+import { whyNoDocker } from '../helpers/docker.ts'
 import { mulberry32 } from '../helpers/random.ts'
 
 const SECONDS = Number(process.env.CHAOS_SECONDS ?? 60)
 const SEED = Number(process.env.CHAOS_SEED ?? Date.now() % 2 ** 31)
 
-test(
-  `a service killed at random for ${SECONDS} seconds loses nothing and runs nothing twice (CHAOS_SEED=${SEED})`,
-  async () => {
+/** How long a service lives, in ms: long enough for some tasks to come through. */
+const LIVES = { local: 1_500, docker: 6_000 } as const
+/** As many as can come through in the time: a container takes a while. */
+const TASKS_MAX = { local: Number.POSITIVE_INFINITY, docker: SECONDS * 2 } as const
+const withoutDocker = await whyNoDocker()
+
+test.for(['local', 'docker'] as const)(
+  `a service with %s workers killed at random for ${SECONDS} seconds loses nothing and runs nothing twice (CHAOS_SEED=${SEED})`,
+  { timeout: (SECONDS + 120) * 1000 },
+  async (backend, { skip }) => {
+    if (backend === 'docker' && withoutDocker) skip(withoutDocker)
     console.log(`CHAOS_SEED=${SEED}`)
     const random = mulberry32(SEED)
-    await using story = await startCrashStory()
+    await using story = await startCrashStory(backend)
     const acknowledged = new Set<string>()
     const asked = new Set<string>()
     const end = Date.now() + SECONDS * 1000
@@ -20,14 +29,16 @@ test(
       const service = await story.start()
       const submitting = (async () => {
         for (;;) {
-          const taskId = [...asked].find((id) => !acknowledged.has(id)) ?? `chaos-${asked.size}`
+          const taskId =
+            [...asked].find((id) => !acknowledged.has(id)) ?? `chaos-${backend}-${asked.size}`
+          if (asked.size >= TASKS_MAX[backend] && !asked.has(taskId)) return
           asked.add(taskId)
           if (!(await story.submit(service, taskId))) return
           acknowledged.add(taskId)
         }
       })()
       // This wait is the experiment: the moment of death is drawn, not awaited.
-      await pause(50 + random() * 1500)
+      await pause(50 + random() * LIVES[backend])
       await service.kill()
       await submitting
       kills += 1
@@ -40,5 +51,4 @@ test(
     expect(kills).toBeGreaterThan(3)
     await story.expectAllKept(last, [...asked])
   },
-  (SECONDS + 120) * 1000,
 )

@@ -1,7 +1,8 @@
-import { mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises'
+import { chmod, mkdir, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { expect } from 'vitest'
+import { dockerEnv, removeContainers } from './docker.ts'
 import { type Receiver, startReceiver } from './receiver.ts'
 import { processesOf, type Service, startService } from './service.ts'
 
@@ -16,21 +17,26 @@ export interface CrashStory extends AsyncDisposable {
   expectAllKept(service: Service, taskIds: string[]): Promise<void>
 }
 
-export async function startCrashStory(): Promise<CrashStory> {
+export async function startCrashStory(backend: 'local' | 'docker' = 'local'): Promise<CrashStory> {
   const folder = await mkdtemp(join(tmpdir(), 'task-runner-crash-'))
   const tasksDir = join(folder, 'tasks')
   const runs = join(folder, 'runs')
   const dataDir = join(folder, 'data')
   await writeFile(runs, '')
-  const { mkdir } = await import('node:fs/promises')
   await mkdir(tasksDir)
+  // Workers in containers are a user of their own.
+  await chmod(folder, 0o755)
+  await chmod(runs, 0o666)
   await writeFile(
     join(tasksDir, 'note.sh'),
     `echo "$TASK_ID" >>${runs}\nsleep 0.1\necho "ran $TASK_ID"\n`,
   )
   const receiver = await startReceiver()
   const services: Service[] = []
-  const env = { DATA_DIR: dataDir, TASKS_DIR: tasksDir, MAX_CONCURRENT_TASKS: '3' }
+  const env = {
+    ...{ DATA_DIR: dataDir, TASKS_DIR: tasksDir, MAX_CONCURRENT_TASKS: '3' },
+    ...(backend === 'docker' ? dockerEnv([`${runs}:${runs}`]) : {}),
+  }
   const get = async (service: Service, path: string) =>
     (await (await fetch(service.url + path)).json()) as Record<string, unknown>
   return {
@@ -81,13 +87,14 @@ export async function startCrashStory(): Promise<CrashStory> {
       const ran = (await readFile(runs, 'utf8')).trim().split('\n')
       expect(ran.sort(), 'every script ran exactly once').toEqual([...taskIds].sort())
       await expect.poll(() => get(service, '/workers'), options).toEqual({ workers: [] })
-      expect(await readdir(join(dataDir, 'workers'))).toEqual([])
+      if (backend === 'local') expect(await readdir(join(dataDir, 'workers'))).toEqual([])
       expect(processesOf(dataDir)).toEqual([])
       const waiting = await get(service, '/tasks?status=queued')
       expect(waiting.tasks).toEqual([])
     },
     async [Symbol.asyncDispose]() {
       for (const service of services) await service.kill()
+      if (backend === 'docker') await removeContainers('task-chaos-docker')
       await receiver[Symbol.asyncDispose]()
       await rm(folder, { recursive: true, force: true, maxRetries: 10 })
     },

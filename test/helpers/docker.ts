@@ -41,6 +41,14 @@ export async function whyNoDocker(): Promise<string | undefined> {
   }
 }
 
+/** Of a service whose workers are containers of the tests' engine. */
+export function dockerEnv(mounts: readonly string[] = []): Record<string, string> {
+  return {
+    ...{ WORKER_BACKEND: 'docker', WORKER_IMAGE: TEST_IMAGE, DOCKER_NETWORK: 'none' },
+    ...{ DOCKER_HOST: `unix://${dockerSocket()}`, WORKER_MOUNTS: mounts.join(',') },
+  }
+}
+
 /** Where the engine of the tests listens. */
 export function dockerSocket(): string {
   return (process.env.DOCKER_HOST ?? 'unix:///var/run/docker.sock').replace('unix://', '')
@@ -235,6 +243,8 @@ export async function startDockerd(...flags: string[]): Promise<Dockerd> {
       const paths = ['--data-root', 'data', '--exec-root', 'exec', '--pidfile', 'pid']
       const absolute = paths.map((word) => (word.startsWith('--') ? word : join(folder, word)))
       const args = ['--iptables=false', '--bridge=none', '--host', host, ...absolute, ...flags]
+      // Killed, it takes its containerd along, whose process is still to be seen where nobody reaps it.
+      await rm(join(folder, 'exec/containerd/containerd.pid'), { force: true })
       engine = spawn('dockerd', args, { stdio: 'ignore' })
       await vi.waitFor(() => dockerd.docker('info'), { timeout: 60_000, interval: 100 })
     },
@@ -250,9 +260,22 @@ export async function startDockerd(...flags: string[]): Promise<Dockerd> {
       const ids = (await dockerd.docker('ps', '--all', '--quiet')).split('\n').filter(Boolean)
       if (ids.length > 0) await dockerd.docker('rm', '--force', ...ids)
       await dockerd.kill('SIGTERM')
-      await rm(folder, { recursive: true, force: true, maxRetries: 10 })
+      // Of those that were killed.
+      const mounts = (await readFile('/proc/mounts', 'utf8')).split('\n')
+      const ours = mounts
+        .flatMap((line) => line.split(' ')[1] ?? [])
+        .filter((path) => path.startsWith(folder))
+      for (const path of ours.reverse()) await promisify(execFile)('umount', ['--lazy', path])
+      await rm(folder, { recursive: true, force: true })
     },
   }
   await dockerd.start()
   return dockerd
+}
+
+/** What a test that has failed may have left behind, by the beginning of its name. */
+export async function removeContainers(prefix: string): Promise<void> {
+  const ids = await docker('ps', '--all', '--quiet', '--filter', `name=^${prefix}`)
+  const left = ids.split('\n').filter((id) => id !== '')
+  if (left.length > 0) await docker('rm', '--force', ...left)
 }

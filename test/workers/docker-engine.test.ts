@@ -1,6 +1,6 @@
 import { execFile } from 'node:child_process'
 import { once } from 'node:events'
-import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
+import { chmod, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { createServer } from 'node:http'
 import type { AddressInfo } from 'node:net'
 import { tmpdir } from 'node:os'
@@ -405,6 +405,25 @@ describe('an engine that does not answer', () => {
     await engine.close()
     server.closeAllConnections()
     server.close()
+  })
+
+  test.skipIf(process.getuid?.() !== 0)('says so when its socket is not for us', async () => {
+    const folder = await mkdtemp(join(tmpdir(), 'engine-socket-'))
+    const socketPath = join(folder, 'socket')
+    const server = createServer().listen(socketPath)
+    await once(server, 'listening')
+    await chmod(folder, 0o755)
+    await chmod(socketPath, 0o600)
+    const module = new URL('../../src/workers/docker/engine.ts', import.meta.url).pathname
+    const script = `import { Engine } from ${JSON.stringify(module)}
+      const engine = new Engine({ socketPath: ${JSON.stringify(socketPath)} })
+      await engine.text('GET', '/info').catch((err) => console.log(err.name, err.message))`
+    const args = ['--input-type=module', '--eval', script]
+    const nobody = { uid: 65_534, gid: 65_534 }
+    const { stdout } = await promisify(execFile)(process.execPath, args, nobody)
+    expect(stdout).toBe('EngineUnreachableError The Docker engine does not answer (EACCES)\n')
+    server.close()
+    await rm(folder, { recursive: true })
   })
 
   test('is unreachable where nothing listens', async () => {

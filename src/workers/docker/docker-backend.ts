@@ -57,6 +57,8 @@ interface Watched {
   maxLogBytes: number
   keeps: boolean
   ring: LogRing
+  /** Of its log, again and again: more than the ring has of it. */
+  bytesRead: number
   ended: Promise<Completion>
   completion: Completion | undefined
   overLogLimit: boolean
@@ -263,6 +265,7 @@ export class DockerBackend implements WorkerBackend {
       maxLogBytes: Number(labels[LABELS.maxLogBytes]),
       keeps: Boolean(labels[LABELS.keeps]),
       ring: new LogRing(this.#settings.logBytesKept),
+      bytesRead: 0,
       ended: Promise.resolve(lost(REMOVED)),
       completion: undefined,
       overLogLimit: false,
@@ -280,7 +283,7 @@ export class DockerBackend implements WorkerBackend {
     const { signal } = this.#closing
     for (let output = first; !signal.aborted; output = undefined) {
       try {
-        for await (const piece of output ?? unseen(await this.#logs(id), ring)) {
+        for await (const piece of output ?? unseen(await this.#logs(id), watched)) {
           ring.append(piece)
           if (ring.totalBytes > watched.maxLogBytes && !watched.overLogLimit) {
             watched.overLogLimit = true
@@ -332,16 +335,19 @@ export class DockerBackend implements WorkerBackend {
   }
 
   /** Waits for the log to be whole. The stream of a container that stays does not end: what the engine has, has to do. */
-  async #lastOutput({ id, ring, keeps }: Watched): Promise<void> {
+  async #lastOutput(watched: Watched): Promise<void> {
+    const { id, ring, keeps } = watched
     const { signal } = this.#closing
     const stay = (ms: number) => pause(ms, undefined, { signal }).catch(() => {})
     if (keeps) await stay(QUIET_MS)
     const whole = keeps ? await this.#bytesLogged(id).catch(() => ring.totalBytes) : Infinity
     let movedAt = performance.now()
     for (let seen = -1; !ring.isEnded && ring.totalBytes < whole && !signal.aborted; ) {
-      if (ring.totalBytes !== seen) movedAt = performance.now()
+      // Reading again what the ring has takes its time, too.
+      const progress = ring.totalBytes + watched.bytesRead
+      if (progress !== seen) movedAt = performance.now()
       else if (performance.now() - movedAt > LAST_OUTPUT_MS) break
-      seen = ring.totalBytes
+      seen = progress
       await stay(QUIET_MS / 10)
     }
     ring.end()
@@ -422,8 +428,11 @@ export class DockerBackend implements WorkerBackend {
     try {
       await this.#engine.text('POST', `/containers/${id}/kill`, { query: { signal } })
     } catch (err) {
-      // Not running, or gone.
-      if (!(err instanceof EngineError && [404, 409].includes(err.status))) throw err
+      // Not running, or gone; Podman says the former with a 500.
+      const isOver =
+        err instanceof EngineError &&
+        ([404, 409].includes(err.status) || err.message.includes('container state improper'))
+      if (!isOver) throw err
     }
   }
 
@@ -507,12 +516,17 @@ const SURELY_KEPT_BYTES = 5 * 1024 * 1024
 const LAST_BYTES = 64 * 1024
 
 /** Of a log that is read from its beginning again, what is not in the ring. */
-async function* unseen(pieces: AsyncIterable<Buffer>, ring: LogRing): AsyncGenerator<Buffer, void> {
+async function* unseen(
+  pieces: AsyncIterable<Buffer>,
+  watched: Watched,
+): AsyncGenerator<Buffer, void> {
+  const { ring } = watched
   let toSkip = ring.totalBytes
   // The engine may have dropped the beginning: then it goes on after what we have last.
   const last = toSkip > SURELY_KEPT_BYTES ? ring.tail(LAST_BYTES).content : undefined
   let window: Buffer = Buffer.alloc(0)
   for await (const piece of pieces) {
+    watched.bytesRead += piece.length
     if (last === undefined || toSkip === 0) {
       const fresh = piece.subarray(toSkip)
       toSkip -= piece.length - fresh.length
