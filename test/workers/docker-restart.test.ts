@@ -52,7 +52,7 @@ async function begun({ backend, sharedDir }: DockerHarness, after: string, befor
 }
 
 const unreachable = (backend: DockerBackend) =>
-  expect(backend.check()).rejects.toThrow(EngineUnreachableError)
+  expect(backend.check()).rejects.toMatchObject({ code: 'workers_unavailable' })
 
 function keptAlive(): void {
   withEngine(['--live-restore'], (opened) => {

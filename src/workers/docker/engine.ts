@@ -1,9 +1,13 @@
 import type { Readable } from 'node:stream'
+import { setTimeout as pause } from 'node:timers/promises'
 import { Pool } from 'undici'
+import type { Logger } from '../../core/ports.ts'
 
 /** The newest API this was written for; an older engine is spoken to in its own (https://docs.docker.com/reference/api/engine/). */
 const API_VERSION: readonly [number, number] = [1, 47]
 const CALL_TIMEOUT_MS = 30_000
+const RETRY_MS = 250
+const RETRY_MAX_MS = 5_000
 
 export interface EngineAddress {
   /** Of a Unix socket; undefined: `url`. */
@@ -127,6 +131,24 @@ export class Engine {
       .map(Number)
     const isOlder = major < API_VERSION[0] || (major === API_VERSION[0] && minor < API_VERSION[1])
     return isOlder ? `${major}.${minor}` : API_VERSION.join('.')
+  }
+}
+
+/** Repeats a step while the engine does not answer, or not sensibly. Rejects when `signal` aborts. */
+export async function untilAnswered<T>(
+  step: () => Promise<T>,
+  { signal, log }: { signal: AbortSignal; log: Logger },
+): Promise<T> {
+  for (let waitMs = RETRY_MS; ; waitMs = Math.min(waitMs * 2, RETRY_MAX_MS)) {
+    try {
+      return await step()
+    } catch (err) {
+      const isBroken = err instanceof EngineError && err.status >= 500
+      if (!(err instanceof EngineUnreachableError || isBroken)) throw err
+      signal.throwIfAborted()
+      log.warn({ err }, 'waiting for the engine')
+      await pause(waitMs, undefined, { signal })
+    }
   }
 }
 
