@@ -144,7 +144,7 @@ contain() {
     1:* | *:1:docker-init | *:1:podman-init | *:1:catatonit) __tr_all=-1 ;;
   esac
   # Our own group is sent the signal as well, which must not come back for ever.
-  trap 'trap "" TERM; kill -TERM "$__tr_all"' TERM
+  trap 'trap "" TERM; kill -TERM "$__tr_all" 2>/dev/null' TERM
   # What a shell starts in the background ignores INT and QUIT, and so would everything below it.
   __tr_reset='env --default-signal=INT,QUIT'
   $__tr_reset true 2>/dev/null || __tr_reset=

@@ -296,6 +296,7 @@ describe('TaskRunner', () => {
           ...{ taskFolder: 'tasks', repositories: [] },
           ...{ startupScript: 'echo', image: 'image', size: 'Small', maxLogBytes: 1_000_000 },
           ...{ resources: DEFAULT_WORKER_SIZES.Small, keepAfterwards: false },
+          ...{ imageConfig: undefined, timeoutSeconds: task.timeoutSeconds },
           notes: ['email has no effect here'],
         },
       ])

@@ -1,7 +1,7 @@
 import { mkdir, mkdtemp, readdir, readFile, realpath, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { expect } from 'vitest'
+import { expect, vi } from 'vitest'
 import {
   KubernetesBackend,
   type KubernetesSettings,
@@ -95,7 +95,7 @@ export async function openKubernetes({
 }
 
 /** Other processes whose command line or environment holds the word. */
-async function processesWith(wanted: string): Promise<string[]> {
+export async function processesWith(wanted: string): Promise<string[]> {
   const pids = (await readdir('/proc')).filter((entry) => /^\d+$/.test(entry))
   const lines = await Promise.all(
     pids.map(async (pid) => {
@@ -112,6 +112,6 @@ async function processesWith(wanted: string): Promise<string[]> {
 export async function podOf(fake: FakeKubernetes, worker: string): Promise<string> {
   const find = () =>
     fake.objects('pods').find(({ metadata }) => metadata.labels?.['job-name'] === worker)
-  await expect.poll(find, { timeout: 10_000, interval: 5 }).toBeDefined()
+  await vi.waitFor(() => expect(find()).toBeDefined(), { timeout: 10_000, interval: 10 })
   return find()?.metadata.name ?? ''
 }

@@ -149,7 +149,11 @@ function tests(): void {
     const ready = () => get(service, '/health/ready')
     const notReady = {
       status: 503,
-      body: { success: false, message: 'not ready: workers', parts: { workers: expect.stringContaining('does not answer') } },
+      body: {
+        success: false,
+        message: 'not ready: workers',
+        parts: { workers: expect.stringContaining('does not answer') },
+      },
     }
     expect(await ready()).toMatchObject(notReady)
     expect(service.log.join('\n')).toContain('The Docker engine does not answer (ENOENT)')

@@ -128,18 +128,22 @@ describe('what goes with it', () => {
   })
 
   test('the worker’s own Secret holds its environment, and cannot be changed', () => {
-    const secret = ownSecret(SPEC, 'i')
+    const secret = ownSecret(SPEC, 'i', 'uid-1')
     expect(() => new Secret(secret as never).validate()).not.toThrow()
     const environment = Buffer.from(secret.data?.['environment.sh'] ?? '', 'base64').toString()
     expect(environment).toContain(`export TOKEN='${SECRET}'\nexport PLAIN='it'\\''s'\n`)
-    expect(secret).toMatchObject({ immutable: true, metadata: { name: SPEC.name } })
+    const ownerReferences = [{ apiVersion: 'batch/v1', kind: 'Job', name: SPEC.name, uid: 'uid-1' }]
+    expect(secret).toMatchObject({
+      immutable: true,
+      metadata: { name: SPEC.name, ownerReferences },
+    })
   })
 
   test('registry credentials are a Secret of their own, for the registry of the image', () => {
-    expect(pullSecret(SPEC, OPTIONS)).toBeUndefined()
+    expect(pullSecret(SPEC, OPTIONS, 'uid-1')).toBeUndefined()
     const imageConfig = { credential: { username: 'me', password: SECRET } }
     const configOf = (image: string) => {
-      const secret = pullSecret({ ...SPEC, imageConfig }, { ...OPTIONS, image })
+      const secret = pullSecret({ ...SPEC, imageConfig }, { ...OPTIONS, image }, 'uid-1')
       expect(secret?.type).toBe('kubernetes.io/dockerconfigjson')
       return JSON.parse(Buffer.from(secret?.data?.['.dockerconfigjson'] ?? '', 'base64').toString())
     }

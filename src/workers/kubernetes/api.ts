@@ -34,34 +34,54 @@ export class ApiUnreachableError extends Error {
 export interface ApiCall {
   query?: Record<string, string | number>
   body?: object
-  contentType?: string
+  /** Few, and others wait for what it tells: it does not wait its turn. */
+  isUrgent?: boolean
   signal?: AbortSignal | undefined
 }
 
-type Method = 'GET' | 'POST' | 'PATCH' | 'DELETE'
+type Method = 'GET' | 'POST' | 'DELETE'
 
 /**
  * Plain calls to the API server. Credentials are client-node's business; its calls are not used, since they drop
  * fields they do not know, and its streams end the process when a connection is cut.
  */
 export class KubernetesApi {
-  readonly #config: KubeConfig
+  readonly #load: () => KubeConfig
   readonly #now: () => number
+  readonly #callsPerSecond: number
+  readonly #callsAtOnce: number
+  #config: KubeConfig
   #pool: Pool | undefined
+  /** What the pool was made for. */
+  #poolKey = ''
   #headers: Record<string, string> = {}
   #credentialsUntil = 0
-  #tokens = CALLS_AT_ONCE
+  #tokens: number
   #refilledAt: number
 
-  constructor(config: KubeConfig, now: () => number = Date.now) {
-    this.#config = config
-    this.#now = now
-    this.#refilledAt = now()
+  /** `load` is called again when the credentials are refused: they may have been replaced. */
+  constructor(
+    load: () => KubeConfig,
+    options: { callsPerSecond?: number; callsAtOnce?: number; now?: () => number } = {},
+  ) {
+    this.#load = load
+    this.#config = load()
+    this.#now = options.now ?? Date.now
+    this.#callsPerSecond = options.callsPerSecond ?? CALLS_PER_SECOND
+    this.#callsAtOnce = options.callsAtOnce ?? CALLS_AT_ONCE
+    this.#tokens = this.#callsAtOnce
+    this.#refilledAt = this.#now()
+  }
+
+  get config(): KubeConfig {
+    return this.#config
   }
 
   /** Throws `ApiError`, `ApiUnreachableError`, or the reason of `signal`. 429 is waited out, as it asks for. */
   async json<T>(method: Method, path: string, call: ApiCall = {}): Promise<T> {
     for (let attempt = 1; ; attempt += 1) {
+      // Before the clock starts: in a rush the turn alone may take longer than a call.
+      await this.#token(call)
       const signal = call.signal
         ? AbortSignal.any([call.signal, AbortSignal.timeout(CALL_TIMEOUT_MS)])
         : AbortSignal.timeout(CALL_TIMEOUT_MS)
@@ -69,7 +89,7 @@ export class KubernetesApi {
       const text = await textOf(response.body, call.signal)
       if (response.statusCode < 400) return JSON.parse(text) as T
       const isBusy = response.statusCode === 429
-      if (response.statusCode === 401) this.#credentialsUntil = 0
+      if (response.statusCode === 401) this.#reload()
       const isWorthIt = isBusy || (response.statusCode === 401 && attempt === 1)
       if (!isWorthIt || attempt > RETRIES_MAX) throw errorOf(response.statusCode, text)
       if (isBusy) {
@@ -82,10 +102,11 @@ export class KubernetesApi {
 
   /** An answer as it comes. Its reader has to expect that it is cut. */
   async stream(path: string, call: ApiCall = {}): Promise<Readable> {
+    await this.#token(call)
     const response = await this.#request('GET', path, call)
     if (response.statusCode < 400) return response.body
     const text = await textOf(response.body, call.signal)
-    if (response.statusCode === 401) this.#credentialsUntil = 0
+    if (response.statusCode === 401) this.#reload()
     throw errorOf(response.statusCode, text)
   }
 
@@ -93,8 +114,7 @@ export class KubernetesApi {
     await this.#pool?.destroy()
   }
 
-  async #request(method: Method, path: string, { query = {}, body, contentType, signal }: ApiCall) {
-    await this.#token(signal)
+  async #request(method: Method, path: string, { query = {}, body, signal }: ApiCall) {
     const search = Object.entries(query).map(([name, value]) => [name, String(value)])
     try {
       const pool = await this.#authenticated()
@@ -105,7 +125,7 @@ export class KubernetesApi {
           ...this.#headers,
           accept: 'application/json',
           'user-agent': 'task-runner',
-          ...(body === undefined ? {} : { 'content-type': contentType ?? 'application/json' }),
+          ...(body === undefined ? {} : { 'content-type': 'application/json' }),
         },
         body: body === undefined ? null : JSON.stringify(body),
         ...(signal ? { signal } : {}),
@@ -131,22 +151,37 @@ export class KubernetesApi {
     const connect = Object.fromEntries(
       Object.entries(given).filter(([, value]) => value !== undefined && value !== null),
     )
+    const server = this.#config.getCurrentCluster()?.server ?? ''
+    const poolKey = JSON.stringify([server, connect])
+    if (this.#pool && poolKey === this.#poolKey) return this.#pool
+    // What is under way over the old one may end.
+    void this.#pool?.close()
+    this.#poolKey = poolKey
     // Streams are silent for as long as tasks and clusters are.
-    this.#pool ??= new Pool(this.#config.getCurrentCluster()?.server ?? '', {
+    this.#pool = new Pool(server, {
       ...{ headersTimeout: 0, bodyTimeout: 0, allowH2: false },
       connect: { ...connect, timeout: 10_000 },
     })
     return this.#pool
   }
 
+  #reload(): void {
+    this.#credentialsUntil = 0
+    try {
+      this.#config = this.#load()
+    } catch {
+      // Half written, as may be: the next refusal is not far.
+    }
+  }
+
   /** A bucket of calls: many tasks at once must not overrun the API server. */
-  async #token(signal: AbortSignal | undefined): Promise<void> {
+  async #token({ signal, isUrgent }: ApiCall): Promise<void> {
     const now = this.#now()
-    const refilled = ((now - this.#refilledAt) / 1000) * CALLS_PER_SECOND
-    this.#tokens = Math.min(CALLS_AT_ONCE, this.#tokens + refilled) - 1
+    const refilled = ((now - this.#refilledAt) / 1000) * this.#callsPerSecond
+    this.#tokens = Math.min(this.#callsAtOnce, this.#tokens + refilled) - 1
     this.#refilledAt = now
-    if (this.#tokens >= 0) return
-    await pause((-this.#tokens / CALLS_PER_SECOND) * 1000, undefined, signal && { signal })
+    if (this.#tokens >= 0 || isUrgent) return
+    await pause((-this.#tokens / this.#callsPerSecond) * 1000, undefined, signal && { signal })
   }
 }
 

@@ -1,10 +1,8 @@
 import { once } from 'node:events'
-import { setTimeout as pause } from 'node:timers/promises'
 import { createGzip } from 'node:zlib'
-import { type CoreV1Event, KubeConfig, type V1Job, type V1Pod } from '@kubernetes/client-node'
+import { KubeConfig, type V1Job } from '@kubernetes/client-node'
 import { TaskRunnerError } from '../../core/errors.ts'
 import {
-  type Completion,
   type Logger,
   type Worker,
   type WorkerBackend,
@@ -12,11 +10,11 @@ import {
   type WorkerSpec,
 } from '../../core/ports.ts'
 import { until } from '../../core/until.ts'
-import { lost, overLogLimit } from '../completion.ts'
 import { type ImageNames, imageFor } from '../image.ts'
-import { LogRing } from '../log-ring.ts'
 import { sharedTar } from '../worker-files.ts'
 import { ApiError, ApiUnreachableError, KubernetesApi } from './api.ts'
+import { ClusterView } from './cluster-view.ts'
+import { type Hindered, JobWatch } from './job-watch.ts'
 import {
   ANNOTATIONS,
   filesConfigMap,
@@ -25,13 +23,10 @@ import {
   OBJECT_BYTES_MAX,
   ownSecret,
   pullSecret,
-  pullSecretName,
-  TASK_CONTAINER,
   workerJob,
 } from './manifests.ts'
-import { type Observation, observe, statusOf, warningOf } from './observation.ts'
-import { PodLog } from './pod-log.ts'
-import { Reflector } from './reflector.ts'
+import { statusOf } from './observation.ts'
+import { missingRights, type Right } from './rights.ts'
 
 export interface KubernetesSettings {
   /** Undefined: `KUBECONFIG`, the user's own file, or the service account of the pod we run in. */
@@ -49,37 +44,38 @@ export interface KubernetesSettings {
   keptWorkerMs: number
   logBytesKept: number
   log: Logger
+  /** Towards the API server. Default: 20 a second, 30 at once. */
+  callsPerSecond?: number
+  callsAtOnce?: number
+  /** How long things are waited for; tests wait less. */
+  waits?: {
+    /** Before we look for ourselves. */
+    lookMs?: number
+    /** For what may still heal in a container's configuration. */
+    configGraceMs?: number
+    /** For the rest of an ended container's log. */
+    lastLogMs?: number
+    /** For a word of a watch, and of a log, until it is asked for anew. */
+    watchIdleMs?: number
+    logSilentMs?: number
+    /** For a worker to be gone, beyond its grace period. */
+    goneMs?: number
+  }
 }
 
 /** What the service account must be allowed to do in its namespace; deploy/kubernetes grants the same. */
-export const RIGHTS: ReadonlyArray<{ group: string; resource: string; verbs: readonly string[] }> =
-  [
-    { group: 'batch', resource: 'jobs', verbs: ['create', 'get', 'list', 'watch', 'delete'] },
-    { group: '', resource: 'pods', verbs: ['get', 'list', 'watch'] },
-    { group: '', resource: 'pods/log', verbs: ['get'] },
-    { group: '', resource: 'events', verbs: ['list'] },
-    { group: '', resource: 'configmaps', verbs: ['create'] },
-    { group: '', resource: 'secrets', verbs: ['create', 'patch', 'delete'] },
-  ]
+export const RIGHTS: readonly Right[] = [
+  { group: 'batch', resource: 'jobs', verbs: ['create', 'get', 'list', 'watch', 'delete'] },
+  { group: '', resource: 'pods', verbs: ['get', 'list', 'watch'] },
+  { group: '', resource: 'pods/log', verbs: ['get'] },
+  { group: '', resource: 'events', verbs: ['list'] },
+  { group: '', resource: 'configmaps', verbs: ['create'] },
+  { group: '', resource: 'secrets', verbs: ['create'] },
+]
 const RIGHTS_KNOWN_MS = 300_000
 const FILES_KNOWN_MS = 1_000
-const RETRY_MS = 250
-const RETRY_MAX_MS = 30_000
-/** Watches may be late or dead: what waits looks for itself so often. */
-const LOOK_MS = 5_000
-/** After a container's end the kubelet may still refuse its log for a moment. */
-const LAST_LOG_MS = 10_000
-/** A Secret may come later than the pod that wants it. */
-const CONFIG_GRACE_MS = 10_000
-
-interface Watched {
-  ring: LogRing
-  ended: Promise<Completion>
-  completion: Completion | undefined
-  overLogLimit: boolean
-  /** What was told last about a pod that is gone. */
-  lastPod: V1Pod | undefined
-}
+/** For a worker to go after its grace period. */
+const GONE_MS = 10_000
 
 /** Workers that are Jobs of a Kubernetes namespace. */
 export class KubernetesBackend implements WorkerBackend {
@@ -87,11 +83,12 @@ export class KubernetesBackend implements WorkerBackend {
   readonly #settings: KubernetesSettings
   readonly #api: KubernetesApi
   readonly #namespace: string
-  readonly #jobs: Reflector<V1Job>
-  readonly #pods: Reflector<V1Pod>
-  readonly #changes = new EventTarget()
-  readonly #watched = new Map<string, Watched>()
+  readonly #view: ClusterView
+  /** By the uid of their Job. */
+  readonly #watches = new Map<string, JobWatch>()
   readonly #making = new Map<string, Promise<Worker>>()
+  /** Names of workers that may be made, and may not be seen yet. */
+  readonly #admitted = new Set<string>()
   readonly #closing = new AbortController()
   /** Names of ConfigMaps that are there. */
   readonly #filesThere = new Set<string>()
@@ -100,28 +97,25 @@ export class KubernetesBackend implements WorkerBackend {
 
   constructor(settings: KubernetesSettings) {
     this.#settings = settings
-    const config = new KubeConfig()
-    if (settings.kubeconfig === undefined) config.loadFromDefault()
-    else config.loadFromFile(settings.kubeconfig)
+    const { waits = {}, callsPerSecond, callsAtOnce } = settings
+    this.#api = new KubernetesApi(() => configOf(settings.kubeconfig), {
+      ...(callsPerSecond === undefined ? {} : { callsPerSecond }),
+      ...(callsAtOnce === undefined ? {} : { callsAtOnce }),
+    })
+    const { config } = this.#api
     const context = config.getContextObject(config.getCurrentContext())
     this.#namespace = settings.namespace ?? context?.namespace ?? 'default'
-    this.#api = new KubernetesApi(config)
-    const labelSelector = `${LABELS.instance}=${settings.instance}`
-    const onChange = () => this.#changes.dispatchEvent(new Event('change'))
-    const { log } = settings
-    const common = { labelSelector, onChange, log }
-    this.#jobs = new Reflector(this.#api, {
-      ...common,
-      path: this.#path('jobs'),
-      onDeleted: () => {},
-    })
-    this.#pods = new Reflector(this.#api, {
-      ...common,
-      path: this.#path('pods'),
-      // How its task ended may be told in the same breath.
-      onDeleted: (pod) => {
-        const watched = this.#watched.get(jobNameOf(pod))
-        if (watched) watched.lastPod = pod
+    this.#view = new ClusterView(this.#api, {
+      namespace: this.#namespace,
+      instance: settings.instance,
+      log: settings.log,
+      lookMs: waits.lookMs,
+      watchIdleMs: waits.watchIdleMs,
+      // Kept ones go by themselves; who still reads the log of one has hold of its watch.
+      onJobGone: (uid) => {
+        if (!this.#watches.get(uid)?.completion) return
+        this.#watches.delete(uid)
+        this.#view.forget(uid)
       },
     })
   }
@@ -130,21 +124,26 @@ export class KubernetesBackend implements WorkerBackend {
     signal.throwIfAborted()
     const making =
       this.#making.get(spec.name) ??
-      this.#provision(spec, signal).finally(() => this.#making.delete(spec.name))
+      this.#provision(spec, signal).finally(() => {
+        this.#making.delete(spec.name)
+        this.#admitted.delete(spec.name)
+      })
     this.#making.set(spec.name, making)
     // Not raced with the signal: what hindered the worker is told by the step that was interrupted.
     return making
   }
 
   async find(name: string): Promise<Worker | undefined> {
-    const job = await this.#job(name)
+    const job = await this.#view.namedJob(name, this.#closing.signal)
     return job && this.#worker(job)
   }
 
   async list(): Promise<Worker[]> {
-    await this.#synced()
+    await this.#view.synced()
     const query = { labelSelector: `${LABELS.instance}=${this.#settings.instance}` }
-    const { items } = await this.#api.json<{ items: V1Job[] }>('GET', this.#path('jobs'), { query })
+    const { items } = await this.#api.json<{ items: V1Job[] }>('GET', this.#view.path('jobs'), {
+      query,
+    })
     return items.map((job) => this.#worker(job))
   }
 
@@ -165,7 +164,7 @@ export class KubernetesBackend implements WorkerBackend {
 
   async close(): Promise<void> {
     this.#closing.abort()
-    await Promise.all([this.#jobs.stop(), this.#pods.stop()])
+    await this.#view.close()
     await this.#api.close()
   }
 
@@ -179,58 +178,47 @@ export class KubernetesBackend implements WorkerBackend {
       hindrance = { reason, message }
     }
     try {
-      await until(this.#synced(), signal)
-      const existing = await this.#persistently(() => this.#job(spec.name), signal)
-      const job = existing ?? (await this.#create(spec, signal, hindered))
-      await this.#started(job, signal, hindered)
-      const worker = this.#worker(job)
-      this.#watch(spec.name, job)
-      return worker
+      await until(this.#view.synced(), signal)
+      const job = await this.#create(spec, signal, hindered)
+      const watch = this.#watch(job)
+      await watch.started(signal, hindered).catch((err: unknown) => {
+        // Whoever ends it finds it by its name.
+        this.#watches.delete(watch.uid)
+        throw err
+      })
+      // From now on, whether anybody asks or not: a log that nobody reads may be lost.
+      void watch.ended()
+      return this.#worker(job)
     } catch (err) {
       const isTimeout = signal.aborted && signal.reason instanceof DOMException
       if (isTimeout && signal.reason.name === 'TimeoutError') {
         const seconds = this.#settings.provisioningTimeoutMs / 1000
-        const message = `The worker was not ready within ${seconds} seconds. ${hindrance.message}`
+        const { problem } = this.#view
+        const also = problem === undefined ? '' : `. The cluster cannot be watched: ${problem}`
+        const message = `The worker was not ready within ${seconds} seconds. ${hindrance.message}${also}`
         throw new WorkerError(hindrance.reason, message, { cause: err })
       }
       throw err
     }
   }
 
-  async #create(
-    spec: WorkerSpec,
-    signal: AbortSignal,
-    hindered: (reason: WorkerError['reason'], message: string) => void,
-  ): Promise<V1Job> {
-    await this.#withinCap(signal, hindered)
+  /**
+   * The Job first, then what it needs, which from its first moment goes with it: so nothing is left behind, whenever we
+   * are interrupted. Its pod waits for the Secret.
+   */
+  async #create(spec: WorkerSpec, signal: AbortSignal, hindered: Hindered): Promise<V1Job> {
     const options = await this.#jobOptions(spec, signal)
-    const secrets = [ownSecret(spec, this.#settings.instance), pullSecret(spec, options)]
-    const job = workerJob(spec, options)
+    await this.#withinCap(spec.name, signal, hindered)
+    const job = await this.#put<V1Job>('jobs', workerJob(spec, options), signal, hindered)
+    const uid = job.metadata?.uid ?? ''
+    // The one for the registry first: images are pulled once all volumes are there.
+    const secrets = [pullSecret(spec, options, uid), ownSecret(spec, this.#settings.instance, uid)]
     for (const secret of secrets) if (secret) await this.#put('secrets', secret, signal, hindered)
-    const created = await this.#put<V1Job>('jobs', job, signal, hindered)
-    // With the Job goes what it needs, also when we do not come to it.
-    const owner = {
-      ...{ apiVersion: 'batch/v1', kind: 'Job', name: spec.name },
-      uid: created.metadata?.uid ?? '',
-    }
-    for (const secret of secrets) {
-      if (!secret) continue
-      const path = `${this.#path('secrets')}/${secret.metadata?.name}`
-      await this.#persistently(
-        () =>
-          this.#api.json('PATCH', path, {
-            body: { metadata: { ownerReferences: [owner] } },
-            contentType: 'application/merge-patch+json',
-            signal,
-          }),
-        signal,
-      )
-    }
-    return created
+    return job
   }
 
   async #jobOptions(spec: WorkerSpec, signal: AbortSignal): Promise<JobOptions> {
-    const { settings } = { settings: this.#settings }
+    const settings = this.#settings
     const files = await this.#files()
     const problem = files.length > OBJECT_BYTES_MAX ? await this.taskFilesProblem() : undefined
     if (problem) throw new WorkerError('startup_failed', `The worker cannot be given ${problem}`)
@@ -256,22 +244,28 @@ export class KubernetesBackend implements WorkerBackend {
     resource: 'jobs' | 'secrets' | 'configmaps',
     object: T,
     signal: AbortSignal,
-    hindered: (reason: WorkerError['reason'], message: string) => void,
+    hindered: Hindered,
   ): Promise<T> {
-    const path = this.#path(resource)
+    const path = this.#view.path(resource)
     for (;;) {
       try {
-        return await this.#persistently(
-          () => this.#api.json<T>('POST', path, { body: object, signal }),
+        return await this.#view.persistently(
+          () =>
+            this.#api.json<T>('POST', path, {
+              body: object,
+              signal,
+              isUrgent: resource === 'secrets',
+            }),
           signal,
+          (message) => hindered('provisioning_timeout', message),
         )
       } catch (err) {
         if (!(err instanceof ApiError)) throw err
         const name = object.metadata?.name ?? ''
         if (err.reason === 'AlreadyExists') {
-          // What is immutable and named by its content or its task is as we would make it.
+          // What is named by its content, or made for the very Job, is as we would make it.
           if (resource !== 'jobs') return object
-          const job = await this.#job(name)
+          const job = await this.#view.persistently(() => this.#view.namedJob(name, signal), signal)
           // Holds: it is a Job, as `object` is.
           if (job && !job.metadata?.deletionTimestamp) return job as T
           hindered('startup_failed', `Another Job has the name ${name}`)
@@ -281,74 +275,38 @@ export class KubernetesBackend implements WorkerBackend {
           const message = `Kubernetes refuses to make the worker: ${err.message}`
           throw new WorkerError('startup_failed', message, { cause: err })
         }
-        await this.#change(signal)
+        await this.#view.change('any', signal)
       }
     }
   }
 
-  async #withinCap(
-    signal: AbortSignal,
-    hindered: (reason: WorkerError['reason'], message: string) => void,
-  ): Promise<void> {
+  async #withinCap(name: string, signal: AbortSignal, hindered: Hindered): Promise<void> {
     const { workersMax } = this.#settings
-    const live = () =>
-      [...this.#jobs.objects.values()].filter(({ status }) => !status?.completionTime).length
-    while (live() >= workersMax) {
+    const live = () => {
+      const isEnded = ({ type, status }: { type: string; status: string }) =>
+        ['Complete', 'Failed'].includes(type) && status === 'True'
+      const names = [...this.#view.jobs]
+        .filter(({ status }) => !status?.conditions?.some(isEnded))
+        .map(({ metadata }) => metadata?.name ?? '')
+      return new Set([...names, ...this.#admitted]).size
+    }
+    const isThere = () => [...this.#view.jobs].some(({ metadata }) => metadata?.name === name)
+    while (live() >= workersMax && !isThere()) {
       hindered('unschedulable', `There are ${workersMax} workers already, as many as may be`)
-      await this.#change(signal)
+      await this.#view.change('any', signal)
     }
-  }
-
-  /** Until the task runs, or has run. Throws a `WorkerError` when it never will. */
-  async #started(
-    job: V1Job,
-    signal: AbortSignal,
-    hindered: (reason: WorkerError['reason'], message: string) => void,
-  ): Promise<void> {
-    const name = job.metadata?.name ?? ''
-    let stuckSince: number | undefined
-    let lookedAt = Date.now()
-    let isSeen = false
-    for (;;) {
-      isSeen ||= this.#jobs.objects.has(name)
-      // What was created just now may not have been told yet.
-      const known = isSeen ? this.#jobs.objects.get(name) : job
-      const pod = this.#podOf(name)
-      const seen = observe(known, pod)
-      if (seen.phase !== 'waiting') return
-      const isConfig = seen.reason === 'startup_failed'
-      stuckSince = isConfig ? (stuckSince ?? Date.now()) : undefined
-      const isTooLong = stuckSince !== undefined && Date.now() - stuckSince >= CONFIG_GRACE_MS
-      hindered(seen.reason, seen.message)
-      if (seen.isHopeless || isTooLong) throw new WorkerError(seen.reason, seen.message)
-      if (seen.reason === 'provisioning_timeout' && Date.now() - lookedAt >= LOOK_MS) {
-        lookedAt = Date.now()
-        const warning = await this.#warning(pod?.metadata?.uid ?? known?.metadata?.uid).catch(
-          () => undefined,
-        )
-        if (warning) hindered('provisioning_timeout', `${seen.message}. ${warning}`)
-      }
-      await this.#change(signal)
-    }
-  }
-
-  async #warning(uid: string | undefined): Promise<string | undefined> {
-    if (uid === undefined) return undefined
-    const query = { fieldSelector: `involvedObject.uid=${uid}` }
-    const events = await this.#api.json<{ items: CoreV1Event[] }>('GET', this.#path('events'), {
-      query,
-    })
-    return warningOf(events.items)
+    this.#admitted.add(name)
   }
 
   #worker(job: V1Job): Worker {
     const name = job.metadata?.name ?? ''
     const annotations = job.metadata?.annotations ?? {}
+    const uid = job.metadata?.uid ?? ''
+    let held = this.#watches.get(uid)
     const watched = async () => {
-      const known = this.#watched.get(name)
-      if (known) return known
-      await this.#synced()
-      return this.#watch(name, job)
+      await this.#view.synced()
+      held ??= this.#watch(job)
+      return held
     }
     return {
       name,
@@ -358,144 +316,98 @@ export class KubernetesBackend implements WorkerBackend {
       size: annotations[ANNOTATIONS.size] || null,
       createdAt: Number(annotations[ANNOTATIONS.createdAt]),
       status: async () => {
-        if (this.#watched.get(name)?.completion) return 'Completed'
-        await this.#synced()
-        const now = await this.#job(name)
-        return statusOf(now, this.#podOf(name))
+        await this.#view.synced()
+        if (this.#watches.get(uid)?.completion) return 'Completed'
+        const now = await this.#view.namedJob(name, this.#closing.signal).catch((err: unknown) => {
+          // The watches' word is the last that was heard.
+          if (err instanceof ApiUnreachableError) return this.#view.job(uid)
+          throw err
+        })
+        return statusOf(now?.metadata?.uid === uid ? now : undefined, this.#view.pod(uid))
       },
-      completion: async (signal) => until((await until(watched(), signal)).ended, signal),
-      stop: async () => this.#stop(name, await watched()),
+      completion: async (signal) => until((await until(watched(), signal)).ended(), signal),
+      stop: async () => this.#stop(await watched()),
       logs: async ({ maxBytes }) => {
-        const found = await watched()
-        if (!this.#isRunning(name)) await found.ended
-        return found.ring.tail(maxBytes)
+        const watch = await watched()
+        const ended = watch.ended()
+        if (watch.phase() === 'ended') await ended
+        return watch.ring.tail(maxBytes)
       },
       follow: async function* ({ from, signal }) {
-        yield* (await watched()).ring.follow(from, signal)
+        const watch = await watched()
+        void watch.ended()
+        yield* watch.ring.follow(from, signal)
       },
-      terminate: () => this.#terminate(name),
+      terminate: async () => this.#terminate(await watched()),
     }
   }
 
-  #isRunning(name: string): boolean {
-    return observe(this.#jobs.objects.get(name), this.#podOf(name)).phase === 'running'
-  }
-
-  #watch(name: string, job: V1Job): Watched {
-    const known = this.#watched.get(name)
+  #watch(job: V1Job): JobWatch {
+    const uid = job.metadata?.uid ?? ''
+    const known = this.#watches.get(uid)
     if (known) return known
-    const watched: Watched = {
-      ring: new LogRing(this.#settings.logBytesKept),
-      ended: Promise.resolve(lost('')),
-      completion: undefined,
-      overLogLimit: false,
-      lastPod: undefined,
-    }
-    this.#watched.set(name, watched)
-    watched.ended = this.#end(name, job, watched)
-    // While we shut down nobody waits for it.
-    watched.ended.catch(() => {})
-    return watched
-  }
-
-  /** How the task ended, once it has. The API's troubles decide nothing. */
-  async #end(name: string, job: V1Job, watched: Watched): Promise<Completion> {
-    const { signal } = this.#closing
-    const maxLogBytes = Number(job.metadata?.annotations?.[ANNOTATIONS.maxLogBytes])
-    const readers = new AbortController()
-    signal.addEventListener('abort', () => readers.abort(), { once: true })
-    let log: PodLog | undefined
-    let following: Promise<void> | undefined
-    const isOver = () => watched.completion !== undefined || !this.#isRunning(name)
-    let isSeen = false
-    for (;;) {
-      isSeen ||= this.#jobs.objects.has(name)
-      const pod = this.#podOf(name)
-      const known = isSeen ? this.#jobs.objects.get(name) : job
-      const last: Observation | undefined = watched.lastPod && observe(known, watched.lastPod)
-      const seen = !pod && last?.phase === 'ended' ? last : observe(known, pod)
-      const podName = pod?.metadata?.name
-      if (podName && (seen.phase === 'running' || seen.phase === 'ended')) {
-        const path = `${this.#path('pods')}/${podName}/log`
-        log ??= new PodLog(this.#api, path, TASK_CONTAINER, watched.ring)
-        if (seen.phase === 'running') following ??= log.follow(isOver, readers.signal)
-      }
-      if (watched.ring.totalBytes > maxLogBytes && !watched.overLogLimit) {
-        watched.overLogLimit = true
-        void this.#delete(name).catch((err: unknown) =>
-          this.#settings.log.error({ err, worker: name }, 'ending a task failed'),
-        )
-      }
-      if (seen.phase === 'ended' || (seen.phase === 'waiting' && seen.isHopeless)) {
-        // The stream ends with the container; one that has stalled is not waited for.
-        const late = pause(LAST_LOG_MS, undefined, { signal, ref: false })
-        await Promise.race([following, late])
-        readers.abort()
-        await following
-        if (log) await this.#restOf(log, pod)
-        watched.ring.end()
-        watched.completion =
-          seen.phase === 'ended'
-            ? watched.overLogLimit
-              ? overLogLimit(maxLogBytes)
-              : seen.completion
-            : lost(seen.message)
-        return watched.completion
-      }
-      await Promise.race([
-        this.#change(signal),
-        ...(following ? [pause(RETRY_MS, undefined, { signal })] : []),
-      ])
-    }
-  }
-
-  async #restOf(log: PodLog, pod: V1Pod | undefined): Promise<void> {
-    const signal = AbortSignal.any([this.#closing.signal, AbortSignal.timeout(LAST_LOG_MS)])
-    while (pod && !signal.aborted) {
-      try {
-        return await log.rest(signal)
-      } catch {
-        await pause(RETRY_MS, undefined, { signal }).catch(() => {})
-      }
-    }
+    const { provisioningTimeoutMs, logBytesKept, log, waits = {} } = this.#settings
+    const watch: JobWatch = new JobWatch(job, {
+      ...{ api: this.#api, view: this.#view, closing: this.#closing.signal },
+      ...{ provisioningTimeoutMs, logBytesKept, log },
+      configGraceMs: waits.configGraceMs,
+      lastLogMs: waits.lastLogMs,
+      logSilentMs: waits.logSilentMs,
+      end: () => this.#delete(watch),
+    })
+    this.#watches.set(uid, watch)
+    return watch
   }
 
   /** Ends the task with its pod; its log was read by then, and what the pod ended with is told before it goes. */
-  async #stop(name: string, watched: Watched): Promise<void> {
-    if (watched.completion) return
-    await this.#delete(name)
-    await watched.ended
+  async #stop(watch: JobWatch): Promise<void> {
+    if (watch.completion) return
+    watch.isStopping = true
+    const ended = watch.ended()
+    await this.#delete(watch)
+    await ended
   }
 
-  async #terminate(name: string): Promise<void> {
+  /** Rejects when the worker does not go, as when its node is lost. */
+  async #terminate(watch: JobWatch): Promise<void> {
+    const { name, uid } = watch
+    watch.isStopping = true
     await this.#making.get(name)?.catch(() => {})
-    await this.#delete(name)
-    for (const secret of [name, pullSecretName(name)]) await this.#remove('secrets', secret)
-    await this.#synced()
-    const { signal } = this.#closing
-    while (this.#jobs.objects.has(name) || this.#podOf(name)) {
-      // Watches may be late: whether it is gone is asked.
-      if (!(await this.#job(name))) this.#jobs.objects.delete(name)
-      const pod = this.#podOf(name)?.metadata?.name
-      if (pod && !(await this.#exists('pods', pod))) this.#pods.objects.delete(pod)
-      if (this.#jobs.objects.has(name) || this.#podOf(name)) await this.#change(signal)
-    }
-    this.#watched.delete(name)
-  }
-
-  async #delete(name: string): Promise<void> {
-    const job = await this.#job(name)
-    if (job) await this.#remove('jobs', name, job.metadata?.uid)
-  }
-
-  async #remove(resource: 'jobs' | 'secrets', name: string, uid?: string): Promise<void> {
+    await this.#remove(name, uid)
+    const { waits = {}, terminationGraceMs } = this.#settings
+    const late = AbortSignal.timeout(terminationGraceMs + (waits.goneMs ?? GONE_MS))
+    const signal = AbortSignal.any([this.#closing.signal, late])
+    const isThere = () => this.#view.job(uid) !== undefined || this.#view.pod(uid) !== undefined
     try {
-      await this.#api.json('DELETE', `${this.#path(resource)}/${name}`, {
+      while (isThere()) {
+        await this.#view.change(uid, signal)
+        if (!isThere()) break
+        // Watches may be late: whether it is gone is asked.
+        const asked = await this.#view.look(name, uid, signal)
+        if (!asked.job && !asked.pod) break
+      }
+    } catch (err) {
+      this.#closing.signal.throwIfAborted()
+      throw new Error(`Worker ${name} does not go: is its node lost?`, { cause: err })
+    }
+    this.#watches.delete(uid)
+    this.#view.forget(uid)
+  }
+
+  /** Of the very Job, and no other of its name. */
+  async #delete({ name, uid }: JobWatch): Promise<void> {
+    const { signal } = this.#closing
+    await this.#view.persistently(() => this.#remove(name, uid), signal)
+  }
+
+  async #remove(name: string, uid: string): Promise<void> {
+    try {
+      await this.#api.json('DELETE', `${this.#view.path('jobs')}/${name}`, {
         body: {
           ...{ apiVersion: 'v1', kind: 'DeleteOptions' },
           // The default of Jobs leaves their pods behind.
           propagationPolicy: 'Background',
-          ...(uid === undefined ? {} : { preconditions: { uid } }),
+          preconditions: { uid },
         },
       })
     } catch (err) {
@@ -504,66 +416,15 @@ export class KubernetesBackend implements WorkerBackend {
     }
   }
 
-  /** One of ours. */
-  async #job(name: string): Promise<V1Job | undefined> {
-    try {
-      const job = await this.#api.json<V1Job>('GET', `${this.#path('jobs')}/${name}`)
-      const isOurs = job.metadata?.labels?.[LABELS.instance] === this.#settings.instance
-      return isOurs ? job : undefined
-    } catch (err) {
-      if (err instanceof ApiError && err.status === 404) return undefined
-      throw err
-    }
-  }
-
-  async #exists(resource: 'pods', name: string): Promise<boolean> {
-    try {
-      await this.#api.json('GET', `${this.#path(resource)}/${name}`)
-      return true
-    } catch (err) {
-      if (err instanceof ApiError && err.status === 404) return false
-      throw err
-    }
-  }
-
-  #podOf(name: string): V1Pod | undefined {
-    for (const pod of this.#pods.objects.values()) {
-      if (jobNameOf(pod) === name) return pod
-    }
-    return undefined
-  }
-
   #rights(): Promise<string[]> {
     if (!this.#missingRights || this.#missingRights.until < Date.now()) {
-      const known = this.#askRights()
+      const known = missingRights(this.#api, this.#namespace, RIGHTS)
       this.#missingRights = { known, until: Date.now() + RIGHTS_KNOWN_MS }
       known.catch(() => {
         this.#missingRights = undefined
       })
     }
     return this.#missingRights.known
-  }
-
-  async #askRights(): Promise<string[]> {
-    const asked = RIGHTS.flatMap(({ group, resource, verbs }) =>
-      verbs.map(async (verb) => {
-        const [name, subresource] = resource.split('/')
-        const resourceAttributes = {
-          ...{ namespace: this.#namespace, group, verb, resource: name },
-          ...(subresource === undefined ? {} : { subresource }),
-        }
-        const path = '/apis/authorization.k8s.io/v1/selfsubjectaccessreviews'
-        const body = {
-          ...{ apiVersion: 'authorization.k8s.io/v1', kind: 'SelfSubjectAccessReview' },
-          spec: { resourceAttributes },
-        }
-        const { status } = await this.#api.json<{ status: { allowed: boolean } }>('POST', path, {
-          body,
-        })
-        return status.allowed ? [] : [`${verb} ${resource}`]
-      }),
-    )
-    return (await Promise.all(asked)).flat()
   }
 
   /** Looked at again after a moment: many tasks may come at once. */
@@ -588,41 +449,13 @@ export class KubernetesBackend implements WorkerBackend {
     await ended
     return Buffer.concat(chunks)
   }
-
-  async #synced(): Promise<void> {
-    await Promise.all([this.#jobs.synced(), this.#pods.synced()])
-  }
-
-  /** Until something has changed, or a moment has passed. Rejects when `signal` aborts. */
-  async #change(signal: AbortSignal): Promise<void> {
-    const late = AbortSignal.timeout(LOOK_MS)
-    const either = AbortSignal.any([signal, late])
-    await once(this.#changes, 'change', { signal: either }).catch(() => {})
-    signal.throwIfAborted()
-  }
-
-  /** Repeats a step while the API does not answer. Rejects when `signal` aborts. */
-  async #persistently<T>(step: () => Promise<T>, signal: AbortSignal): Promise<T> {
-    for (let waitMs = RETRY_MS; ; waitMs = Math.min(waitMs * 2, RETRY_MAX_MS)) {
-      try {
-        return await step()
-      } catch (err) {
-        signal.throwIfAborted()
-        if (!(err instanceof ApiUnreachableError)) throw err
-        this.#settings.log.warn({ err }, 'waiting for the Kubernetes API')
-        await pause(waitMs * (0.5 + Math.random()), undefined, { signal })
-      }
-    }
-  }
-
-  #path(resource: 'jobs' | 'pods' | 'secrets' | 'configmaps' | 'events'): string {
-    const group = resource === 'jobs' ? '/apis/batch/v1' : '/api/v1'
-    return `${group}/namespaces/${this.#namespace}/${resource}`
-  }
 }
 
-function jobNameOf(pod: V1Pod): string {
-  return pod.metadata?.labels?.['batch.kubernetes.io/job-name'] ?? ''
+function configOf(path: string | undefined): KubeConfig {
+  const config = new KubeConfig()
+  if (path === undefined) config.loadFromDefault()
+  else config.loadFromFile(path)
+  return config
 }
 
 function messageOf(err: unknown): string {

@@ -1,6 +1,12 @@
 /** The objects of one worker. Pure: the same spec gives the same objects. */
 import { createHash } from 'node:crypto'
-import type { V1ConfigMap, V1Job, V1ResourceRequirements, V1Secret } from '@kubernetes/client-node'
+import type {
+  V1ConfigMap,
+  V1Job,
+  V1OwnerReference,
+  V1ResourceRequirements,
+  V1Secret,
+} from '@kubernetes/client-node'
 import type { WorkerSpec } from '../../core/ports.ts'
 import { ownFiles, WORKER_FOLDER, WORKER_USER, workerCommand } from '../worker-files.ts'
 
@@ -57,8 +63,8 @@ export function filesConfigMap(files: Buffer, instance: string): V1ConfigMap {
   }
 }
 
-/** What is the worker's alone, its secrets among it. */
-export function ownSecret(spec: WorkerSpec, instance: string): V1Secret {
+/** What is the worker's alone, its secrets among it. It goes with its Job. */
+export function ownSecret(spec: WorkerSpec, instance: string, jobUid: string): V1Secret {
   const data = ownFiles(spec).map(({ name, content }) => [
     name,
     Buffer.from(content).toString('base64'),
@@ -66,7 +72,11 @@ export function ownSecret(spec: WorkerSpec, instance: string): V1Secret {
   return {
     apiVersion: 'v1',
     kind: 'Secret',
-    metadata: { name: spec.name, labels: labelsOf(instance) },
+    metadata: {
+      name: spec.name,
+      labels: labelsOf(instance),
+      ownerReferences: [ownedBy(spec.name, jobUid)],
+    },
     type: 'Opaque',
     immutable: true,
     data: Object.fromEntries(data),
@@ -74,7 +84,11 @@ export function ownSecret(spec: WorkerSpec, instance: string): V1Secret {
 }
 
 /** Credentials for the registry; undefined when there are none. */
-export function pullSecret(spec: WorkerSpec, options: JobOptions): V1Secret | undefined {
+export function pullSecret(
+  spec: WorkerSpec,
+  options: JobOptions,
+  jobUid: string,
+): V1Secret | undefined {
   const credential = spec.imageConfig?.credential
   if (!credential) return undefined
   const [host = ''] = options.image.split('/')
@@ -83,14 +97,18 @@ export function pullSecret(spec: WorkerSpec, options: JobOptions): V1Secret | un
   return {
     apiVersion: 'v1',
     kind: 'Secret',
-    metadata: { name: pullSecretName(spec.name), labels: labelsOf(options.instance) },
+    metadata: {
+      name: pullSecretName(spec.name),
+      labels: labelsOf(options.instance),
+      ownerReferences: [ownedBy(spec.name, jobUid)],
+    },
     type: 'kubernetes.io/dockerconfigjson',
     immutable: true,
     data: { '.dockerconfigjson': Buffer.from(config).toString('base64') },
   }
 }
 
-export function pullSecretName(workerName: string): string {
+function pullSecretName(workerName: string): string {
   return `${workerName}-pull`
 }
 
@@ -210,6 +228,10 @@ export function workerJob(spec: WorkerSpec, options: JobOptions): V1Job {
       },
     },
   }
+}
+
+function ownedBy(jobName: string, uid: string): V1OwnerReference {
+  return { apiVersion: 'batch/v1', kind: 'Job', name: jobName, uid }
 }
 
 function unpackCommand(): string {

@@ -1,5 +1,11 @@
 /** What a Job, its pod and its events tell about a worker. Pure. */
-import type { CoreV1Event, V1ContainerStatus, V1Job, V1Pod } from '@kubernetes/client-node'
+import type {
+  CoreV1Event,
+  V1ContainerStateTerminated,
+  V1ContainerStatus,
+  V1Job,
+  V1Pod,
+} from '@kubernetes/client-node'
 import type { Completion, WorkerStatus } from '../../core/ports.ts'
 import type { Reason } from '../../core/task.ts'
 import { completionOf, lost, parseExit } from '../completion.ts'
@@ -15,14 +21,26 @@ export type Observation =
 /** Registries answer so when trying again is in vain. */
 const FINAL_PULL_WORDS =
   /not found|manifest unknown|unauthorized|denied|authentication required|no basic auth/i
+/** How long after its grace period a pod may still be there before its node is taken for lost. */
+const NODE_LOSS_SLACK_MS = 30_000
+/** What kubelets say of pods that they do not take. */
+const REJECTED = /^(OutOf\w+|NodeAffinity|UnexpectedAdmissionError|TopologyAffinityError)$/
+const NODE_SHUTDOWN = ['Terminated', 'NodeShutdown', 'Shutdown']
+/** Kubelet and controllers warn so of what its user can change. */
+const MOUNT_WARNINGS = ['FailedMount', 'FailedAttachVolume']
 
 /** `pod` undefined: there is none (yet, or any more). `job` undefined: it was deleted. */
-export function observe(job: V1Job | undefined, pod: V1Pod | undefined): Observation {
+export function observe(
+  job: V1Job | undefined,
+  pod: V1Pod | undefined,
+  now = Date.now(),
+): Observation {
   const ended = pod && endOf(pod, job)
   if (ended) return { phase: 'ended', completion: ended }
+  if (pod && isOverdue(pod, now)) return { phase: 'ended', completion: nodeLost('no answer') }
   // Its pod may have a while to end in.
   if (!job && pod) return taskStatus(pod)?.state?.running ? { phase: 'running' } : waitingFor(pod)
-  if (!job) return { phase: 'ended', completion: lost('The worker was deleted from outside') }
+  if (!job) return { phase: 'ended', completion: deletedOutside() }
   const failure = conditionOf(job, 'Failed')
   if (!pod && failure) return { phase: 'ended', completion: ofFailedJob(failure) }
   if (!pod && conditionOf(job, 'Complete')) {
@@ -42,61 +60,114 @@ export function statusOf(job: V1Job | undefined, pod: V1Pod | undefined): Worker
   return phase === 'running' ? 'Running' : 'Provisioning'
 }
 
-/** The warning that says most about why there is no running pod; undefined when there is none. */
-export function warningOf(events: readonly CoreV1Event[]): string | undefined {
-  const warnings = events.filter(({ type }) => type === 'Warning')
-  const last = warnings.toSorted((a, b) => timeOf(a) - timeOf(b)).at(-1)
-  return last && `${last.reason}: ${last.message}`
+/**
+ * What events tell about why there is no running pod; undefined when they do not. `reason`: where it fits better
+ * than what pod and Job tell.
+ */
+export function warningOf(
+  events: readonly CoreV1Event[],
+): { reason: Reason | undefined; message: string } | undefined {
+  const byTime = events.toSorted((a, b) => timeOf(a) - timeOf(b))
+  const last = byTime.findLast(({ type }) => type === 'Warning')
+  const grows = events.some(({ reason }) => reason === 'TriggeredScaleUp')
+  const growing = grows ? 'The cluster is adding a node' : undefined
+  if (!last) return growing === undefined ? undefined : { reason: undefined, message: growing }
+  const { reason = '', message: words = '' } = last
+  const told = `${reason}: ${words}`
+  if (reason === 'FailedCreate' && /exceeded quota/.test(words)) {
+    const message = `The namespace has no quota left: ${told}. Hint: raise the quota, or run fewer tasks at once`
+    return { reason: 'unschedulable', message }
+  }
+  if (reason === 'FailedCreate') {
+    const message = `The cluster refuses the pod: ${told}. Hint: ask who runs the cluster about its admission rules`
+    return { reason: 'startup_failed', message }
+  }
+  if (MOUNT_WARNINGS.includes(reason)) {
+    return { reason: 'startup_failed', message: `A volume could not be mounted: ${told}` }
+  }
+  return { reason: undefined, message: growing === undefined ? told : `${told}. ${growing}` }
 }
 
 function timeOf({ lastTimestamp, eventTime, metadata }: CoreV1Event): number {
-  return Date.parse(String(lastTimestamp ?? eventTime ?? metadata.creationTimestamp ?? 0))
+  return Date.parse(String(lastTimestamp ?? eventTime ?? metadata?.creationTimestamp ?? 0))
 }
 
 function endOf(pod: V1Pod, job: V1Job | undefined): Completion | undefined {
   const { status } = pod
   const terminated = taskStatus(pod)?.state?.terminated
-  const disruption = conditionOf(pod, 'DisruptionTarget')
-  if (terminated) {
-    if (terminated.reason === 'OOMKilled') return outOfMemory(terminated.exitCode, pod, job)
-    if (terminated.reason === 'StartError' || terminated.reason === 'ContainerCannotRun') {
-      return {
-        ...{ reason: 'startup_failed', exitCode: null, signal: null },
-        message: `The container could not be started: ${terminated.message ?? terminated.reason}`,
-      }
-    }
-    const exit = parseExit(terminated.message ?? '')
-    if (status?.reason === 'DeadlineExceeded') return deadline(status.message)
-    // What the task itself ended with counts, also when something was about to end it.
-    if (exit && !(disruption && exit.code > 128)) return completionOf(exit)
-    if (status?.reason === 'Evicted') return evicted(status.message)
-    if (disruption) return disrupted(disruption)
-    return lost(
-      `The container ended with exit code ${terminated.exitCode} (${terminated.reason ?? 'unknown'}), and not by its task: it was killed from outside, or ran out of memory`,
-    )
-  }
+  const isOver = terminated || ['Failed', 'Succeeded'].includes(status?.phase ?? '')
+  if (!isOver) return undefined
+  if (terminated?.reason === 'OOMKilled') return outOfMemory(terminated.exitCode, pod, job)
+  if (status?.reason === 'DeadlineExceeded') return deadline(status.message)
+  const exit = parseExit(terminated?.message ?? '')
+  // What the task itself ended with counts, also when something was about to end it.
+  if (exit && exit.code <= 128) return completionOf(exit)
+  const byPlatform = disrupted(pod, job)
+  if (byPlatform) return byPlatform
+  if (exit) return completionOf(exit)
+  if (terminated) return withoutExit(terminated)
   const failedInit = status?.initContainerStatuses?.find(
     ({ state }) => (state?.terminated?.exitCode ?? 0) !== 0,
   )
-  if (status?.phase === 'Failed') {
-    if (status.reason === 'Evicted') return evicted(status.message)
-    if (status.reason === 'DeadlineExceeded') return deadline(status.message)
-    if (disruption) return disrupted(disruption)
-    if (failedInit) {
-      const { exitCode, message, reason } = failedInit.state?.terminated ?? {}
-      const words = message ?? reason ?? 'no words'
-      return {
-        ...{ reason: 'startup_failed', exitCode: null, signal: null },
-        message: `The task files could not be unpacked (exit code ${exitCode}: ${words}); the image needs sh, tar and gzip`,
-      }
-    }
-    const words = [status.reason, status.message].filter(Boolean).join(': ')
-    return lost(`The pod failed before its task ran: ${words || 'no reason given'}`)
+  if (failedInit) {
+    const { exitCode, message, reason } = failedInit.state?.terminated ?? {}
+    const words = message ?? reason ?? 'no words'
+    return ended(
+      'startup_failed',
+      `The task files could not be unpacked (exit code ${exitCode}: ${words}). Hint: the image needs sh, tar and gzip`,
+    )
   }
   if (status?.phase === 'Succeeded') {
     return lost('The pod is said to have succeeded, but its task was not seen to end')
   }
+  const words = [status?.reason, status?.message].filter(Boolean).join(': ')
+  if (REJECTED.test(status?.reason ?? '')) {
+    return ended(
+      'unschedulable',
+      `The node refused the worker before its task ran: ${words}. Hint: try again, or ask for a smaller worker_size`,
+    )
+  }
+  return lost(`The pod failed, and its task was not seen to end: ${words || 'no reason given'}`)
+}
+
+/** A container's end without the words of our bootstrap. */
+function withoutExit({ exitCode, reason, message }: V1ContainerStateTerminated): Completion {
+  if (reason === 'StartError' || reason === 'ContainerCannotRun') {
+    return ended(
+      'startup_failed',
+      `The container could not be started: ${message ?? reason}. Hint: the image needs /bin/sh`,
+    )
+  }
+  return lost(
+    `The container ended with exit code ${exitCode} (${reason ?? 'unknown'}), and not by its task: it was killed from outside, or ran out of memory`,
+  )
+}
+
+/** The platform ended it, not the task. */
+function disrupted(pod: V1Pod, job: V1Job | undefined): Completion | undefined {
+  const { status } = pod
+  const { reason = '', message = '' } = conditionOf(pod, 'DisruptionTarget') ?? {}
+  const said = status?.message ?? message
+  if (reason === 'DeletionByTaintManager' || reason === 'DeletionByPodGC') return nodeLost(message)
+  if (status?.reason === 'NodeLost') return nodeLost(said)
+  if (status?.reason === 'Evicted') {
+    return evicted('evicted from its node', said, 'its log ends with what was read until then')
+  }
+  if (NODE_SHUTDOWN.includes(status?.reason ?? ''))
+    return evicted('ended: its node shut down', said)
+  if (reason === 'PreemptionByScheduler') {
+    return evicted('ended to make room for a pod of higher priority', message)
+  }
+  if (reason === 'EvictionByEvictionAPI') return evicted('evicted: its node is drained', message)
+  if (reason) return evicted('evicted from its node', said)
+  if (job?.spec?.suspend) return evicted('ended by its queue, which suspended the Job', 'suspended')
   return undefined
+}
+
+/** Told to end, and its grace period is long over: nobody is there to end it. */
+function isOverdue({ metadata }: V1Pod, now: number): boolean {
+  const at = Date.parse(String(metadata?.deletionTimestamp ?? ''))
+  return now - at > NODE_LOSS_SLACK_MS
 }
 
 function waitingFor(pod: V1Pod): Observation {
@@ -111,23 +182,34 @@ function waitingFor(pod: V1Pod): Observation {
   const { reason = '', message = '' } = stuck?.state?.waiting ?? {}
   const image = stuck?.image ?? ''
   if (reason === 'ErrImagePull' || reason === 'ImagePullBackOff') {
-    const text = `The image ${image} could not be pulled: ${message}`
+    const hint = 'Hint: check its name, and that the cluster may pull it (image_config.credential)'
+    const text = `The image ${image} could not be pulled: ${message}. ${hint}`
     return waiting('image_pull_failed', text, FINAL_PULL_WORDS.test(message))
   }
   if (reason === 'InvalidImageName' || reason === 'ErrImageNeverPull') {
-    return waiting(
-      'image_pull_failed',
-      `The image ${image} cannot be had: ${message || reason}`,
-      true,
-    )
+    const hint =
+      reason === 'InvalidImageName'
+        ? "Hint: correct the image's name"
+        : 'Hint: put it on the nodes, or allow pulling it (image_config.pull_policy)'
+    const text = `The image ${image} cannot be had: ${message || reason}. ${hint}`
+    return waiting('image_pull_failed', text, true)
   }
   if (reason !== '') {
-    return waiting('startup_failed', `The container cannot be started: ${reason}: ${message}`)
+    const hint = /runAsNonRoot/.test(message)
+      ? '. Hint: the image must be able to run as another user than root'
+      : ''
+    return waiting(
+      'startup_failed',
+      `The container cannot be started: ${reason}: ${message}${hint}`,
+    )
   }
   const scheduled = pod.status?.conditions?.find(({ type }) => type === 'PodScheduled')
   if (scheduled?.status === 'False') {
     const words = scheduled.message ?? scheduled.reason
-    return waiting('unschedulable', `The cluster has no place for the worker: ${words}`)
+    return waiting(
+      'unschedulable',
+      `The cluster has no place for the worker: ${words}. Hint: try again later, or with a smaller worker_size`,
+    )
   }
   return waiting('provisioning_timeout', 'The pod is being started')
 }
@@ -136,62 +218,39 @@ function waiting(reason: Reason, message: string, isHopeless = false): Observati
   return { phase: 'waiting', reason, message, isHopeless }
 }
 
-function ofFailedJob({
-  reason = '',
-  message = '',
-}: {
-  reason?: string
-  message?: string
-}): Completion {
+function ofFailedJob({ reason = '', message = '' }: { reason?: string; message?: string }) {
   if (reason === 'DeadlineExceeded') return deadline(message)
-  if (/DisruptionTarget/.test(message)) {
-    return {
-      reason: 'evicted',
-      exitCode: null,
-      signal: null,
-      message: `The worker was disrupted: ${message}`,
-    }
-  }
+  if (/DisruptionTarget/.test(message)) return evicted('disrupted', message)
   return lost(`The pod has gone, and with it how its task ended. Kubernetes said: "${message}"`)
 }
 
-function disrupted({
-  reason = '',
-  message = '',
-}: {
-  reason?: string
-  message?: string
-}): Completion {
-  const isLost = reason === 'DeletionByTaintManager' || reason === 'DeletionByPodGC'
-  if (isLost) {
-    return lost(
-      `The worker's node was lost; the task may still run there. Kubernetes said: "${message}"`,
-    )
-  }
-  const what =
-    reason === 'PreemptionByScheduler'
-      ? 'The worker had to make room for a pod of higher priority'
-      : 'The worker was evicted from its node'
-  return {
-    reason: 'evicted',
-    exitCode: null,
-    signal: null,
-    message: `${what}. Kubernetes said: "${message}"`,
-  }
+export function deletedOutside(): Completion {
+  return lost('The worker was deleted from outside. Hint: run the task again')
 }
 
-function evicted(message = ''): Completion {
-  return {
-    ...{ reason: 'evicted', exitCode: null, signal: null },
-    message: `The worker was evicted from its node; its log ends with what was read until then. Kubernetes said: "${message}"`,
-  }
+function nodeLost(message: string): Completion {
+  return lost(
+    `The worker's node was lost; the task may still run there. Kubernetes said: "${message}". Hint: run it again only if it may run twice`,
+  )
+}
+
+function evicted(what: string, message = '', more = ''): Completion {
+  const also = more && `; ${more}`
+  return ended(
+    'evicted',
+    `The worker was ${what}${also}. Kubernetes said: "${message}". Hint: run the task again`,
+  )
 }
 
 function deadline(message = ''): Completion {
-  return {
-    ...{ reason: 'timed_out', exitCode: null, signal: null },
-    message: `Ran longer than its limit. Kubernetes said: "${message}"`,
-  }
+  return ended(
+    'timed_out',
+    `Ran longer than its limit. Kubernetes said: "${message}". Hint: raise timeout_seconds`,
+  )
+}
+
+function ended(reason: Completion['reason'], message: string): Completion {
+  return { reason, exitCode: null, signal: null, message }
 }
 
 function outOfMemory(exitCode: number, pod: V1Pod, job: V1Job | undefined): Completion {
@@ -200,8 +259,9 @@ function outOfMemory(exitCode: number, pod: V1Pod, job: V1Job | undefined): Comp
   const size = job?.metadata?.annotations?.[ANNOTATIONS.size]
   const named = size ? ` of worker_size ${size}` : ''
   return {
-    ...{ reason: 'oom_killed', exitCode, signal: 'SIGKILL' },
-    message: `Ran out of memory: the limit${named} is ${limit ?? 'that of the node'}; ask for a larger worker_size`,
+    // A child may have been the one that was killed.
+    ...{ reason: 'oom_killed', exitCode, signal: exitCode === 137 ? 'SIGKILL' : null },
+    message: `Ran out of memory: the limit${named} is ${limit ?? 'that of the node'}. Hint: ask for a larger worker_size`,
   }
 }
 

@@ -5,6 +5,9 @@ import { ApiError, type KubernetesApi } from './api.ts'
 /** A stream that is silent for so long is asked whether it has stalled: across rotations some do (kubernetes#59902). */
 const SILENT_MS = 30_000
 const RETRY_MS = 500
+const RETRY_MAX_MS = 10_000
+const TIME_LENGTH_MAX = 64
+const WORDS_LENGTH_MAX = 512
 
 /**
  * Reads a container's log into a ring, from its beginning, across cuts, stalls and rotations, with no line twice and
@@ -16,27 +19,57 @@ export class PodLog {
   readonly #path: string
   readonly #container: string
   readonly #ring: LogRing
-  /** The last line: its time as it was sent, the how manieth of that very time it is, and its bytes so far. */
+  readonly #silentMs: number
+  readonly #onRead: () => void
+  /** The last line: its time, the how manieth of that very time it is, and its bytes so far. */
   #last = { time: '', count: 0, bytes: 0 }
+  readonly #over = new AbortController()
   #isInLine = false
+  /** Between the request and the first line that tells its time. */
+  #isAtStart = true
   /** Of the line that is being read: bytes that are in the ring already. */
   #toSkip = 0
   #head = Buffer.alloc(0)
   #seen = { time: '', count: 0 }
 
-  constructor(api: KubernetesApi, path: string, container: string, ring: LogRing) {
+  constructor(
+    api: KubernetesApi,
+    options: {
+      path: string
+      container: string
+      ring: LogRing
+      silentMs?: number | undefined
+      /** After each piece. */
+      onRead?: () => void
+    },
+  ) {
     this.#api = api
-    this.#path = path
-    this.#container = container
-    this.#ring = ring
+    this.#path = options.path
+    this.#container = options.container
+    this.#ring = options.ring
+    this.#silentMs = options.silentMs ?? SILENT_MS
+    this.#onRead = options.onRead ?? (() => {})
   }
 
-  /** Follows until `isOver` says that the container has ended, or `signal` aborts. Never rejects. */
-  async follow(isOver: () => boolean, signal: AbortSignal): Promise<void> {
-    while (!signal.aborted && !isOver()) {
-      await this.#read({ follow: true, signal }).catch(() => {})
-      if (!signal.aborted && !isOver()) await pause(RETRY_MS, undefined, { signal }).catch(() => {})
+  /** Follows until the container is `over` and the stream has ended with it, or `signal` aborts. Never rejects. */
+  async follow(signal: AbortSignal): Promise<void> {
+    const either = AbortSignal.any([signal, this.#over.signal])
+    for (let waitMs = RETRY_MS; !either.aborted; ) {
+      const before = this.#ring.totalBytes
+      const isRefused = await this.#read({ follow: true, signal }).then(
+        () => false,
+        (err: unknown) => err instanceof ApiError,
+      )
+      // One that refuses for good, for want of rights, is not asked for ever.
+      const isFutile = isRefused && this.#ring.totalBytes === before
+      waitMs = isFutile ? Math.min(waitMs * 2, RETRY_MAX_MS) : RETRY_MS
+      await pause(waitMs, undefined, { signal: either }).catch(() => {})
     }
+  }
+
+  /** The container has ended. */
+  over(): void {
+    this.#over.abort()
   }
 
   /** What there is beyond what was read. Throws what the API does. */
@@ -46,7 +79,7 @@ export class PodLog {
 
   async #read({ follow, signal }: { follow: boolean; signal: AbortSignal }): Promise<void> {
     const silent = new AbortController()
-    const timer = setTimeout(() => silent.abort(new Error('silent')), SILENT_MS)
+    const timer = setTimeout(() => silent.abort(new Error('silent')), this.#silentMs)
     this.#begin()
     try {
       const stream = await this.#api.stream(this.#path, {
@@ -54,18 +87,16 @@ export class PodLog {
           container: this.#container,
           timestamps: 'true',
           ...(follow ? { follow: 'true' } : {}),
-          ...(this.#last.time === '' ? {} : { sinceTime: this.#last.time.replace(/\.\d+/, '') }),
+          ...(this.#last.time === '' ? {} : { sinceTime: sinceOf(this.#last.time) }),
         },
         signal: AbortSignal.any([signal, silent.signal]),
       })
       for await (const chunk of stream) {
         timer.refresh()
         this.#take(chunk)
+        this.#onRead()
       }
-    } catch (err) {
-      // Nothing there yet, or not any more.
-      if (err instanceof ApiError && !follow) return
-      throw err
+      if (this.#isAtStart && this.#head.length > 0) throw new Error(this.#head.toString())
     } finally {
       clearTimeout(timer)
     }
@@ -73,6 +104,7 @@ export class PodLog {
 
   #begin(): void {
     this.#isInLine = false
+    this.#isAtStart = true
     this.#head = Buffer.alloc(0)
     this.#seen = { time: '', count: 0 }
   }
@@ -83,9 +115,22 @@ export class PodLog {
     while (rest.length > 0) {
       if (!this.#isInLine) {
         this.#head = Buffer.concat([this.#head, rest])
-        const space = this.#head.indexOf(32)
-        if (space < 0) return
-        this.#startLine(this.#head.subarray(0, space).toString('latin1'))
+        const space = this.#head.subarray(0, TIME_LENGTH_MAX).indexOf(32)
+        if (space < 0 && this.#head.length < TIME_LENGTH_MAX) return
+        const time = timeOf(this.#head.subarray(0, Math.max(space, 0)).toString('latin1'))
+        if (time === undefined) {
+          // Words of the kubelet's, such as "unable to retrieve container logs"; or, where it was asked for what is
+          // later than the beginning of a long line, the rest of that.
+          if (!this.#isAtStart || this.#last.time === '')
+            throw new Error(this.#head.subarray(0, WORDS_LENGTH_MAX).toString())
+          const end = this.#head.indexOf(10)
+          rest = end < 0 ? Buffer.alloc(0) : this.#head.subarray(end + 1)
+          // Its beginning stays for what is no line at all.
+          this.#head = end < 0 ? this.#head.subarray(0, WORDS_LENGTH_MAX) : Buffer.alloc(0)
+          continue
+        }
+        this.#isAtStart = false
+        this.#startLine(time)
         rest = this.#head.subarray(space + 1)
         this.#head = Buffer.alloc(0)
         continue
@@ -105,19 +150,30 @@ export class PodLog {
     this.#isInLine = true
     this.#seen = { time, count: this.#seen.time === time ? this.#seen.count + 1 : 1 }
     const { time: lastTime, count, bytes } = this.#last
-    const order = compareTimes(time, lastTime) || this.#seen.count - count
+    const order = compare(time, lastTime) || this.#seen.count - count
     if (order > 0) this.#last = { ...this.#seen, bytes: 0 }
     // The last one may have been cut in its middle.
     this.#toSkip = order > 0 ? 0 : order === 0 ? bytes : Number.POSITIVE_INFINITY
   }
 }
 
-/** RFC 3339 with nanoseconds, whose trailing zeros are left out. */
-function compareTimes(one: string, other: string): number {
-  const padded = (time: string) => {
-    const [seconds = '', fraction = ''] = time.replace(/Z$/, '').split('.')
-    return `${seconds}.${fraction.padEnd(9, '0')}`
-  }
-  const [a, b] = [padded(one), padded(other)]
-  return a < b ? -1 : a > b ? 1 : 0
+/**
+ * Comparable as text: seconds since 1970, nanoseconds. Of RFC 3339, trailing zeros left out or not, in the node's own
+ * time zone. Undefined: it is no time.
+ */
+function timeOf(text: string): string | undefined {
+  const match = /^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)$/.exec(text)
+  if (!match) return undefined
+  const [, second = '', fraction = '', zone = ''] = match
+  const seconds = String(Date.parse(second + zone) / 1000)
+  return `${seconds.padStart(12, '0')}.${fraction.padEnd(9, '0')}`
+}
+
+/** The beginning of that second: the kubelet is asked in whole ones. */
+function sinceOf(time: string): string {
+  return new Date(Number(time.slice(0, 12)) * 1000).toISOString().replace('.000', '')
+}
+
+function compare(one: string, other: string): number {
+  return one < other ? -1 : one > other ? 1 : 0
 }

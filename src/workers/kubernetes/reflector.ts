@@ -6,13 +6,16 @@ const PAGE_SIZE = 500
 /** A watch is ended by the server after this; both at random, so that many do not come back together. */
 const WATCH_SECONDS = 240
 const WATCH_SECONDS_SPREAD = 60
-/** A connection that is dead says nothing. Bookmarks come once a minute. */
-const IDLE_MS = 90_000
+/** A connection that is dead says nothing, and neither does a quiet cluster: a new watch costs one call. */
+const IDLE_MS = 30_000
 const RETRY_MS = 1_000
 const RETRY_MAX_MS = 30_000
+/** Some servers only close a watch whose version is too old (kubernetes#137089). */
+const EMPTY_WATCHES_MAX = 3
+const EMPTY_WATCH_MS = 5_000
 
 interface Resource {
-  metadata?: { name?: string; resourceVersion?: string }
+  metadata?: { uid?: string; resourceVersion?: string; managedFields?: unknown }
 }
 
 /**
@@ -20,28 +23,34 @@ interface Resource {
  * when that is not to be had. One for all workers: a watch for each would overrun the API server.
  */
 export class Reflector<T extends Resource> {
+  /** By uid: another object may come to have the same name. */
   readonly objects = new Map<string, T>()
   readonly #api: KubernetesApi
   readonly #path: string
   readonly #labelSelector: string
-  readonly #onChange: () => void
+  readonly #onChange: (object: T) => void
   readonly #onDeleted: (last: T) => void
   readonly #log: Logger
+  readonly #idleMs: number
   readonly #stopped = new AbortController()
   readonly #synced = Promise.withResolvers<void>()
   #running: Promise<void> | undefined
-  /** When the API server was last heard of, epoch ms. */
-  heardAt = 0
+  /** The last one seen: a watch goes on from there. Undefined: there has to be a list first. */
+  #version: string | undefined
+  /** Why it could not be listed or watched last; undefined while it can be. */
+  problem: string | undefined
 
   constructor(
     api: KubernetesApi,
     options: {
       path: string
       labelSelector: string
-      onChange: () => void
+      onChange: (object: T) => void
       /** With what was told last about it. */
       onDeleted: (last: T) => void
       log: Logger
+      /** After so much silence a watch is made anew. */
+      idleMs?: number | undefined
     },
   ) {
     this.#api = api
@@ -50,6 +59,7 @@ export class Reflector<T extends Resource> {
     this.#onChange = options.onChange
     this.#onDeleted = options.onDeleted
     this.#log = options.log
+    this.#idleMs = options.idleMs ?? IDLE_MS
     this.#synced.promise.catch(() => {})
   }
 
@@ -68,26 +78,37 @@ export class Reflector<T extends Resource> {
   /** Never rejects. */
   async #run(): Promise<void> {
     const { signal } = this.#stopped
-    let version: string | undefined
-    for (let waitMs = RETRY_MS; !signal.aborted; ) {
+    let waitMs = RETRY_MS
+    let emptyWatches = 0
+    while (!signal.aborted) {
+      const began = Date.now()
       try {
-        version ??= await this.#list()
+        if (this.#version === undefined) await this.#list()
         this.#synced.resolve()
-        version = await this.#watch(version)
-        waitMs = RETRY_MS
+        const { events } = await this.#watch(this.#version ?? '')
+        this.problem = undefined
+        if (events > 0 || Date.now() - began >= EMPTY_WATCH_MS) {
+          emptyWatches = 0
+          waitMs = RETRY_MS
+          continue
+        }
+        emptyWatches += 1
+        if (emptyWatches >= EMPTY_WATCHES_MAX) this.#version = undefined
       } catch (err) {
         if (signal.aborted) return
+        if (err instanceof SilentError) continue
         // What we have seen last is too old to go on from, or nobody knows what it was.
-        if (err instanceof ApiError || err instanceof ExpiredError) version = undefined
-        else this.#log.warn({ err, path: this.#path }, 'watching was interrupted')
-        const jitter = 0.5 + Math.random()
-        await pause(waitMs * jitter, undefined, { signal }).catch(() => {})
-        waitMs = Math.min(waitMs * 2, RETRY_MAX_MS)
+        if (err instanceof ApiError || err instanceof ExpiredError) this.#version = undefined
+        this.problem = err instanceof Error ? err.message : String(err)
+        this.#log.warn({ err, path: this.#path }, 'watching was interrupted')
       }
+      const jitter = 0.5 + Math.random()
+      await pause(waitMs * jitter, undefined, { signal }).catch(() => {})
+      waitMs = Math.min(waitMs * 2, RETRY_MAX_MS)
     }
   }
 
-  async #list(): Promise<string> {
+  async #list(): Promise<void> {
     const { signal } = this.#stopped
     const found = new Map<string, T>()
     let next: string | undefined
@@ -103,24 +124,24 @@ export class Reflector<T extends Resource> {
           ...(next === undefined ? {} : { continue: next }),
         },
         signal,
+        isUrgent: true,
       })
-      for (const item of page.items) found.set(item.metadata?.name ?? '', item)
+      for (const item of page.items) found.set(item.metadata?.uid ?? '', item)
       next = page.metadata.continue || undefined
       version = page.metadata.resourceVersion
     } while (next !== undefined)
     // What is not there any more was deleted while nobody watched.
-    for (const [name, last] of this.objects) if (!found.has(name)) this.#remove(name, last)
-    for (const [name, item] of found) this.objects.set(name, item)
-    this.#heard()
-    return version
+    for (const [uid, last] of this.objects) if (!found.has(uid)) this.#remove(uid, last)
+    for (const [uid, item] of found) this.#put(uid, item)
+    this.#version = version
   }
 
-  /** Until the server ends it. Returns the version that was seen last. */
-  async #watch(from: string): Promise<string> {
-    let version = from
+  /** Until the server ends it. */
+  async #watch(from: string): Promise<{ events: number }> {
     const idle = new AbortController()
-    const timer = setTimeout(() => idle.abort(new Error('the watch was silent')), IDLE_MS)
+    const timer = setTimeout(() => idle.abort(new SilentError()), this.#idleMs)
     const signal = AbortSignal.any([this.#stopped.signal, idle.signal])
+    let events = 0
     try {
       const seconds = WATCH_SECONDS + Math.floor(Math.random() * WATCH_SECONDS_SPREAD)
       const stream = await this.#api.stream(this.#path, {
@@ -129,46 +150,74 @@ export class Reflector<T extends Resource> {
           ...{ watch: 'true', allowWatchBookmarks: 'true', timeoutSeconds: seconds },
         },
         signal,
+        isUrgent: true,
       })
       const decoder = new TextDecoder()
-      let unread = ''
+      let unread: string[] = []
       for await (const chunk of stream) {
         timer.refresh()
-        const lines = (unread + decoder.decode(chunk, { stream: true })).split('\n')
-        unread = lines.pop() ?? ''
-        for (const line of lines) if (line !== '') version = this.#apply(line) ?? version
-        this.#heard()
+        const [head = '', ...lines] = decoder.decode(chunk, { stream: true }).split('\n')
+        // Put together once a line is whole: chunks may be single bytes.
+        unread.push(head)
+        for (const line of lines) {
+          this.#apply(unread.join(''))
+          events += 1
+          unread = [line]
+        }
       }
-      return version
+      return { events }
+    } catch (err) {
+      throw idle.signal.aborted ? idle.signal.reason : err
     } finally {
       clearTimeout(timer)
     }
   }
 
-  /** One event. Returns the version it brought. One that cannot be read must not stop the others. */
-  #apply(line: string): string | undefined {
-    const event = JSON.parse(line) as {
-      type: 'ADDED' | 'MODIFIED' | 'DELETED' | 'BOOKMARK' | 'ERROR'
-      object: T & { code?: number; message?: string }
+  /** One event. One that cannot be read must not stop the others. */
+  #apply(line: string): void {
+    if (line === '') return
+    try {
+      const { type, object } = JSON.parse(line) as {
+        type: 'ADDED' | 'MODIFIED' | 'DELETED' | 'BOOKMARK' | 'ERROR'
+        object: T & { code?: number; message?: string }
+      }
+      if (type === 'ERROR') throw new ExpiredError(object?.message)
+      const { uid, resourceVersion } = object.metadata ?? {}
+      this.#version = resourceVersion ?? this.#version
+      if (type === 'BOOKMARK' || uid === undefined) return
+      if (type === 'DELETED') this.#remove(uid, object)
+      else this.#put(uid, object)
+    } catch (err) {
+      if (err instanceof ExpiredError) throw err
+      this.#log.warn({ err, path: this.#path }, 'an event could not be read')
     }
-    const { name = '', resourceVersion } = event.object.metadata ?? {}
-    if (event.type === 'ERROR') throw new ExpiredError(event.object.message)
-    if (event.type === 'DELETED') this.#remove(name, event.object)
-    else if (event.type !== 'BOOKMARK') this.objects.set(name, event.object)
-    return resourceVersion
   }
 
-  #remove(name: string, last: T): void {
-    this.objects.delete(name)
-    this.#onDeleted(last)
+  #put(uid: string, object: T): void {
+    // A third of each object, and of no use to us.
+    delete object.metadata?.managedFields
+    this.objects.set(uid, object)
+    this.#tell(this.#onChange, object)
   }
 
-  #heard(): void {
-    this.heardAt = Date.now()
-    this.#onChange()
+  #remove(uid: string, last: T): void {
+    this.objects.delete(uid)
+    this.#tell(this.#onDeleted, last)
+  }
+
+  #tell(listener: (object: T) => void, object: T): void {
+    try {
+      listener(object)
+    } catch (err) {
+      this.#log.warn({ err, path: this.#path }, 'an object could not be made sense of')
+    }
   }
 }
 
 class ExpiredError extends Error {
   override name = 'ExpiredError'
+}
+
+class SilentError extends Error {
+  override name = 'SilentError'
 }

@@ -116,9 +116,12 @@ export class Logs {
     let lineStart = true
     let stalled = false
     const write = ({ at, bytes }: LogRecord) => {
-      if (stalled || left <= 0 || at < since) return
-      const prefix = timestamps && lineStart ? `${this.#timestamp(at)} ` : ''
+      if (stalled || left <= 0) return
+      const isStart = lineStart
+      // As kubelets do: the rest of a line that began too early has no time before it.
       lineStart = bytes.at(-1) === NEWLINE
+      if (at < since) return
+      const prefix = timestamps && isStart ? `${this.#timestamp(at)} ` : ''
       const output = Buffer.concat([Buffer.from(prefix), bytes]).subarray(0, left)
       left -= output.length
       response.write(output)

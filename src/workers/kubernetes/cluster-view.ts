@@ -1,0 +1,201 @@
+import { once, setMaxListeners } from 'node:events'
+import { setTimeout as pause } from 'node:timers/promises'
+import type { CoreV1Event, V1Job, V1Pod } from '@kubernetes/client-node'
+import type { Logger } from '../../core/ports.ts'
+import { ApiError, ApiUnreachableError, type KubernetesApi } from './api.ts'
+import { LABELS } from './manifests.ts'
+import { Reflector } from './reflector.ts'
+
+const RETRY_MS = 250
+const RETRY_MAX_MS = 30_000
+/** Watches may be late or dead: what waits wakes up so often. */
+const LOOK_MS = 5_000
+const LAST_PODS_MAX = 2_000
+const CONTROLLER_UID = 'batch.kubernetes.io/controller-uid'
+
+export interface ClusterViewOptions {
+  namespace: string
+  instance: string
+  log: Logger
+  lookMs?: number | undefined
+  watchIdleMs?: number | undefined
+  onJobGone: (uid: string) => void
+}
+
+/**
+ * Our Jobs and their pods as the API server tells of them, and who waits for their changes. Jobs are known by uid:
+ * one that somebody makes under the same name is another.
+ */
+export class ClusterView {
+  readonly lookMs: number
+  readonly #api: KubernetesApi
+  readonly #options: ClusterViewOptions
+  readonly #jobs: Reflector<V1Job>
+  readonly #pods: Reflector<V1Pod>
+  /** By the uid of their Job. Of several the youngest. */
+  readonly #podOf = new Map<string, V1Pod>()
+  /** What was told last about pods that are gone, by the uid of their Job; of so many, or until that is forgotten. */
+  readonly #lastPodOf = new Map<string, V1Pod>()
+  /** One type of event for each Job, its uid, and `any`. */
+  readonly #changes = new EventTarget()
+
+  constructor(api: KubernetesApi, options: ClusterViewOptions) {
+    this.#api = api
+    this.#options = options
+    this.lookMs = options.lookMs ?? LOOK_MS
+    const common = {
+      labelSelector: `${LABELS.instance}=${options.instance}`,
+      log: options.log,
+      idleMs: options.watchIdleMs,
+    }
+    // All who wait for room wait for any change.
+    setMaxListeners(0, this.#changes)
+    this.#jobs = new Reflector(api, {
+      ...common,
+      path: this.path('jobs'),
+      onChange: (job) => this.#changed(job.metadata?.uid ?? ''),
+      onDeleted: (job) => {
+        this.#changed(job.metadata?.uid ?? '')
+        options.onJobGone(job.metadata?.uid ?? '')
+      },
+    })
+    this.#pods = new Reflector(api, {
+      ...common,
+      path: this.path('pods'),
+      onChange: (pod) => {
+        const known = this.#podOf.get(jobUidOf(pod))
+        if (!known || known.metadata?.uid === pod.metadata?.uid || isYounger(pod, known)) {
+          this.#podOf.set(jobUidOf(pod), pod)
+        }
+        this.#changed(jobUidOf(pod))
+      },
+      // How its task ended may be told in the same breath.
+      onDeleted: (pod) => {
+        const uid = jobUidOf(pod)
+        if (this.#podOf.get(uid)?.metadata?.uid === pod.metadata?.uid) this.#podOf.delete(uid)
+        this.#lastPodOf.set(uid, pod)
+        const [oldest = ''] = this.#lastPodOf.keys()
+        if (this.#lastPodOf.size > LAST_PODS_MAX) this.#lastPodOf.delete(oldest)
+        this.#changed(uid)
+      },
+    })
+  }
+
+  path(resource: 'jobs' | 'pods' | 'secrets' | 'configmaps' | 'events'): string {
+    const group = resource === 'jobs' ? '/apis/batch/v1' : '/api/v1'
+    return `${group}/namespaces/${this.#options.namespace}/${resource}`
+  }
+
+  /** Settles when all is known that there is. */
+  async synced(): Promise<void> {
+    await Promise.all([this.#jobs.synced(), this.#pods.synced()])
+  }
+
+  async close(): Promise<void> {
+    await Promise.all([this.#jobs.stop(), this.#pods.stop()])
+  }
+
+  /** Why nothing is heard of the cluster; undefined: it is. */
+  get problem(): string | undefined {
+    return this.#jobs.problem ?? this.#pods.problem
+  }
+
+  get jobs(): Iterable<V1Job> {
+    return this.#jobs.objects.values()
+  }
+
+  job(uid: string): V1Job | undefined {
+    return this.#jobs.objects.get(uid)
+  }
+
+  pod(jobUid: string): V1Pod | undefined {
+    return this.#podOf.get(jobUid)
+  }
+
+  /** A pod that is gone. */
+  lastPod(jobUid: string): V1Pod | undefined {
+    return this.#lastPodOf.get(jobUid)
+  }
+
+  forget(jobUid: string): void {
+    this.#lastPodOf.delete(jobUid)
+  }
+
+  /** Asks, where the watches tell nothing: they may be late, and one later than the other. */
+  async look(
+    name: string,
+    uid: string,
+    signal: AbortSignal,
+  ): Promise<{ job: V1Job | undefined; pod: V1Pod | undefined }> {
+    const query = { labelSelector: `${CONTROLLER_UID}=${uid}` }
+    const [job, pods] = await Promise.all([
+      this.persistently(() => this.namedJob(name, signal), signal),
+      this.persistently(
+        () => this.#api.json<{ items: V1Pod[] }>('GET', this.path('pods'), { query, signal }),
+        signal,
+      ),
+    ])
+    const [pod] = pods.items.toSorted((a, b) => (isYounger(a, b) ? -1 : 1))
+    return { job: job?.metadata?.uid === uid ? job : undefined, pod }
+  }
+
+  /** One of ours, as the API server has it now. */
+  async namedJob(name: string, signal: AbortSignal): Promise<V1Job | undefined> {
+    try {
+      const path = `${this.path('jobs')}/${name}`
+      const job = await this.#api.json<V1Job>('GET', path, { signal })
+      const isOurs = job.metadata?.labels?.[LABELS.instance] === this.#options.instance
+      return isOurs ? job : undefined
+    } catch (err) {
+      if (err instanceof ApiError && err.status === 404) return undefined
+      throw err
+    }
+  }
+
+  async events(uid: string, signal: AbortSignal): Promise<CoreV1Event[]> {
+    const query = { fieldSelector: `involvedObject.uid=${uid}` }
+    const path = this.path('events')
+    return (await this.#api.json<{ items: CoreV1Event[] }>('GET', path, { query, signal })).items
+  }
+
+  /** Until something about the Job, or `any`, has changed, or a moment has passed. Rejects when `signal` aborts. */
+  async change(jobUid: string, signal: AbortSignal): Promise<void> {
+    const late = AbortSignal.timeout(this.lookMs)
+    const either = AbortSignal.any([signal, late])
+    await once(this.#changes, jobUid, { signal: either }).catch(() => {})
+    signal.throwIfAborted()
+  }
+
+  /** Repeats a step while the API does not answer. Rejects when `signal` aborts. */
+  async persistently<T>(
+    step: () => Promise<T>,
+    signal: AbortSignal,
+    hindered: (message: string) => void = () => {},
+  ): Promise<T> {
+    for (let waitMs = RETRY_MS; ; waitMs = Math.min(waitMs * 2, RETRY_MAX_MS)) {
+      try {
+        return await step()
+      } catch (err) {
+        signal.throwIfAborted()
+        if (!(err instanceof ApiUnreachableError)) throw err
+        hindered(err.message)
+        this.#options.log.warn({ err }, 'waiting for the Kubernetes API')
+        await pause(waitMs * (0.5 + Math.random()), undefined, { signal })
+      }
+    }
+  }
+
+  #changed(jobUid: string): void {
+    this.#changes.dispatchEvent(new Event(jobUid))
+    this.#changes.dispatchEvent(new Event('any'))
+  }
+}
+
+function jobUidOf(pod: V1Pod): string {
+  return pod.metadata?.labels?.[CONTROLLER_UID] ?? ''
+}
+
+function isYounger(one: V1Pod, other: V1Pod): boolean {
+  const timeOf = ({ metadata }: V1Pod) => String(metadata?.creationTimestamp ?? '')
+  return timeOf(one) > timeOf(other)
+}

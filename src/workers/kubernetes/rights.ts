@@ -1,0 +1,37 @@
+import type { KubernetesApi } from './api.ts'
+
+const REVIEWS = '/apis/authorization.k8s.io/v1/selfsubjectaccessreviews'
+
+export interface Right {
+  group: string
+  /** `pods`, or with a subresource: `pods/log`. */
+  resource: string
+  verbs: readonly string[]
+}
+
+/** Those that we do not have in the namespace, in words: `get pods/log`. Throws what the API does. */
+export async function missingRights(
+  api: KubernetesApi,
+  namespace: string,
+  rights: readonly Right[],
+): Promise<string[]> {
+  const asked = rights.flatMap(({ group, resource, verbs }) =>
+    verbs.map(async (verb) => {
+      const [name, subresource] = resource.split('/')
+      const resourceAttributes = {
+        ...{ namespace, group, verb, resource: name },
+        ...(subresource === undefined ? {} : { subresource }),
+      }
+      const body = {
+        ...{ apiVersion: 'authorization.k8s.io/v1', kind: 'SelfSubjectAccessReview' },
+        spec: { resourceAttributes },
+      }
+      const { status } = await api.json<{ status: { allowed: boolean } }>('POST', REVIEWS, {
+        body,
+        isUrgent: true,
+      })
+      return status.allowed ? [] : [`${verb} ${resource}`]
+    }),
+  )
+  return (await Promise.all(asked)).flat()
+}
