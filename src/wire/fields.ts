@@ -23,6 +23,12 @@ export function text(max: number) {
     .refine((value) => value.isWellFormed(), 'must be well-formed Unicode')
 }
 
+/** As files of `SECRETS_DIR` and variables can be called. */
+export const secretName = line(255).regex(
+  /^[A-Za-z0-9_][A-Za-z0-9._-]*$/,
+  'is not the name of a secret: letters, digits, _ - . only',
+)
+
 /** zod's issues in the API's shape: each wrong field by its path. Messages never repeat the value. */
 export function fieldErrors(error: z.core.$ZodError, prefix: PropertyKey[] = []): FieldError[] {
   return error.issues.flatMap((issue) => {
@@ -54,4 +60,16 @@ export function parseWith<T extends z.ZodType>(
 function joined(path: PropertyKey[]): string {
   const whole = path.map(String).join('.')
   return whole.length > 200 ? `${whole.slice(0, 200)}…` : whole
+}
+
+/** Without the fields that are null or undefined. */
+export function present<T extends object>(object: T): Present<T> {
+  const entries = Object.entries(object).filter(
+    ([, value]) => value !== null && value !== undefined,
+  )
+  // Holds: exactly the null and undefined properties are gone.
+  return Object.fromEntries(entries) as Present<T>
+}
+type Present<T> = { [K in keyof T as undefined extends T[K] ? never : K]: T[K] } & {
+  [K in keyof T as undefined extends T[K] ? K : never]?: NonNullable<T[K]>
 }

@@ -1,8 +1,9 @@
 import { z } from 'zod'
 import { InvalidRequestError } from '../core/errors.ts'
-import { type GitConfig, mergeWorkerConfigs, type WorkerConfig } from '../core/worker-config.ts'
+import { mergeWorkerConfigs, type WorkerConfig } from '../core/worker-config.ts'
 import { DEFAULT_WORKER_SIZES, knownSize, type WorkerSizes } from '../core/worker-sizes.ts'
-import { line, parseWith, text } from './fields.ts'
+import { line, parseWith, present, secretName, text } from './fields.ts'
+import { fromGitConfig, gitConfigSchema, toWireGitConfig } from './git-config.ts'
 
 /** Linux takes no single `NAME=value` longer than this (MAX_ARG_STRLEN, include/uapi/linux/binfmts.h). */
 const VARIABLE_BYTES_MAX = 131_071
@@ -42,111 +43,6 @@ const envVariables = z
       const message = `are too long: at most ${VARIABLES_BYTES_MAX} bytes together`
       context.addIssue({ code: 'custom', message })
     }
-  })
-
-/** Of ssh URLs, whose hosts no parser looks at, as of others. */
-const HOST = /^([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])$/
-const gitRemote = line(2048).superRefine((value, context) => {
-  const wrong = (message: string) => context.addIssue({ code: 'custom', message })
-  const url = URL.parse(value)
-  // A backslash is a slash to some readers, and part of the host to others.
-  if (!url || !/^(https?|ssh):\/\/[^\s\\]+$/.test(value) || !HOST.test(url.hostname)) {
-    wrong('must be an http(s) or ssh URL, such as ssh://git@host/path.git')
-  } else if (url.password !== '' || (url.username !== '' && url.protocol !== 'ssh:')) {
-    wrong('must not contain a user name or password; use username and secret_name')
-  } else if (url.search !== '' || url.hash !== '') {
-    wrong('must not contain a query or a fragment')
-  } else if (!isRepositoryPath(url.pathname)) wrong('must end in the name of a repository')
-})
-
-function isRepositoryPath(pathname: string): boolean {
-  const path = /%(00|2f)/i.test(pathname) ? undefined : decoded(pathname)
-  const name = path
-    ?.replace(/\/+$/, '')
-    .replace(/\.git$/, '')
-    .replace(/^.*\//, '')
-  return name !== undefined && !['', '.', '..', '.git'].includes(name)
-}
-
-function decoded(encoded: string): string | undefined {
-  try {
-    return decodeURIComponent(encoded)
-  } catch {
-    return undefined
-  }
-}
-
-const isInside = (path: string) => !path.split('/').includes('..')
-const localPath = line(1024)
-  .refine(
-    (path) => isInside(path) && /^(~\/+)?[^/~]/.test(path),
-    'must be a path below the home of the worker, such as ~/projects/name',
-  )
-  .refine(
-    (path) =>
-      path
-        .replace(/^~\/+/, '')
-        .split('/')
-        .some((part) => part !== '' && part !== '.'),
-    'must name a folder of its own',
-  )
-/** git would take it for an option. */
-const notAnOption = (text: string) => !text.startsWith('-')
-
-const secretName = line(255).regex(
-  /^[A-Za-z0-9_][A-Za-z0-9._-]*$/,
-  'is not the name of a secret: letters, digits, _ - . only',
-)
-
-export const gitConfigSchema = z
-  .strictObject({
-    remote_url: gitRemote.describe('What to clone: http, https or ssh'),
-    secret_name: secretName
-      .nullish()
-      .describe('Name of the secret that is the password; for ssh, the private key'),
-    save_secret: z
-      .boolean()
-      .nullish()
-      .describe(
-        'Leaves the secret on the worker, so that the task can pull and push; http(s) only',
-      ),
-    username: line(255)
-      .nullish()
-      .describe('Default `x-access-token`, which suits tokens; http(s) only'),
-    local_path: localPath
-      .nullish()
-      .describe('Where to, below the home of the worker; default `~/projects/<repository>`'),
-    branch: line(255)
-      .refine(notAnOption, 'must not begin with -')
-      .nullish()
-      .describe('A branch or tag; default: the one that the repository names'),
-    sparse_checkout_folders: z
-      .array(
-        line(1024)
-          .refine(notAnOption, 'must not begin with -')
-          .refine(isInside, 'must be inside the repository'),
-      )
-      .max(1000)
-      .nullish()
-      .describe('Only these folders, and the files at the top'),
-    fetch_depth: z.int().positive().nullish().describe('Only so many of the last commits'),
-  })
-  .superRefine((config, context) => {
-    for (const field of ['save_secret', 'username'] as const) {
-      if (config[field] && config.remote_url.startsWith('ssh:')) {
-        const message = 'is for http(s) repositories'
-        context.addIssue({ code: 'custom', path: [field], message })
-      }
-    }
-    if (config.save_secret === true && config.secret_name == null) {
-      const message = 'there is no secret_name'
-      context.addIssue({ code: 'custom', path: ['save_secret'], message })
-    }
-  })
-  .meta({
-    id: 'GitConfig',
-    description: 'A repository cloned before the task runs',
-    examples: [{ remote_url: 'https://git.example.com/team/repo.git', secret_name: 'git_secret' }],
   })
 
 /** Put in the environment, so it is a name for variables as well. */
@@ -351,33 +247,6 @@ function fromFields(
   })
 }
 
-function fromGitConfig(wire: z.output<typeof gitConfigSchema>): GitConfig {
-  return present({
-    // As it is judged, so is it used: git reads some spellings otherwise.
-    remoteUrl: new URL(wire.remote_url).href,
-    secretName: wire.secret_name,
-    saveSecret: wire.save_secret,
-    username: wire.username,
-    localPath: wire.local_path,
-    branch: wire.branch,
-    sparseCheckoutFolders: wire.sparse_checkout_folders,
-    fetchDepth: wire.fetch_depth,
-  })
-}
-
-function toWireGitConfig(config: GitConfig): z.input<typeof gitConfigSchema> {
-  return present({
-    remote_url: config.remoteUrl,
-    secret_name: config.secretName,
-    save_secret: config.saveSecret,
-    username: config.username,
-    local_path: config.localPath,
-    branch: config.branch,
-    sparse_checkout_folders: config.sparseCheckoutFolders,
-    fetch_depth: config.fetchDepth,
-  })
-}
-
 function decodeParams(base64: string, path: string[]): object {
   const wrong = (message: string) => new InvalidRequestError([{ path: path.join('.'), message }])
   if (!/^[A-Za-z0-9+/\s]*={0,2}\s*$/.test(base64)) throw wrong('is not base64')
@@ -401,16 +270,4 @@ function decodeParams(base64: string, path: string[]): object {
 function isSet(value: unknown): boolean {
   if (value === null || value === undefined || value === '') return false
   return !(Array.isArray(value) && value.length === 0)
-}
-
-/** Without the fields that are null or undefined. */
-function present<T extends object>(object: T): Present<T> {
-  const entries = Object.entries(object).filter(
-    ([, value]) => value !== null && value !== undefined,
-  )
-  // Holds: exactly the null and undefined properties are gone.
-  return Object.fromEntries(entries) as Present<T>
-}
-type Present<T> = { [K in keyof T as undefined extends T[K] ? never : K]: T[K] } & {
-  [K in keyof T as undefined extends T[K] ? K : never]?: NonNullable<T[K]>
 }

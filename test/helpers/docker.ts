@@ -1,17 +1,7 @@
 import { execFile, spawn } from 'node:child_process'
 import { randomBytes } from 'node:crypto'
 import { once } from 'node:events'
-import {
-  chmod,
-  copyFile,
-  mkdir,
-  mkdtemp,
-  readdir,
-  readFile,
-  realpath,
-  rm,
-  symlink,
-} from 'node:fs/promises'
+import { chmod, copyFile, mkdir, mkdtemp, readFile, realpath, rm, symlink } from 'node:fs/promises'
 import http from 'node:http'
 import https from 'node:https'
 import type { AddressInfo } from 'node:net'
@@ -22,6 +12,7 @@ import { expect, vi } from 'vitest'
 import { DockerBackend, type DockerSettings } from '../../src/workers/docker/docker-backend.ts'
 import type { BackendHarness } from '../workers/contract.ts'
 import { FIXTURE_TASKS } from './app.ts'
+import { processesWith } from './processes.ts'
 import { QUIET } from './stores.ts'
 
 /** The image that workers of tests run; `.ci/docker` makes it. */
@@ -94,19 +85,7 @@ export async function openDocker(overrides: Partial<DockerSettings> = {}): Promi
       await before.close()
       return harness.backend
     },
-    // Of other users and in other namespaces, but of this machine.
-    async processes(wanted) {
-      const pids = (await readdir('/proc')).filter((entry) => /^\d+$/.test(entry))
-      const lines = await Promise.all(
-        pids.map(async (pid) => {
-          const read = (name: string) => readFile(`/proc/${pid}/${name}`, 'latin1').catch(() => '')
-          const [command, environment] = await Promise.all([read('cmdline'), read('environ')])
-          const isIt = command.includes(wanted) || environment.includes(wanted)
-          return isIt && Number(pid) !== process.pid ? [`${pid} ${command}`] : []
-        }),
-      )
-      return lines.flat()
-    },
+    processes: processesWith,
     async clean() {
       for (const worker of await harness.backend.list()) await worker.terminate()
       if (settings.engine.socketPath === dockerSocket()) {

@@ -1,4 +1,4 @@
-import { mkdir, mkdtemp, readdir, readFile, realpath, rm } from 'node:fs/promises'
+import { mkdir, mkdtemp, realpath, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { expect, vi } from 'vitest'
@@ -13,6 +13,7 @@ import {
 } from '../fakes/kubernetes/server.ts'
 import type { BackendHarness } from '../workers/contract.ts'
 import { FIXTURE_TASKS } from './app.ts'
+import { processesWith } from './processes.ts'
 import { QUIET } from './stores.ts'
 
 export interface KubernetesHarness extends BackendHarness, AsyncDisposable {
@@ -92,20 +93,6 @@ export async function openKubernetes({
     },
   }
   return harness
-}
-
-/** Other processes whose command line or environment holds the word. */
-export async function processesWith(wanted: string): Promise<string[]> {
-  const pids = (await readdir('/proc')).filter((entry) => /^\d+$/.test(entry))
-  const lines = await Promise.all(
-    pids.map(async (pid) => {
-      const read = (name: string) => readFile(`/proc/${pid}/${name}`, 'latin1').catch(() => '')
-      const [command, environment] = await Promise.all([read('cmdline'), read('environ')])
-      const isIt = command.includes(wanted) || environment.includes(wanted)
-      return isIt && Number(pid) !== process.pid ? [`${pid} ${command}`] : []
-    }),
-  )
-  return lines.flat()
 }
 
 /** The pod of the worker's Job, once it is there. */

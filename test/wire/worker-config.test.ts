@@ -2,8 +2,8 @@ import { describe, expect, test } from 'vitest'
 import { type FieldError, InvalidRequestError } from '../../src/core/errors.ts'
 import { DEFAULT_WORKER_SIZES } from '../../src/core/worker-sizes.ts'
 import { fieldErrors, parseWith } from '../../src/wire/fields.ts'
+import { gitConfigSchema } from '../../src/wire/git-config.ts'
 import {
-  gitConfigSchema,
   maskedWorkerConfig,
   parseWorkerFile,
   toWorkerConfig,

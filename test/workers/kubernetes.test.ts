@@ -3,7 +3,8 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { expect } from 'vitest'
 import { KubernetesBackend } from '../../src/workers/kubernetes/kubernetes-backend.ts'
-import { kubernetesSettings, openKubernetes, processesWith } from '../helpers/kubernetes.ts'
+import { kubernetesSettings, openKubernetes } from '../helpers/kubernetes.ts'
+import { processesWith } from '../helpers/processes.ts'
 import { type BackendHarness, describeWorkerBackend, marker } from './contract.ts'
 
 describeWorkerBackend('KubernetesBackend', () => openKubernetes({ fake: { runProcesses: true } }))
