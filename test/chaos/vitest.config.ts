@@ -1,7 +1,18 @@
 import { defineConfig } from 'vitest/config'
 
-/** `npm run test:chaos`: CHAOS_SECONDS (60) and CHAOS_SEED set its length and repeat a run. */
+/**
+ * `npm run test:chaos`: what takes minutes. CHAOS_SECONDS (60) and CHAOS_SEED set the length of the random kills and
+ * repeat a run.
+ */
 export default defineConfig({
   cacheDir: '../../node_modules/.vite',
-  test: { root: new URL('.', import.meta.url).pathname, include: ['**/*.test.ts'] },
+  test: {
+    root: new URL('.', import.meta.url).pathname,
+    include: ['**/*.test.ts'],
+    globalSetup: ['../helpers/build.ts'],
+    testTimeout: 30_000,
+    hookTimeout: 30_000,
+    // One after the other: each wants the machine for itself.
+    fileParallelism: false,
+  },
 })

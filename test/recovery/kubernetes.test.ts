@@ -427,6 +427,8 @@ test(
     const settings = kubernetesSettings(fake.kubeconfig.path, {
       ...{ callsPerSecond: perSecond, callsAtOnce: 100, workersMax: TASKS },
       provisioningTimeoutMs: SLOW_MS,
+      // Waiting for one's turn takes its time, too.
+      waits: { lastLogMs: SLOW_MS },
     })
     const backend = new KubernetesBackend(settings)
     await backend.check()

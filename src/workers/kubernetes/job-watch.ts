@@ -11,7 +11,7 @@ import { PodLog } from './pod-log.ts'
 
 const RETRY_MS = 250
 /** After a container's end the kubelet may still refuse its log for a moment. */
-const LAST_LOG_MS = 10_000
+const LAST_LOG_MS = 30_000
 /** A Secret may come later than the pod that wants it. */
 const CONFIG_GRACE_MS = 10_000
 
