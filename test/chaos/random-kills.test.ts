@@ -8,7 +8,7 @@ const SECONDS = Number(process.env.CHAOS_SECONDS ?? 60)
 const SEED = Number(process.env.CHAOS_SEED ?? Date.now() % 2 ** 31)
 
 /** How long a service lives, in ms: long enough for some tasks to come through. */
-const LIVES = { local: 1_500, docker: 6_000 } as const
+const LIVES = { local: 1_500, docker: 4_000 } as const
 /** As many as can come through in the time: a container takes a while. */
 const TASKS_MAX = { local: Number.POSITIVE_INFINITY, docker: SECONDS * 2 } as const
 const withoutDocker = await whyNoDocker()
