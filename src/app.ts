@@ -1,5 +1,4 @@
 import { mkdir } from 'node:fs/promises'
-import { join } from 'node:path'
 import Fastify, { type FastifyInstance, LogController } from 'fastify'
 import { serializerCompiler, type ZodTypeProvider } from 'fastify-type-provider-zod'
 import type { z } from 'zod'
@@ -16,7 +15,6 @@ import type { Task } from './core/task.ts'
 import { TaskFiles } from './core/task-files.ts'
 import { TaskRunner } from './core/task-runner.ts'
 import { publishOpenApi } from './openapi.ts'
-import { EmbeddedQueue } from './queue/embedded.ts'
 import { requireToken } from './routes/authentication.ts'
 import { installBodyParser } from './routes/body-parser.ts'
 import { answerBrokenHttp, answerError, installErrorHandler } from './routes/error-handler.ts'
@@ -27,9 +25,7 @@ import { taskRunnerRoute } from './routes/task-runner-route.ts'
 import { taskRoutes } from './routes/tasks.ts'
 import { workerRoutes } from './routes/workers.ts'
 import { keyFromFolder, Sealer } from './secrets/sealing.ts'
-import { SqlDeliveryStore } from './store/delivery-store.ts'
-import { openSqlite } from './store/sqlite.ts'
-import { SqlTaskStore } from './store/task-store.ts'
+import { openStorage } from './storage-from-config.ts'
 import { VERSION } from './version.ts'
 import { fieldErrors } from './wire/fields.ts'
 import { parseWorkerFile } from './wire/worker-config.ts'
@@ -74,7 +70,7 @@ export interface App {
 
 /** Wires everything and takes up unfinished work. Throws when the data folder cannot be used. */
 export async function buildApp(options: AppOptions): Promise<App> {
-  const { config, now = Date.now, random = Math.random } = options
+  const { config, random = Math.random } = options
   const http = Fastify({
     logger: {
       level: config.logLevel,
@@ -104,10 +100,11 @@ export async function buildApp(options: AppOptions): Promise<App> {
     await mkdir(config.dataDir, { recursive: true, mode: 0o700 })
     const sealer = new Sealer(config.sealingKey ?? (await keyFromFolder(config.dataDir)))
 
-    const connection = await openSqlite(join(config.dataDir, 'task-runner.db'))
-    http.addHook('onClose', () => connection.close())
-    const taskStore = new SqlTaskStore(connection, sealer)
-    await taskStore.verifyKey()
+    const storage = await openStorage(config, sealer, log)
+    http.addHook('onClose', () => storage.close())
+    const { queue, shared } = storage
+    const now = options.now ?? shared?.now ?? Date.now
+    await storage.tasks.verifyKey()
 
     const guard = new AddressGuard(config.callbackAllowedNetworks)
     const gitGuard = new AddressGuard(config.gitAllowedNetworks)
@@ -119,11 +116,15 @@ export async function buildApp(options: AppOptions): Promise<App> {
     })
     const { wrapPorts = (ports) => ports } = options
     const { tasks, deliveries, backend, sender } = wrapPorts({
-      tasks: taskStore,
-      deliveries: new SqlDeliveryStore(connection, taskStore),
+      tasks: storage.tasks,
+      deliveries: storage.deliveries,
       backend: await openBackend(config, {
         umask: options.taskUmask ?? process.umask(),
         instance: sealer.derive('deployment').toString('hex').slice(0, 16),
+        logCursors: {
+          read: (taskId) => storage.tasks.logCursor(taskId),
+          write: (taskId, cursor) => storage.tasks.keepLogCursor(taskId, cursor),
+        },
         log,
       }),
       sender: new HttpCallbackSender({
@@ -142,20 +143,25 @@ export async function buildApp(options: AppOptions): Promise<App> {
       schedule: { delaysMs: config.callbackRetryDelaysMs, random },
       attemptTimeoutMs: config.callbackTimeoutMs,
       now,
+      isClockOurs: !shared,
       log,
     })
+    const isHostBound = config.workerBackend === 'local'
+    /** The instance that alone can read the log of a task that runs. */
+    const elsewhere = ({ instance }: Task) =>
+      isHostBound && instance !== storage.instance ? (instance ?? undefined) : undefined
     const maskerFor = (task: Task) =>
       new Masker([task.callbackUrlToken, ...task.secretValues, ...config.apiTokens])
     const files = new TaskFiles(config.tasksDir, (json) =>
       parseWorkerFile(json, config.workerSizes),
     )
     const setup = newWorkerSetup(config, files, gitGuard)
-    const queue = new EmbeddedQueue()
     const runner = new TaskRunner({
       store: tasks,
       queue,
       backend,
       callbacks,
+      cluster: shared?.cluster,
       concurrency: config.concurrency,
       provisioningTimeoutMs: config.provisioningTimeoutMs,
       setup,
@@ -186,11 +192,19 @@ export async function buildApp(options: AppOptions): Promise<App> {
         log,
       },
     )
+    shared?.onCancel((taskId) => runner.hearCancel(taskId))
+    let isStopping = false
     const stop = async () => {
-      submissions.drain()
+      isStopping = true
+      // What we take in still, others run.
+      if (!shared) submissions.drain()
       await Promise.all([runner.close(), callbacks.close(config.shutdownGraceMs), reaper.close()])
     }
     http.addHook('onClose', stop)
+    http.addHook('onSend', async (_request, reply) => {
+      // A client that keeps its connection would find it closed under its next request.
+      if (isStopping) reply.header('connection', 'close')
+    })
     http.addHook('preClose', async () => {
       // A request that never ends must not keep the service from ending.
       setTimeout(() => http.server.closeAllConnections(), CLOSE_GRACE_MS).unref()
@@ -215,7 +229,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
             tasks_folder: () => files.check(),
           },
           warnings: () => files.warnings(),
-          isDraining: () => submissions.draining,
+          isDraining: () => isStopping,
         })
         if (config.sampleCallbacks) await api.register(sampleCallbackRoutes)
         await api.register(async (secured) => {
@@ -226,7 +240,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
             workerSizes: config.workerSizes,
           })
           await secured.register(taskRoutes, { tasks, deliveries, runner, callbacks })
-          await secured.register(taskLogRoutes, { tasks, backend, maskerFor })
+          await secured.register(taskLogRoutes, { tasks, backend, maskerFor, elsewhere })
           await secured.register(workerRoutes, { tasks, backend, runner, reaper, maskerFor })
         })
       },
@@ -235,7 +249,12 @@ export async function buildApp(options: AppOptions): Promise<App> {
     await http.ready()
     await runner.start()
     callbacks.start()
-    reaper.start()
+    if (!shared) reaper.start()
+    else if (!isHostBound) await shared.everyMinute(() => reaper.sweep())
+    else {
+      reaper.start(() => reaper.sweepWorkers())
+      await shared.everyMinute(() => reaper.sweepTasks())
+    }
     return { http, stop, reaper }
   }
 }

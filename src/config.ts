@@ -19,6 +19,11 @@ export interface Config {
   dataDir: string
   tasksDir: string
   workerBackend: 'local' | 'docker' | 'kubernetes'
+  /** Undefined: a file in the data folder. */
+  databaseUrl: string | undefined
+  databasePoolSize: number
+  /** How long the host of local workers may be away before their tasks are lost. */
+  hostGraceMs: number
   /** For container workers that name none. */
   workerImage: string
   workerImagePrefix: string
@@ -36,6 +41,8 @@ export interface Config {
     workersMax: number
   }
   concurrency: number
+  /** Of all instances together. */
+  clusterConcurrency: number | undefined
   queuedMax: number
   taskTimeoutSeconds: number
   provisioningTimeoutMs: number
@@ -101,7 +108,12 @@ const schema = z.object({
   AUTH: z.enum(['on', 'off']).default('on'),
   DATA_DIR: z.string().default('./data'),
   TASKS_DIR: z.string().default('./tasks'),
-  DATABASE_URL: z.undefined('is not supported by this version').optional(),
+  DATABASE_URL: z
+    .string()
+    .regex(/^postgres(ql)?:\/\//, 'must be postgres://user:password@host/database')
+    .optional(),
+  DATABASE_POOL_SIZE: int(2, 200).default(10),
+  HOST_GRACE_SECONDS: int(1, SECONDS_MAX).default(300),
   WORKER_BACKEND: z.enum(['local', 'docker', 'kubernetes']).default('local'),
   WORKER_IMAGE: z.string().default('task-runner'),
   WORKER_IMAGE_PREFIX: z.string().default(''),
@@ -119,6 +131,7 @@ const schema = z.object({
   KUBERNETES_QUEUE: z.string().regex(DNS_LABEL, 'is not the name of a queue').optional(),
   KUBERNETES_MAX_WORKERS: int(1, 100_000).default(1_000),
   MAX_CONCURRENT_TASKS: int(1, 10_000).default(4 * availableParallelism()),
+  MAX_CLUSTER_TASKS: int(1, 1_000_000).optional(),
   MAX_QUEUED_TASKS: int(1, 10_000_000).default(100_000),
   TASK_TIMEOUT_SECONDS: int(1, SECONDS_MAX).default(86_400),
   PROVISIONING_TIMEOUT_SECONDS: int(1, SECONDS_MAX).default(59),
@@ -184,6 +197,12 @@ export function loadConfig(
       `HOST: "${values.HOST}" is not loopback and there are no API_TOKENS; set tokens, or AUTH=off`,
     )
   }
+  if (values.DATABASE_URL !== undefined && values.SEALING_KEY === undefined) {
+    problems.push('SEALING_KEY: is required with DATABASE_URL, the same for all instances')
+  }
+  if (values.DATABASE_URL === undefined && values.MAX_CLUSTER_TASKS !== undefined) {
+    problems.push('MAX_CLUSTER_TASKS: has no meaning without DATABASE_URL')
+  }
   const inside = relative(resolve(values.TASKS_DIR), resolve(values.DATA_DIR))
   if (!inside.startsWith('..') && !isAbsolute(inside)) {
     problems.push('DATA_DIR: must not lie in TASKS_DIR, of which every worker gets a copy')
@@ -217,6 +236,9 @@ export function loadConfig(
     dataDir: resolve(values.DATA_DIR),
     tasksDir: resolve(values.TASKS_DIR),
     workerBackend: values.WORKER_BACKEND,
+    databaseUrl: values.DATABASE_URL,
+    databasePoolSize: values.DATABASE_POOL_SIZE,
+    hostGraceMs: values.HOST_GRACE_SECONDS * 1000,
     workerImage: values.WORKER_IMAGE,
     workerImagePrefix: values.WORKER_IMAGE_PREFIX,
     workerSizes,
@@ -230,6 +252,7 @@ export function loadConfig(
       workersMax: values.KUBERNETES_MAX_WORKERS,
     },
     concurrency: values.MAX_CONCURRENT_TASKS,
+    clusterConcurrency: values.MAX_CLUSTER_TASKS,
     queuedMax: values.MAX_QUEUED_TASKS,
     taskTimeoutSeconds: values.TASK_TIMEOUT_SECONDS,
     provisioningTimeoutMs: values.PROVISIONING_TIMEOUT_SECONDS * 1000,

@@ -5,7 +5,7 @@ import { fileURLToPath } from 'node:url'
 import type { AddressGuard } from './callbacks/address-guard.ts'
 import { GuardedGitHosts } from './callbacks/git-hosts.ts'
 import type { Config } from './config.ts'
-import type { Logger, WorkerBackend } from './core/ports.ts'
+import type { LogCursors, Logger, WorkerBackend } from './core/ports.ts'
 import type { TaskFiles } from './core/task-files.ts'
 import { LOG_BYTES_KEPT } from './core/task-runner.ts'
 import { WorkerSetup } from './core/worker-setup.ts'
@@ -37,10 +37,11 @@ export function openBackend(
     umask: number
     /** Tells this service's workers from those of others. */
     instance: string
+    logCursors: LogCursors
     log: Logger
   },
 ): Promise<WorkerBackend> {
-  const { instance, log } = options
+  const { instance, logCursors, log } = options
   const common = {
     ...{ instance, log, tasksDir: config.tasksDir },
     images: { default: config.workerImage, prefix: config.workerImagePrefix },
@@ -61,7 +62,7 @@ export function openBackend(
     kubernetes: async () => {
       const { KubernetesBackend } = await import('./workers/kubernetes/kubernetes-backend.ts')
       return new KubernetesBackend({
-        ...{ ...common, ...config.kubernetes },
+        ...{ ...common, ...config.kubernetes, logCursors },
         provisioningTimeoutMs: config.provisioningTimeoutMs,
         keptWorkerMs: config.keptWorkerMs,
       })

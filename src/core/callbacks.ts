@@ -59,8 +59,10 @@ export class CallbackDispatcher {
   readonly #store: DeliveryStore
   readonly #sender: CallbackSender
   readonly #schedule: RetrySchedule
+  readonly #attemptTimeoutMs: number
   readonly #leaseMs: number
   readonly #now: () => number
+  readonly #isClockOurs: boolean
   readonly #log: Logger
   readonly #underWay = new Map<string, number>()
   readonly #attempts = new Set<Promise<void>>()
@@ -83,13 +85,17 @@ export class CallbackDispatcher {
     /** The longest a whole attempt takes. */
     attemptTimeoutMs: number
     now: () => number
+    /** False: others go by it as well, and it is looked after elsewhere. Default true. */
+    isClockOurs?: boolean
     log: Logger
   }) {
     this.#store = options.store
     this.#sender = options.sender
     this.#schedule = options.schedule
+    this.#attemptTimeoutMs = options.attemptTimeoutMs
     this.#leaseMs = options.attemptTimeoutMs * 2 + 10_000
     this.#now = options.now
+    this.#isClockOurs = options.isClockOurs ?? true
     this.#clock = { now: options.now(), steady: performance.now() }
     this.#log = options.log
   }
@@ -144,6 +150,7 @@ export class CallbackDispatcher {
           attempts: 0,
           manual: false,
           deliveredBefore: false,
+          leaseUntil: delivery.leaseUntil,
         },
         content,
       ),
@@ -230,6 +237,7 @@ export class CallbackDispatcher {
 
   /** A clock that is set back would put off every delivery by as much: they are moved along with it. */
   async #heedClock(): Promise<void> {
+    if (!this.#isClockOurs) return
     const now = this.#now()
     const steady = performance.now()
     const jumpMs = now - this.#clock.now - (steady - this.#clock.steady)
@@ -249,6 +257,8 @@ export class CallbackDispatcher {
       const content = known ?? (await this.#store.content(taskId))
       if (!content) return
       const startedAt = this.#now()
+      // We were held up, and it may be another instance's by now.
+      if (startedAt + this.#attemptTimeoutMs > due.leaseUntil) return
       const steadyStart = performance.now()
       const result = await this.#sender.send(
         { ...content, webhookId: due.webhookId, timestamp: Math.floor(startedAt / 1000) },

@@ -125,6 +125,12 @@ export interface WorkerBackend {
   close(): Promise<void>
 }
 
+/** Where a worker's log was read to: kept for whoever reads on after us. Opaque to the store. */
+export interface LogCursors {
+  read(taskId: string): Promise<string | undefined>
+  write(taskId: string, cursor: string): Promise<void>
+}
+
 /** A worker could not be had, for a reason its user can act on. */
 export class WorkerError extends Error {
   override name = 'WorkerError'
@@ -157,19 +163,58 @@ export interface GitHosts {
 
 // ---------------------------------------------------------------- queue
 
+/** A live task as it was when it was looked at: whoever takes it on names this claim, and is the only one to. */
+export interface SeenTask {
+  taskId: string
+  /** 0: nobody has claimed it yet. */
+  claim: number
+}
+
+export interface WaitingTask {
+  taskId: string
+  createdAt: number
+  priority: number
+}
+
 /** How a waiting task reaches an instance that will run it. */
 export interface TaskQueue {
-  /** Tasks that wait. */
+  /** Tasks that wait, on all instances. */
   readonly length: number
-  enqueue(taskId: string): void
+  /** The task is stored; a queue that is part of the store has it already. */
+  enqueue(task: WaitingTask): void
   /** Takes a waiting task out again, if it still waits. */
   remove(taskId: string): void
   /** Hands out a task at once, whatever the limit: it runs already. It counts against the limit. */
-  resume(taskId: string): void
-  /** Hands waiting tasks to `handler`, oldest first, at most `concurrency` at a time. */
-  work(concurrency: number, handler: (taskId: string) => Promise<void>): void
-  /** Hands out no more. */
-  stop(): void
+  resume(task: SeenTask): void
+  /** Hands waiting tasks to `handler`, by their `queuePosition`, at most `concurrency` at a time. */
+  work(concurrency: number, handler: (task: SeenTask) => Promise<void>): void
+  /** Hands out no more. Idempotent. */
+  stop(): Promise<void>
+}
+
+// ---------------------------------------------------------------- other instances
+
+export interface OrphanedTask extends SeenTask {
+  /** The one that has died. */
+  instance: string
+  /** Its worker is out of reach with the host, which had its time to come back. */
+  isLost: boolean
+}
+
+/** The instances of the service that share a store, and with it the tasks. */
+export interface Cluster {
+  /** Says that this instance lives. False: it has been silent for so long that others may have taken its tasks. */
+  beat(): Promise<boolean>
+  /** Others know that this one lives; false once its last beat is too long ago. Asks nobody. */
+  isMember(): boolean
+  /** Tasks that this instance has claimed and not ended. */
+  ours(): Promise<SeenTask[]>
+  /** Running tasks of instances that have died, some of them: there may be many, and others to take them. */
+  orphans(): Promise<OrphanedTask[]>
+  /** Tasks of ours that someone wants ended. */
+  cancelRequests(): Promise<string[]>
+  /** Others may take over at once what this instance leaves behind. */
+  leave(): Promise<void>
 }
 
 // ---------------------------------------------------------------- store
@@ -178,6 +223,7 @@ export interface NewTask extends TaskRequest {
   /** With the defaults of the worker files laid under. */
   workerConfig: WorkerConfig
   timeoutSeconds: number
+  priority: number
   /** Of the request as given: tells a repeated request from another one under the same id. */
   digest: string
   workerName: string
@@ -186,6 +232,11 @@ export interface NewTask extends TaskRequest {
 
 /** What a claim tells beyond the task itself. */
 export interface ClaimedTask extends Task {
+  cancelRequested: boolean
+}
+
+export interface LiveTask extends SeenTask, WaitingTask {
+  status: TaskStatus
   cancelRequested: boolean
 }
 
@@ -213,15 +264,19 @@ export interface TaskStore {
   /** Newest first. */
   list(filter: TaskFilter): Promise<TaskSummary[]>
   log(taskId: string): Promise<LogTail | undefined>
-  /** Takes a live task: raises its claim, moves `queued` to `provisioning`. Undefined: it is final, or gone. */
-  claim(taskId: string): Promise<ClaimedTask | undefined>
+  /**
+   * Takes a live task that is still at the claim `seen`, or was taken by this very call before: raises its claim,
+   * moves `queued` to `provisioning`. Without `seen`: one that nobody has claimed. Undefined: it is final, gone, or
+   * someone else's. Safe to repeat.
+   */
+  claim(taskId: string, seen?: number): Promise<ClaimedTask | undefined>
   /** Keeps, sealed, what must not show in the task's log, until the task ends. */
   keepSecretValues(task: Task, values: readonly string[]): Promise<void>
   /** False: the claim is not ours any more, or the task is final. */
   markRunning(task: Task, startedAt: number): Promise<boolean>
   /**
    * Sets the outcome once, with log and delivery, in one transaction, and forgets the secrets that are not
-   * needed any more. False: someone else was first.
+   * needed any more. False: someone else was first. Safe to repeat.
    */
   finish(
     task: Task,
@@ -237,13 +292,13 @@ export interface TaskStore {
   ): Promise<boolean>
   /** Notes that someone wants the task ended. Undefined: it is final already, or unknown. */
   requestCancel(taskId: string, at: number): Promise<TaskSummary | undefined>
-  /** Live tasks, in the order they came. */
-  live(): Promise<Array<{ taskId: string; status: TaskStatus; cancelRequested: boolean }>>
+  /** Live tasks that are for this instance to take up at its start, in the order they came. */
+  live(): Promise<LiveTask[]>
   /** What is remembered about the task a worker says it is for. */
   workerOwner(
     taskId: string,
   ): Promise<{ status: TaskStatus; finishedAt: number | null; kept: boolean } | undefined>
-  /** Finished tasks whose worker is still to be terminated. */
+  /** Finished tasks of this instance whose worker is still to be terminated. */
   workersToTerminate(): Promise<Array<{ taskId: string; workerName: string }>>
   workerTerminated(taskId: string): Promise<void>
   /** Removes finished tasks with their logs, never one whose delivery is pending. Returns how many. */
@@ -271,6 +326,8 @@ export interface DueDelivery {
   manual: boolean
   /** An earlier attempt succeeded. */
   deliveredBefore: boolean
+  /** Until then, in epoch ms, nobody else makes an attempt. */
+  leaseUntil: number
 }
 
 export interface AttemptRecord {

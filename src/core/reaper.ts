@@ -26,15 +26,15 @@ export class Reaper {
     this.#options = options
   }
 
-  /** Sweeps now, and every `intervalMs` from then on. */
-  start(): void {
-    const sweep = () => {
-      this.#sweep = this.sweep().catch((err: unknown) =>
+  /** Calls `sweep` now, and every `intervalMs` from then on. */
+  start(sweep: () => Promise<unknown> = () => this.sweep()): void {
+    const turn = () => {
+      this.#sweep = sweep().catch((err: unknown) =>
         this.#options.log.error({ err }, 'sweep failed'),
       )
     }
-    sweep()
-    this.#timer = setInterval(sweep, this.#options.intervalMs)
+    turn()
+    this.#timer = setInterval(turn, this.#options.intervalMs)
     this.#timer.unref()
   }
 
@@ -43,12 +43,26 @@ export class Reaper {
     await this.#sweep
   }
 
+  /** Of workers and of tasks. Returns the number of leaked workers found. Safe to repeat. */
+  async sweep(): Promise<number> {
+    const leaked = await this.sweepWorkers()
+    await this.sweepTasks()
+    return leaked
+  }
+
+  /** Removes tasks past their retention. Safe to repeat. */
+  async sweepTasks(): Promise<void> {
+    const { store, retentionMs, now, log } = this.#options
+    const removed = await store.removeFinishedBefore(now() - retentionMs)
+    if (removed > 0) log.info({ removed }, 'removed tasks past their retention')
+  }
+
   /**
    * Ends workers that no task knows (leaks), that outlived their task, were kept long enough, or are stuck in
-   * Provisioning; removes tasks past their retention. Returns the number of leaked workers found. Safe to repeat.
+   * Provisioning. Returns the number of leaked workers found. Safe to repeat.
    */
-  async sweep(): Promise<number> {
-    const { store, backend, keptWorkerMs, retentionMs, now, log } = this.#options
+  async sweepWorkers(): Promise<number> {
+    const { store, backend, keptWorkerMs, now, log } = this.#options
     let leaked = 0
     for (const worker of await backend.list()) {
       const owner = await store.workerOwner(worker.taskId)
@@ -65,8 +79,6 @@ export class Reaper {
     this.#lastLeaked = leaked
     log[level]({ leaked }, 'workers leaked')
     await this.cleanUpStuck()
-    const removed = await store.removeFinishedBefore(now() - retentionMs)
-    if (removed > 0) log.info({ removed }, 'removed tasks past their retention')
     return leaked
   }
 

@@ -95,20 +95,23 @@ export class Submissions {
     await this.#setup.check(workerConfig)
     const problem = await this.#options.taskFilesProblem()
     if (problem) throw new InvalidRequestError([{ path: 'task_file_name', message: problem }])
+    const { priority = 0 } = request
+    const createdAt = this.#options.now()
     const inserted = await this.#store.insert({
       ...request,
       workerConfig,
       timeoutSeconds: request.timeoutSeconds ?? this.#options.defaultTimeoutSeconds,
+      priority,
       digest,
       workerName: workerNameFor(taskId),
-      createdAt: this.#options.now(),
+      createdAt,
     })
     if (!inserted) {
       const raced = await this.#known(taskId, digest)
       if (raced) return raced
       throw new TaskRunnerError('store_unavailable', 'The task could not be stored')
     }
-    this.#queue.enqueue(taskId)
+    this.#queue.enqueue({ taskId, priority, createdAt })
     this.#options.log.info({ taskId, taskFileName }, 'task accepted')
     return { isNew: true }
   }

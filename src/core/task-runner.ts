@@ -4,29 +4,36 @@ import { TaskRunnerError } from './errors.ts'
 import { type Masker, maskedTail } from './masking.ts'
 import type {
   ClaimedTask,
+  Cluster,
   Completion,
   Logger,
   LogTail,
   NewDelivery,
+  OrphanedTask,
+  SeenTask,
   TaskQueue,
   TaskStore,
   Worker,
   WorkerBackend,
 } from './ports.ts'
 import { WorkerError } from './ports.ts'
-import type { Outcome, Task } from './task.ts'
+import { isFinal, type Outcome, type Task } from './task.ts'
 import { until } from './until.ts'
 import type { WorkerSetup } from './worker-setup.ts'
 
 export const LOG_BYTES_KEPT = 5 * 1024 * 1024
 const RETRY_MS = 500
 const RETRY_MAX_MS = 15_000
+/** How often others hear that we live, and we look for what they left. */
+const BEAT_MS = 2_000
 
 export interface TaskRunnerOptions {
   store: TaskStore
   queue: TaskQueue
   backend: WorkerBackend
   callbacks: CallbackDispatcher
+  /** Undefined: nobody else works on these tasks. */
+  cluster?: Cluster | undefined
   concurrency: number
   provisioningTimeoutMs: number
   setup: WorkerSetup
@@ -40,8 +47,12 @@ export interface TaskRunnerOptions {
 
 /** A run under way on this instance. */
 interface Run {
+  /** Undefined until it is ours. */
+  claim: number | undefined
   /** Someone wants the task ended. */
   cancel: AbortController
+  /** It is not ours any more, or we shut down: nothing is decided, and the worker goes on without us. */
+  letGo: AbortController
   done: Promise<void>
 }
 
@@ -60,6 +71,10 @@ export class TaskRunner {
   /** What goes on after a run's slot was given back: deliveries, terminations. */
   readonly #afterwards = new Set<Promise<void>>()
   readonly #closing = new AbortController()
+  /** Settles when others know that we live, and we know which tasks are still ours. */
+  #membership = Promise.withResolvers<void>()
+  #beat: NodeJS.Timeout | undefined
+  #beating: Promise<void> = Promise.resolve()
 
   constructor(options: TaskRunnerOptions) {
     this.#options = options
@@ -72,26 +87,33 @@ export class TaskRunner {
 
   /** Takes up what an earlier process left, then new work. */
   async start(): Promise<void> {
+    await this.#options.cluster?.beat()
     const [live, leftWorkers] = await Promise.all([
       this.#store.live(),
       this.#store.workersToTerminate(),
     ])
-    this.#queue.work(this.#options.concurrency, (taskId) => this.#runOnce(taskId))
-    for (const { taskId, status, cancelRequested } of live) {
-      if (status !== 'queued') this.#queue.resume(taskId)
-      else if (cancelRequested) this.#background(this.cancel(taskId))
-      else this.#queue.enqueue(taskId)
+    this.#queue.work(this.#options.concurrency, (task) => this.#runOnce(task))
+    for (const task of live) {
+      if (task.status !== 'queued') this.#queue.resume(task)
+      else if (task.cancelRequested) this.#background(this.cancel(task.taskId))
+      else this.#queue.enqueue(task)
     }
+    if (this.#options.cluster) this.#keepMembership(this.#options.cluster)
     for (const left of leftWorkers) this.#background(this.#terminate(left))
     if (live.length > 0) this.#log.info({ tasks: live.length }, 'took up unfinished tasks')
   }
 
   /** Stops taking work and lets go of running tasks: their workers go on, and are found again at the next start. */
   async close(): Promise<void> {
-    this.#queue.stop()
+    const stopped = this.#queue.stop()
     this.#closing.abort()
+    clearTimeout(this.#beat)
+    for (const run of this.#runs.values()) run.letGo.abort()
     await Promise.all([...this.#runs.values()].map((run) => run.done))
     await Promise.all(this.#afterwards)
+    await stopped
+    await this.#beating
+    await this.#options.cluster?.leave()
   }
 
   /** Ends a task in whatever state it is. Idempotent; final tasks stay as they are. */
@@ -102,63 +124,90 @@ export class TaskRunner {
       const full = await this.#store.get(taskId)
       if (full) await this.#settle({ ...full, claim: task.claim }, CANCELLED)
     }
-    // A run that claimed the task meanwhile reads the request with its claim, or hears it here.
-    this.#runs.get(taskId)?.cancel.abort()
+    // A run that claimed the task meanwhile reads the request with its claim, or hears it here or elsewhere.
+    this.hearCancel(taskId)
     const now = await this.#store.get(taskId)
     if (!now) throw new TaskRunnerError('task_not_found', `There is no task "${taskId}"`)
     return now
   }
 
-  async #runOnce(taskId: string): Promise<void> {
+  /** Someone wants the task ended. Nothing happens unless it runs here. */
+  hearCancel(taskId: string): void {
+    this.#runs.get(taskId)?.cancel.abort()
+  }
+
+  async #runOnce(seen: SeenTask): Promise<void> {
+    const { taskId } = seen
     if (this.#runs.has(taskId)) return
-    const cancel = new AbortController()
-    const done = this.#run(taskId, cancel).finally(() => this.#runs.delete(taskId))
-    this.#runs.set(taskId, { cancel, done })
-    await done
+    const done = Promise.withResolvers<void>()
+    const run: Run = {
+      claim: undefined,
+      cancel: new AbortController(),
+      letGo: new AbortController(),
+      done: done.promise,
+    }
+    this.#runs.set(taskId, run)
+    await this.#run(seen, run)
+    this.#runs.delete(taskId)
+    done.resolve()
   }
 
   /** The whole story. Never rejects. */
-  async #run(taskId: string, cancel: AbortController): Promise<void> {
-    const task = await this.#persistently('claiming a task', () => this.#store.claim(taskId))
+  async #run({ taskId, claim }: SeenTask, run: Run): Promise<void> {
+    const letGo = run.letGo.signal
+    const claiming = () => this.#store.claim(taskId, claim)
+    const task = await this.#persistently('claiming a task', claiming, letGo)
     if (!task) return
-    if (task.cancelRequested) cancel.abort()
-    const cancelled = cancel.signal
+    run.claim = task.claim
+    if (task.cancelRequested) run.cancel.abort()
+    const cancelled = run.cancel.signal
     let worker: Worker | undefined
     let outcome: Outcome | undefined
     try {
-      worker = await this.#attachOrProvision(task, cancelled)
+      worker = await this.#attachOrProvision(task, cancelled, letGo)
       if (!worker) {
         outcome = cancelled.aborted
           ? CANCELLED
           : failure('worker_lost', 'The worker vanished while the service was away')
       } else {
         const startedAt = task.startedAt ?? this.#options.now()
-        await this.#persistently('marking a task running', () =>
-          this.#store.markRunning(task, startedAt),
-        )
+        const marking = () => this.#store.markRunning(task, startedAt)
+        const isOurs = await this.#persistently('marking a task running', marking, letGo)
+        if (isOurs === false) return await this.#leaveTo(taskId, worker)
         this.#log.info({ taskId, worker: worker.name }, 'task running')
-        outcome = await this.#seeThrough(worker, { ...task, startedAt }, cancelled)
+        outcome = await this.#seeThrough(worker, { ...task, startedAt }, cancelled, letGo)
       }
     } catch (err) {
-      if (this.#closing.signal.aborted) return
+      if (letGo.aborted) return
       outcome = cancelled.aborted ? CANCELLED : this.#failureOf(err, taskId)
       const isForWantOfWorker = !worker && !['cancelled', 'startup_failed'].includes(outcome.reason)
       if (isForWantOfWorker) this.#background(this.#options.onProvisioningFailed())
     }
-    // Shutting down: nothing is decided, and the worker goes on without us.
+    // Let go: nothing is decided, and the worker goes on without us.
     if (outcome === undefined) return
     await this.#settle(task, outcome, worker)
   }
 
-  async #attachOrProvision(task: ClaimedTask, cancelled: AbortSignal): Promise<Worker | undefined> {
+  /** Somebody else has the task. Where that one has ended it, a worker that we made too late is nobody's. */
+  async #leaveTo(taskId: string, worker: Worker): Promise<void> {
+    this.#log.warn({ taskId, worker: worker.name }, 'the task was taken over by another instance')
+    const owner = await this.#store.workerOwner(taskId)
+    if (!owner || (isFinal(owner.status) && !owner.kept)) await worker.terminate()
+  }
+
+  async #attachOrProvision(
+    task: ClaimedTask,
+    cancelled: AbortSignal,
+    letGo: AbortSignal,
+  ): Promise<Worker | undefined> {
     const find = () => this.#backend.find(task.workerName)
     if (task.status === 'running' || cancelled.aborted) {
-      const worker = await this.#persistently('finding a worker', find)
-      this.#closing.signal.throwIfAborted()
+      const worker = await this.#persistently('finding a worker', find, letGo)
+      letGo.throwIfAborted()
       return worker
     }
     const signal = AbortSignal.any([
-      this.#closing.signal,
+      letGo,
       cancelled,
       AbortSignal.timeout(this.#options.provisioningTimeoutMs),
     ])
@@ -173,11 +222,11 @@ export class TaskRunner {
     if (secretValues.length > 0) {
       // Before the worker can print one. A worker of an earlier claim may know older values.
       const known = [...new Set([...task.secretValues, ...secretValues])]
-      await this.#persistently('keeping secret values', () =>
-        this.#store.keepSecretValues(task, known),
-      )
+      const keeping = () => this.#store.keepSecretValues(task, known)
+      await this.#persistently('keeping secret values', keeping, letGo)
       task.secretValues = known
     }
+    await this.#sure(signal)
     return this.#backend.provision(spec, signal)
   }
 
@@ -186,20 +235,21 @@ export class TaskRunner {
     worker: Worker,
     task: ClaimedTask & { startedAt: number },
     cancelled: AbortSignal,
+    letGo: AbortSignal,
   ): Promise<Outcome | undefined> {
-    const closing = this.#closing.signal
     const deadline = task.startedAt + task.timeoutSeconds * 1000
     const timeLimit = new AbortController()
     const timer = setTimeout(() => timeLimit.abort(), Math.max(0, deadline - this.#options.now()))
-    const interrupted = AbortSignal.any([closing, cancelled, timeLimit.signal])
+    const interrupted = AbortSignal.any([letGo, cancelled, timeLimit.signal])
     try {
       return this.#outcomeOf(await worker.completion(interrupted), task)
     } catch (err) {
       if (!interrupted.aborted) throw err
-      if (closing.aborted) return undefined
+      if (letGo.aborted) return undefined
+      await this.#sure(letGo)
       // It may have ended in time, with nobody here to see it.
       if (!cancelled.aborted && (await worker.status()) === 'Completed') {
-        return this.#outcomeOf(await worker.completion(closing), task)
+        return this.#outcomeOf(await worker.completion(letGo), task)
       }
       await worker.stop()
       return cancelled.aborted
@@ -304,18 +354,75 @@ export class TaskRunner {
     return failure('internal_error', 'The service could not run the task; its own log says why')
   }
 
-  /** Repeats an idempotent step until it succeeds. Undefined: we are shutting down. */
-  async #persistently<T>(what: string, step: () => Promise<T>): Promise<T | undefined> {
+  /** Repeats an idempotent step until it succeeds. Undefined: `signal` has aborted. */
+  async #persistently<T>(
+    what: string,
+    step: () => Promise<T>,
+    signal = this.#closing.signal,
+  ): Promise<T | undefined> {
     for (let waitMs = RETRY_MS; ; waitMs = Math.min(waitMs * 2, RETRY_MAX_MS)) {
       try {
         return await step()
       } catch (err) {
         this.#log.error({ err }, `${what} failed, trying again`)
-        const { signal } = this.#closing
         await pause(waitMs, undefined, { signal }).catch(() => {})
         if (signal.aborted) return undefined
       }
     }
+  }
+
+  /** Ends a task whose worker is out of reach with the host of the instance that has died. */
+  async #giveUp(orphan: OrphanedTask): Promise<void> {
+    const task = await this.#store.claim(orphan.taskId, orphan.claim)
+    if (!task) return
+    const message = `The host of instance ${orphan.instance} has not come back, and the worker ran there`
+    await this.#settle(task, failure('worker_lost', message))
+  }
+
+  // ---------------------------------------------------------------- among other instances
+
+  /** What an instance does that may have been thought dead: nothing, until it knows. Throws when `signal` aborts. */
+  async #sure(signal: AbortSignal): Promise<void> {
+    if (this.#options.cluster?.isMember() ?? true) return
+    await until(this.#membership.promise, signal)
+  }
+
+  #keepMembership(cluster: Cluster): void {
+    const turn = async () => {
+      try {
+        await this.#confirm(cluster)
+      } catch (err) {
+        this.#log.error({ err }, 'talking to the other instances failed, trying again')
+      }
+      if (this.#closing.signal.aborted) return
+      this.#beat = setTimeout(() => {
+        this.#beating = turn()
+      }, BEAT_MS)
+    }
+    this.#beating = turn()
+  }
+
+  async #confirm(cluster: Cluster): Promise<void> {
+    const wasKnown = await cluster.beat()
+    if (!wasKnown) await this.#reconcile(cluster)
+    this.#membership.resolve()
+    this.#membership = Promise.withResolvers()
+    for (const taskId of await cluster.cancelRequests()) this.hearCancel(taskId)
+    for (const orphan of await cluster.orphans()) {
+      if (this.#closing.signal.aborted) return
+      if (orphan.isLost) await this.#giveUp(orphan)
+      else this.#queue.resume(orphan)
+    }
+  }
+
+  /** Others may have taken tasks of ours: those are let go. What is ours, and had been let go, is taken up again. */
+  async #reconcile(cluster: Cluster): Promise<void> {
+    // What is claimed while we ask is not in the answer, and ours.
+    const held = [...this.#runs].filter(([, { claim }]) => claim !== undefined)
+    const ours = await cluster.ours()
+    const claims = new Map(ours.map(({ taskId, claim }) => [taskId, claim]))
+    for (const [taskId, run] of held) if (claims.get(taskId) !== run.claim) run.letGo.abort()
+    for (const task of ours) this.#queue.resume(task)
   }
 
   #background(work: Promise<unknown>): void {

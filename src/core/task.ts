@@ -63,6 +63,8 @@ export interface TaskRequest {
   callbackUrlToken: string | null
   terminateOnCompletion: boolean
   timeoutSeconds: number | null
+  /** 0 to 9; undefined: 0. */
+  priority?: number | undefined
 }
 
 /** A task as lists show it: nothing in here is secret. */
@@ -80,7 +82,10 @@ export interface TaskSummary {
   workerName: string
   terminateOnCompletion: boolean
   timeoutSeconds: number
+  priority: number
   claim: number
+  /** The instance that claimed it last. */
+  instance: string | null
   createdAt: number
   startedAt: number | null
   finishedAt: number | null
@@ -96,6 +101,14 @@ export interface Task extends TaskSummary {
   callbackUrlToken: string | null
   /** Values of the named secrets that its worker was given; none once it has ended. */
   secretValues: readonly string[]
+}
+
+/** A step of priority is worth so much waiting: whoever waits for long passes everybody that comes later. */
+const PRIORITY_STEP_MS = 60_000
+
+/** Where a waiting task stands in its queue, in ms: the lowest goes first. Needs no updates for tasks to age. */
+export function queuePosition(task: { createdAt: number; priority: number }): number {
+  return task.createdAt - task.priority * PRIORITY_STEP_MS
 }
 
 /** How a run ended, before it is committed. */

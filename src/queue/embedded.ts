@@ -1,60 +1,99 @@
-import type { TaskQueue } from '../core/ports.ts'
+import type { SeenTask, TaskQueue, WaitingTask } from '../core/ports.ts'
+import { queuePosition } from '../core/task.ts'
 
-/** A first-in first-out queue inside the process. It may be lost at any time: the store is the truth. */
+/** A queue inside the process. It may be lost at any time: the store is the truth. */
 export class EmbeddedQueue implements TaskQueue {
-  readonly #waiting = new Set<string>()
-  /** Where the oldest is: looking for it anew each time would step over all that went before. */
-  #oldest: Iterator<string> | undefined
+  /** By priority: within one, tasks go in the order they came. */
+  readonly #lanes = new Map<number, Lane>()
   readonly #active = new Set<Promise<void>>()
+  #length = 0
   #concurrency = 0
-  #handler: ((taskId: string) => Promise<void>) | undefined
+  #handler: ((task: SeenTask) => Promise<void>) | undefined
 
   get length(): number {
-    return this.#waiting.size
+    return this.#length
   }
 
-  enqueue(taskId: string): void {
-    this.#waiting.add(taskId)
+  enqueue(task: WaitingTask): void {
+    const lane = this.#lanes.get(task.priority) ?? new Lane()
+    this.#lanes.set(task.priority, lane)
+    if (lane.add(task)) this.#length += 1
     this.#fill()
   }
 
   remove(taskId: string): void {
-    this.#waiting.delete(taskId)
+    for (const lane of this.#lanes.values()) if (lane.delete(taskId)) this.#length -= 1
   }
 
-  resume(taskId: string): void {
-    this.#hand(taskId)
+  resume(task: SeenTask): void {
+    this.#hand(task)
   }
 
-  work(concurrency: number, handler: (taskId: string) => Promise<void>): void {
+  work(concurrency: number, handler: (task: SeenTask) => Promise<void>): void {
     this.#concurrency = concurrency
     this.#handler = handler
     this.#fill()
   }
 
-  stop(): void {
+  async stop(): Promise<void> {
     this.#handler = undefined
   }
 
   #fill(): void {
-    while (this.#handler && this.#waiting.size > 0 && this.#active.size < this.#concurrency) {
-      this.#oldest ??= this.#waiting.values()
-      const next = this.#oldest.next()
-      if (next.done) {
-        this.#oldest = undefined
-        continue
-      }
-      this.#waiting.delete(next.value)
-      this.#hand(next.value)
+    while (this.#handler && this.#active.size < this.#concurrency) {
+      const next = this.#next()
+      if (!next) return
+      this.remove(next.taskId)
+      this.#hand({ taskId: next.taskId, claim: 0 })
     }
   }
 
-  #hand(taskId: string): void {
+  #next(): WaitingTask | undefined {
+    let next: WaitingTask | undefined
+    for (const lane of this.#lanes.values()) {
+      const head = lane.head()
+      if (head && (!next || queuePosition(head) < queuePosition(next))) next = head
+    }
+    return next
+  }
+
+  #hand(task: SeenTask): void {
     if (!this.#handler) return
-    const done = this.#handler(taskId).finally(() => {
+    const done = this.#handler(task).finally(() => {
       this.#active.delete(done)
       this.#fill()
     })
     this.#active.add(done)
+  }
+}
+
+/** Tasks of one priority, first in, first out. */
+class Lane {
+  readonly #waiting = new Map<string, WaitingTask>()
+  /** Where the oldest is: looking for it anew each time would step over all that went before. */
+  #from: Iterator<WaitingTask> | undefined
+  #head: WaitingTask | undefined
+
+  /** False: it waits already. */
+  add(task: WaitingTask): boolean {
+    if (this.#waiting.has(task.taskId)) return false
+    this.#waiting.set(task.taskId, task)
+    return true
+  }
+
+  delete(taskId: string): boolean {
+    return this.#waiting.delete(taskId)
+  }
+
+  head(): WaitingTask | undefined {
+    while (this.#waiting.size > 0) {
+      const head = this.#head
+      if (head && this.#waiting.get(head.taskId) === head) return head
+      this.#from ??= this.#waiting.values()
+      const next = this.#from.next()
+      if (next.done) this.#from = undefined
+      else this.#head = next.value
+    }
+    return undefined
   }
 }

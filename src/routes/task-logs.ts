@@ -24,7 +24,9 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
   tasks: TaskStore
   backend: WorkerBackend
   maskerFor: (task: Task) => Masker
-}> = async (app, { tasks, backend, maskerFor }) => {
+  /** The instance that alone can read the log of a task that runs; undefined: this one can. */
+  elsewhere: (task: Task) => string | undefined
+}> = async (app, { tasks, backend, maskerFor, elsewhere }) => {
   const closing = new AbortController()
   app.addHook('preClose', async () => closing.abort())
 
@@ -114,7 +116,17 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
       (await unlessEnded(maskedTail(running.worker, maskerFor(running.task), maxBytes), task))
     // It may have ended, and its worker gone, between the two looks.
     const log = live?.log ?? (await tasks.log(task.taskId))
-    return log ?? { content: Buffer.alloc(0), totalBytes: 0 }
+    if (log) return log
+    const content = Buffer.from(running ? '' : whereItRuns(await tasks.get(task.taskId)))
+    return { content, totalBytes: content.length }
+  }
+
+  /** A line for people, while the log cannot be read here. */
+  function whereItRuns(task: Task | undefined): string {
+    const instance = task && !isFinal(task.status) && elsewhere(task)
+    return instance
+      ? `[task-runner] The task runs at ${instance}, where its log can be read; it is here once the task has ended\n`
+      : ''
   }
 
   /**
@@ -145,7 +157,7 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
     signal: AbortSignal,
   ): Promise<void> {
     let at = start.from
-    const running = await onceRunning(task, signal)
+    const running = await onceRunning(task, response, signal)
     const streamFrom = async ({ worker, task }: { worker: Worker; task: Task }) => {
       if (at === undefined) {
         const { totalBytes } = await worker.logs({ maxBytes: 0 })
@@ -195,12 +207,16 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
   }
 
   /** Waits while the task has no worker yet. Undefined: the task is final. */
-  async function onceRunning(task: Task, signal: AbortSignal) {
+  async function onceRunning(task: Task, response: ServerResponse, signal: AbortSignal) {
+    let told = ''
     while (!signal.aborted) {
       const running = await runningNow(task)
       if (running) return running
       const now = await tasks.get(task.taskId)
       if (!now || isFinal(now.status)) return undefined
+      const where = whereItRuns(now)
+      if (where !== told) await send(response, signal, { data: where })
+      told = where
       await pause(signal)
     }
     return undefined

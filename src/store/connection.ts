@@ -1,4 +1,4 @@
-import type { Compilable, Kysely } from 'kysely'
+import type { Compilable, Kysely, SelectQueryBuilder, Transaction } from 'kysely'
 import { TaskRunnerError } from '../core/errors.ts'
 import type { Database } from './schema.ts'
 
@@ -6,12 +6,23 @@ import type { Database } from './schema.ts'
 export interface Connection {
   readonly db: Kysely<Database>
   /**
-   * Runs the statements in one transaction, durable when it resolves. When the first changes no row, nothing
-   * is done and the answer is false: the compare-and-set that the others depend on.
+   * Runs the statements in one transaction, durable when it resolves with what the first returned. When that
+   * changes no row, nothing is done and the answer is undefined: the compare-and-set that the others depend on.
    */
-  atomically(statements: readonly Compilable[]): Promise<boolean>
+  atomically<Row>(
+    first: Compilable<Row>,
+    others?: readonly Compilable[],
+    more?: InTransaction,
+  ): Promise<Row[] | undefined>
+  /** Of rows to be taken, leaves out those that someone else is taking. */
+  untaken<Table extends keyof Database, Row>(
+    rows: SelectQueryBuilder<Database, Table, Row>,
+  ): SelectQueryBuilder<Database, Table, Row>
   close(): Promise<void>
 }
+
+/** What else belongs to a transaction, where the database can do more than hold tables. */
+export type InTransaction = (transaction: Transaction<Database>) => Promise<unknown>
 
 /** Tells callers that the store failed, without telling them how. The cause is for the log. */
 export function storeUnavailable(cause: unknown): TaskRunnerError {

@@ -45,9 +45,11 @@ export class SqlDeliveryStore implements DeliveryStore {
           .where('next_attempt_at', '<=', options.now)
           .orderBy('next_attempt_at')
           .limit(1)
-        return options.exceptOrigins.length === 0
-          ? due
-          : due.where('origin', 'not in', options.exceptOrigins)
+        return this.#connection.untaken(
+          options.exceptOrigins.length === 0
+            ? due
+            : due.where('origin', 'not in', options.exceptOrigins),
+        )
       })
       .returning(['task_id', 'webhook_id', 'origin', 'attempts', 'manual', 'delivered_at'])
       .executeTakeFirst()
@@ -59,6 +61,7 @@ export class SqlDeliveryStore implements DeliveryStore {
         attempts: row.attempts,
         manual: row.manual === 1,
         deliveredBefore: row.delivered_at !== null,
+        leaseUntil: options.leaseUntil,
       }
     )
   }
@@ -88,7 +91,7 @@ export class SqlDeliveryStore implements DeliveryStore {
     next: Parameters<DeliveryStore['recordAttempt']>[2],
   ): Promise<void> {
     const endedAt = attempt.startedAt + attempt.durationMs
-    await this.#connection.atomically([
+    await this.#connection.atomically(
       this.#db
         .updateTable('deliveries')
         .set({
@@ -102,15 +105,17 @@ export class SqlDeliveryStore implements DeliveryStore {
         .where('task_id', '=', taskId)
         // An attempt that outlived its lease comes second, and changes nothing.
         .where('attempts', '=', attempt.number - 1),
-      this.#db.insertInto('delivery_attempts').values({
-        task_id: taskId,
-        number: attempt.number,
-        started_at: attempt.startedAt,
-        duration_ms: Math.round(attempt.durationMs),
-        status_code: attempt.statusCode,
-        error: attempt.error,
-      }),
-    ])
+      [
+        this.#db.insertInto('delivery_attempts').values({
+          task_id: taskId,
+          number: attempt.number,
+          started_at: attempt.startedAt,
+          duration_ms: Math.round(attempt.durationMs),
+          status_code: attempt.statusCode,
+          error: attempt.error,
+        }),
+      ],
+    )
   }
 
   async shiftDue(byMs: number): Promise<void> {

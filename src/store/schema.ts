@@ -7,6 +7,7 @@ export interface Database {
   task_logs: TaskLogsTable
   deliveries: DeliveriesTable
   delivery_attempts: DeliveryAttemptsTable
+  instances: InstancesTable
 }
 
 export interface TasksTable {
@@ -25,7 +26,10 @@ export interface TasksTable {
   terminate_on_completion: number
   timeout_seconds: number
   has_callback: number
+  priority: Generated<number>
   claim: number
+  /** Who claimed it last. */
+  instance: string | null
   cancel_requested_at: number | null
   created_at: number
   started_at: number | null
@@ -34,6 +38,8 @@ export interface TasksTable {
   digest: string
   /** Worker configuration, callback URL and token: JSON, encrypted. */
   sealed: Uint8Array
+  /** Where its log was read to, for backends that read it from elsewhere. */
+  log_cursor: string | null
 }
 
 export interface TaskLogsTable {
@@ -64,4 +70,13 @@ export interface DeliveryAttemptsTable {
   duration_ms: number
   status_code: number | null
   error: string | null
+}
+
+/** Instances that share a Postgres. */
+export interface InstancesTable {
+  name: string
+  /** Its workers can be reached from its host only. */
+  host_bound: number
+  /** By the database's clock; 0: it has left. */
+  seen_at: number
 }

@@ -14,7 +14,7 @@ import {
 } from 'kysely'
 import { Migrator } from 'kysely/migration'
 import { type Connection, storeUnavailable } from './connection.ts'
-import * as tasksAndDeliveries from './migrations/0001-tasks-and-deliveries.ts'
+import { migrations } from './migrations.ts'
 import type { Database } from './schema.ts'
 import type { Answer, Batch, StatementResult } from './sqlite-thread.ts'
 
@@ -43,11 +43,7 @@ export async function openSqlite(path: string): Promise<Connection> {
     await thread.ready
     const { error } = await new Migrator({
       db,
-      provider: {
-        getMigrations: async () => ({
-          '0001-tasks-and-deliveries': { up: (db) => tasksAndDeliveries.up(db, TYPES) },
-        }),
-      },
+      provider: { getMigrations: async () => migrations(TYPES) },
     }).migrateToLatest()
     if (error) throw error
     // Whoever held a lease is gone: the file is ours alone.
@@ -64,11 +60,14 @@ export async function openSqlite(path: string): Promise<Connection> {
   }
   return {
     db,
-    async atomically(statements: readonly Compilable[]) {
-      const compiled = statements.map((statement) => toStatement(statement.compile()))
-      const results = await thread.run({ statements: compiled, guarded: true })
-      return results.length > 0
+    async atomically<Row>(first: Compilable<Row>, others: readonly Compilable[] = []) {
+      const statements = [first, ...others].map((statement) => toStatement(statement.compile()))
+      const [result] = await thread.run({ statements, guarded: true })
+      // Holds: kysely typed the row after the query it compiled.
+      return result?.rows as Row[] | undefined
     },
+    // One statement at a time: there is nobody else.
+    untaken: (rows) => rows,
     close: () => db.destroy(),
   }
 }

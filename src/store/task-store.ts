@@ -1,7 +1,15 @@
 import { sql } from 'kysely'
-import type { ClaimedTask, LogTail, NewTask, TaskFilter, TaskStore } from '../core/ports.ts'
+import type {
+  ClaimedTask,
+  LiveTask,
+  LogTail,
+  NewTask,
+  TaskFilter,
+  TaskStore,
+  WaitingTask,
+} from '../core/ports.ts'
 import { LIVE_STATUSES, type Task, type TaskSummary } from '../core/task.ts'
-import type { Connection } from './connection.ts'
+import type { Connection, InTransaction } from './connection.ts'
 import { decodeLog, encodeLog } from './log-codec.ts'
 import {
   numberOrNull,
@@ -19,14 +27,33 @@ export interface Seal {
   unseal(sealed: Uint8Array, context: string): string
 }
 
+/** What goes along with a task's moves, in the same transaction, where instances share the database. */
+export interface SharedQueue {
+  add(task: WaitingTask): InTransaction
+  /** The task waits no more. */
+  taken(taskId: string): InTransaction
+  cancelRequested(taskId: string): InTransaction
+}
+
 /** The `TaskStore` of both databases. */
 export class SqlTaskStore implements TaskStore {
   readonly #connection: Connection
   readonly #sealer: Seal
+  readonly #instance: string
+  readonly #queue: SharedQueue | undefined
+  /** Tasks whose outcome may have been committed, though it could not be told. */
+  readonly #unanswered = new Set<string>()
 
-  constructor(connection: Connection, sealer: Seal) {
+  /** `queue`: waiting tasks are kept there, and tasks of other instances are none of ours. */
+  constructor(
+    connection: Connection,
+    sealer: Seal,
+    { instance, queue }: { instance: string; queue?: SharedQueue | undefined },
+  ) {
     this.#connection = connection
     this.#sealer = sealer
+    this.#instance = instance
+    this.#queue = queue
   }
 
   get #db() {
@@ -34,7 +61,7 @@ export class SqlTaskStore implements TaskStore {
   }
 
   async insert(task: NewTask): Promise<boolean> {
-    const { numInsertedOrUpdatedRows } = await this.#db
+    const row = this.#db
       .insertInto('tasks')
       .values({
         task_id: task.taskId,
@@ -49,7 +76,9 @@ export class SqlTaskStore implements TaskStore {
         terminate_on_completion: task.terminateOnCompletion ? 1 : 0,
         timeout_seconds: task.timeoutSeconds,
         has_callback: task.callbackUrl === null ? 0 : 1,
+        priority: task.priority,
         claim: 0,
+        instance: null,
         cancel_requested_at: null,
         created_at: task.createdAt,
         started_at: null,
@@ -57,10 +86,10 @@ export class SqlTaskStore implements TaskStore {
         log_bytes: null,
         digest: task.digest,
         sealed: this.#seal({ ...task, secretValues: [] }),
+        log_cursor: null,
       })
       .onConflict((conflict) => conflict.column('task_id').doNothing())
-      .executeTakeFirst()
-    return numInsertedOrUpdatedRows === 1n
+    return (await this.#connection.atomically(row, [], this.#queue?.add(task))) !== undefined
   }
 
   async digestOf(taskId: string) {
@@ -108,20 +137,28 @@ export class SqlTaskStore implements TaskStore {
     return row && { content: await decodeLog(row), totalBytes: Number(row.total_bytes) }
   }
 
-  async claim(taskId: string): Promise<ClaimedTask | undefined> {
-    const row = await this.#db
+  async claim(taskId: string, seen = 0): Promise<ClaimedTask | undefined> {
+    const taken = this.#db
       .updateTable('tasks')
-      .set((eb) => ({
-        claim: eb('claim', '+', 1),
+      .set({
+        claim: seen + 1,
+        instance: this.#instance,
         status: sql<
           'provisioning' | 'running'
         >`case when status = 'queued' then 'provisioning' else status end`,
         worker_state: 'live' as const,
-      }))
+      })
       .where('task_id', '=', taskId)
       .where('status', 'in', LIVE_STATUSES)
+      .where((eb) =>
+        eb.or([
+          eb('claim', '=', seen),
+          // Done before, and the answer was lost.
+          eb.and([eb('claim', '=', seen + 1), eb('instance', '=', this.#instance)]),
+        ]),
+      )
       .returning([...SUMMARY_COLUMNS, 'sealed', 'cancel_requested_at'])
-      .executeTakeFirst()
+    const [row] = (await this.#connection.atomically(taken, [], this.#queue?.taken(taskId))) ?? []
     return (
       row && {
         ...summaryFromRow(row),
@@ -157,12 +194,14 @@ export class SqlTaskStore implements TaskStore {
     end: Parameters<TaskStore['finish']>[1],
   ): Promise<boolean> {
     const { outcome, log, delivery, finishedAt } = end
+    const taken = task.claim === 0 ? this.#queue?.taken(task.taskId) : undefined
     const setOutcome = this.#db
       .updateTable('tasks')
       .set({
         status: outcome.status,
         reason: outcome.reason,
-        message: outcome.message,
+        // Postgres takes no NUL, and a program's last words may hold one.
+        message: outcome.message?.replaceAll('\0', '') ?? null,
         exit_code: outcome.exitCode,
         signal: outcome.signal,
         finished_at: finishedAt,
@@ -178,43 +217,59 @@ export class SqlTaskStore implements TaskStore {
       ...(await encodeLog(log.content)),
       total_bytes: log.totalBytes,
     })
-    if (!delivery) return this.#connection.atomically([setOutcome, keepLog])
-    const openDelivery = this.#db.insertInto('deliveries').values({
-      task_id: task.taskId,
-      webhook_id: delivery.webhookId,
-      origin: delivery.origin,
-      status: 'pending',
-      attempts: 0,
-      manual: 0,
-      delivered_at: null,
-      next_attempt_at: delivery.leaseUntil ?? finishedAt,
-      leased: delivery.leaseUntil === null ? 0 : 1,
-    })
-    return this.#connection.atomically([setOutcome, keepLog, openDelivery])
+    const openDelivery =
+      delivery &&
+      this.#db.insertInto('deliveries').values({
+        task_id: task.taskId,
+        webhook_id: delivery.webhookId,
+        origin: delivery.origin,
+        status: 'pending',
+        attempts: 0,
+        manual: 0,
+        delivered_at: null,
+        next_attempt_at: delivery.leaseUntil ?? finishedAt,
+        leased: delivery.leaseUntil === null ? 0 : 1,
+      })
+    const rows = openDelivery ? [keepLog, openDelivery] : [keepLog]
+    try {
+      if (await this.#connection.atomically(setOutcome, rows, taken)) return true
+    } catch (err) {
+      this.#unanswered.add(task.taskId)
+      throw err
+    }
+    // Done before, with its answer lost: nobody else has this claim.
+    const wasTried = this.#unanswered.delete(task.taskId)
+    return wasTried && (await this.get(task.taskId))?.claim === task.claim
   }
 
   async requestCancel(taskId: string, at: number): Promise<TaskSummary | undefined> {
-    const row = await this.#db
+    const noted = this.#db
       .updateTable('tasks')
       .set((eb) => ({ cancel_requested_at: eb.fn.coalesce('cancel_requested_at', eb.val(at)) }))
       .where('task_id', '=', taskId)
       .where('status', 'in', LIVE_STATUSES)
       .returning(SUMMARY_COLUMNS)
-      .executeTakeFirst()
+    const tell = this.#queue?.cancelRequested(taskId)
+    const [row] = (await this.#connection.atomically(noted, [], tell)) ?? []
     return row && summaryFromRow(row)
   }
 
-  async live() {
-    const rows = await this.#db
+  async live(): Promise<LiveTask[]> {
+    let query = this.#db
       .selectFrom('tasks')
-      .select(['task_id', 'status', 'cancel_requested_at'])
+      .select(['task_id', 'status', 'cancel_requested_at', 'claim', 'priority', 'created_at'])
       .where('status', 'in', LIVE_STATUSES)
       .orderBy('seq')
-      .execute()
-    return rows.map((row) => ({
+    if (this.#queue) {
+      query = query.where('instance', '=', this.#instance).where('status', '!=', 'queued')
+    }
+    return (await query.execute()).map((row) => ({
       taskId: row.task_id,
       status: row.status,
       cancelRequested: row.cancel_requested_at !== null,
+      claim: row.claim,
+      priority: row.priority,
+      createdAt: Number(row.created_at),
     }))
   }
 
@@ -234,13 +289,16 @@ export class SqlTaskStore implements TaskStore {
   }
 
   async workersToTerminate() {
-    const rows = await this.#db
+    let query = this.#db
       .selectFrom('tasks')
       .select(['task_id', 'worker_name'])
       .where('worker_state', '=', 'live')
       .where('status', 'not in', LIVE_STATUSES)
-      .execute()
-    return rows.map(({ task_id, worker_name }) => ({ taskId: task_id, workerName: worker_name }))
+    if (this.#queue) query = query.where('instance', '=', this.#instance)
+    return (await query.execute()).map(({ task_id, worker_name }) => ({
+      taskId: task_id,
+      workerName: worker_name,
+    }))
   }
 
   async workerTerminated(taskId: string): Promise<void> {
@@ -248,6 +306,24 @@ export class SqlTaskStore implements TaskStore {
       .updateTable('tasks')
       .set({ worker_state: 'gone' })
       .where('task_id', '=', taskId)
+      .execute()
+  }
+
+  async logCursor(taskId: string): Promise<string | undefined> {
+    const row = await this.#db
+      .selectFrom('tasks')
+      .select('log_cursor')
+      .where('task_id', '=', taskId)
+      .executeTakeFirst()
+    return row?.log_cursor ?? undefined
+  }
+
+  async keepLogCursor(taskId: string, cursor: string): Promise<void> {
+    await this.#db
+      .updateTable('tasks')
+      .set({ log_cursor: cursor })
+      .where('task_id', '=', taskId)
+      .where('status', 'in', LIVE_STATUSES)
       .execute()
   }
 

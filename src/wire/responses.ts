@@ -49,6 +49,8 @@ const summaryFields = {
   started_at: time.nullable(),
   finished_at: time.nullable(),
   worker_name: z.string(),
+  instance: z.string().nullable().describe('The instance of the service that took it'),
+  priority: z.int(),
   callback_status: z.enum(CALLBACK_STATUSES),
 }
 
@@ -64,6 +66,8 @@ const exampleSummary = {
   started_at: '2026-01-05T08:00:00.012Z',
   finished_at: '2026-01-05T08:00:00.030Z',
   worker_name: 'task-my-first-task-e4c2a1f09b7d',
+  instance: 'ci-host',
+  priority: 0,
   callback_status: 'none',
 } as const
 
@@ -248,6 +252,8 @@ export function fromTaskSummary(task: TaskSummary): z.input<typeof taskSummarySc
     started_at: isoOrNull(task.startedAt),
     finished_at: isoOrNull(task.finishedAt),
     worker_name: task.workerName,
+    instance: task.instance,
+    priority: task.priority,
     callback_status: task.callbackStatus,
   }
 }

@@ -64,6 +64,14 @@ export function taskRequestSchema(timeoutSecondsMax: number) {
         .max(timeoutSecondsMax)
         .nullish()
         .describe('How long the task may run'),
+      priority: z
+        .int()
+        .min(0)
+        .max(9)
+        .nullish()
+        .describe(
+          'Default 0. A step is worth a minute of waiting: 9 goes first, and nobody waits for ever',
+        ),
     })
     .meta({
       id: 'TaskRunnerRequest',
@@ -101,5 +109,6 @@ export function toTaskRequest(
     callbackUrlToken: wire.callback_url_token ?? null,
     terminateOnCompletion: wire.terminate_on_completion ?? true,
     timeoutSeconds: wire.timeout_seconds ?? null,
+    priority: wire.priority ?? undefined,
   }
 }

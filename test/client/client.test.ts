@@ -176,7 +176,15 @@ describe('against a service in trouble', () => {
 
   const final = {
     ...{ task_id: 'a', task_file_name: 'a.sh', status: 'succeeded', reason: 'completed' },
-    ...{ message: null, exit_code: 0, signal: null, worker_name: 'w', callback_status: 'none' },
+    ...{
+      message: null,
+      exit_code: 0,
+      signal: null,
+      worker_name: 'w',
+      instance: 'i',
+      priority: 0,
+      callback_status: 'none',
+    },
     ...{ created_at: '2026-01-05T08:00:00.000Z', started_at: null, worker_config: {} },
     ...{ finished_at: '2026-01-05T08:00:00.000Z', callback_url: null, timeout_seconds: 1 },
     ...{ terminate_on_completion: true, log_bytes: 8 },

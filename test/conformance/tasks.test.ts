@@ -32,6 +32,8 @@ describe('a task', () => {
       exit_code: 0,
       signal: null,
       worker_name: expect.stringMatching(/^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$/),
+      instance: expect.any(String),
+      priority: 0,
       callback_status: 'none',
       terminate_on_completion: true,
     })

@@ -112,7 +112,7 @@ describe('CallbackDispatcher', () => {
   beforeAll(async () => {
     folder = await mkdtemp(join(tmpdir(), 'callbacks-'))
     connection = await openSqlite(join(folder, 'test.db'))
-    tasks = new SqlTaskStore(connection, new Sealer(Buffer.alloc(32)))
+    tasks = new SqlTaskStore(connection, new Sealer(Buffer.alloc(32)), { instance: 'here' })
     store = new SqlDeliveryStore(connection, tasks)
   })
   beforeEach(async () => {
@@ -160,7 +160,7 @@ describe('CallbackDispatcher', () => {
     await tasks.insert({
       ...{ taskId, taskFileName: 'a.sh', workerConfig: {}, callbackUrl: url },
       ...{ callbackUrlToken: 'a token', terminateOnCompletion: true, timeoutSeconds: 1 },
-      ...{ digest: '', workerName: `worker-${ids}`, createdAt: 1 },
+      ...{ digest: '', workerName: `worker-${ids}`, createdAt: 1, priority: 0 },
     })
     const task = await tasks.claim(taskId)
     if (!task) throw new Error('not claimed')

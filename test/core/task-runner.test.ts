@@ -157,7 +157,7 @@ describe('TaskRunner', () => {
   beforeAll(async () => {
     folder = await mkdtemp(join(tmpdir(), 'task-runner-unit-'))
     connection = await openSqlite(join(folder, 'test.db'))
-    store = new SqlTaskStore(connection, new Sealer(Buffer.alloc(32)))
+    store = new SqlTaskStore(connection, new Sealer(Buffer.alloc(32)), { instance: 'here' })
     deliveries = new SqlDeliveryStore(connection, store)
   })
   beforeEach(async () => {
@@ -232,7 +232,7 @@ describe('TaskRunner', () => {
     const task: NewTask = {
       ...{ taskId: `task ${ids}`, taskFileName: 'a.sh', workerConfig: {}, callbackUrl: CALLBACK },
       ...{ callbackUrlToken: null, terminateOnCompletion: true, timeoutSeconds: 1_000 },
-      ...{ digest: '', workerName: `worker-${ids}`, createdAt: 1 },
+      ...{ digest: '', workerName: `worker-${ids}`, createdAt: 1, priority: 0 },
       ...overrides,
     }
     expect(await store.insert(task)).toBe(true)
@@ -529,7 +529,7 @@ describe('TaskRunner', () => {
       await runner.start()
       for (let turn = 0; turn < 20; turn += 1) {
         const task = await stored()
-        queue.enqueue(task.taskId)
+        queue.enqueue(task)
         const worker = await workerOf(task)
         await isIn(task, 'running')
         const cancelling = runner.cancel(task.taskId)
@@ -717,7 +717,7 @@ describe('TaskRunner', () => {
       const { task } = await started(
         {},
         {
-          claim: failing(1, (taskId: string) => store.claim(taskId)),
+          claim: failing(1, (taskId: string, seen?: number) => store.claim(taskId, seen)),
           markRunning: failing(1, (...args: Parameters<TaskStore['markRunning']>) =>
             store.markRunning(...args),
           ),
@@ -756,7 +756,7 @@ describe('TaskRunner', () => {
       const { task } = await started()
       const worker = await workerOf(task)
       await isIn(task, 'running')
-      await store.claim(task.taskId)
+      await store.claim(task.taskId, 1)
       worker.ended.resolve(DONE)
       await expect.poll(() => events, WAIT).toContain('second')
       expect(await store.get(task.taskId)).toMatchObject({ status: 'running', claim: 2 })

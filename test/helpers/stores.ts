@@ -34,7 +34,7 @@ export async function openStores(): Promise<Stores> {
   const folder = await mkdtemp(join(existsSync(MEMORY) ? MEMORY : tmpdir(), 'task-runner-stores-'))
   const connection = await openSqlite(join(folder, 'task-runner.db'))
   const sealer = new Sealer(randomBytes(32))
-  const tasks = new SqlTaskStore(connection, sealer)
+  const tasks = new SqlTaskStore(connection, sealer, { instance: 'here' })
   return {
     connection,
     tasks,
@@ -105,6 +105,7 @@ export function newTask(taskId: string, more: Partial<NewTask> = {}): NewTask {
     callbackUrlToken: null,
     terminateOnCompletion: true,
     timeoutSeconds: 60,
+    priority: 0,
     digest: taskId,
     workerName: workerNameFor(taskId),
     createdAt: 0,
@@ -131,7 +132,10 @@ function finishedRow(
     terminate_on_completion: 1,
     timeout_seconds: 60,
     has_callback: 1,
+    priority: 0,
     claim: 1,
+    instance: 'here',
+    log_cursor: null,
     cancel_requested_at: null,
     created_at: finishedAt,
     started_at: finishedAt,

@@ -1,11 +1,16 @@
 import { describe, expect, test } from 'vitest'
+import type { SeenTask, WaitingTask } from '../../src/core/ports.ts'
 import { EmbeddedQueue } from '../../src/queue/embedded.ts'
+
+function waiting(taskId: string, more: Partial<WaitingTask> = {}): WaitingTask {
+  return { taskId, createdAt: 0, priority: 0, ...more }
+}
 
 /** A handler whose runs the test ends one by one. */
 function scripted() {
   const started: string[] = []
   const ends = new Map<string, () => void>()
-  const handler = (taskId: string) =>
+  const handler = ({ taskId }: SeenTask) =>
     new Promise<void>((resolve) => {
       started.push(taskId)
       ends.set(taskId, resolve)
@@ -22,7 +27,7 @@ describe('EmbeddedQueue', () => {
   test('tasks are handed out in their order, as many at once as may run', async () => {
     const queue = new EmbeddedQueue()
     const { started, handler, end } = scripted()
-    for (const taskId of ['a', 'b', 'c', 'd']) queue.enqueue(taskId)
+    for (const taskId of ['a', 'b', 'c', 'd']) queue.enqueue(waiting(taskId))
     expect(queue.length).toBe(4)
     queue.work(2, handler)
     expect(started).toEqual(['a', 'b'])
@@ -38,8 +43,8 @@ describe('EmbeddedQueue', () => {
     const queue = new EmbeddedQueue()
     const { started, handler } = scripted()
     queue.work(1, handler)
-    queue.enqueue('a')
-    queue.enqueue('b')
+    queue.enqueue(waiting('a'))
+    queue.enqueue(waiting('b'))
     expect(started).toEqual(['a'])
     expect(queue.length).toBe(1)
   })
@@ -48,8 +53,8 @@ describe('EmbeddedQueue', () => {
     const queue = new EmbeddedQueue()
     const { started, handler, end } = scripted()
     queue.work(1, handler)
-    for (const taskId of ['r1', 'r2']) queue.resume(taskId)
-    queue.enqueue('a')
+    for (const taskId of ['r1', 'r2']) queue.resume({ taskId: taskId, claim: 1 })
+    queue.enqueue(waiting('a'))
     expect(started).toEqual(['r1', 'r2'])
     await end('r1')
     expect(started).toEqual(['r1', 'r2'])
@@ -61,12 +66,12 @@ describe('EmbeddedQueue', () => {
     const queue = new EmbeddedQueue()
     const { started, handler, end } = scripted()
     queue.work(1, handler)
-    queue.enqueue('a')
-    queue.enqueue('b')
+    queue.enqueue(waiting('a'))
+    queue.enqueue(waiting('b'))
     queue.stop()
     await end('a')
-    queue.enqueue('c')
-    queue.resume('d')
+    queue.enqueue(waiting('c'))
+    queue.resume({ taskId: 'd', claim: 1 })
     expect(started).toEqual(['a'])
     expect(queue.length).toBe(2)
   })
@@ -76,14 +81,42 @@ describe('EmbeddedQueue', () => {
     const wanted = Array.from({ length: 5_000 }, (_, index) => String(index))
     const seen: string[] = []
     const all = Promise.withResolvers<void>()
-    for (const taskId of wanted.slice(0, 3_000)) queue.enqueue(taskId)
-    queue.work(3, async (taskId) => {
+    for (const taskId of wanted.slice(0, 3_000)) queue.enqueue(waiting(taskId))
+    queue.work(3, async ({ taskId }) => {
       seen.push(taskId)
-      if (seen.length === 1_500) for (const late of wanted.slice(3_000)) queue.enqueue(late)
+      if (seen.length === 1_500)
+        for (const late of wanted.slice(3_000)) queue.enqueue(waiting(late))
       if (seen.length === wanted.length) all.resolve()
     })
     await all.promise
     expect(seen).toEqual(wanted)
     expect(queue.length).toBe(0)
+  })
+
+  test('a step of priority is worth a minute of waiting, so that nobody waits for ever', async () => {
+    const queue = new EmbeddedQueue()
+    const { started, handler, end } = scripted()
+    const minute = 60_000
+    queue.enqueue(waiting('old', { createdAt: 0 }))
+    queue.enqueue(waiting('newer', { createdAt: 5 * minute }))
+    queue.enqueue(waiting('urgent', { createdAt: 8 * minute, priority: 9 }))
+    queue.enqueue(waiting('a little', { createdAt: 6 * minute, priority: 2 }))
+    queue.enqueue(waiting('too late', { createdAt: 15 * minute, priority: 9 }))
+    queue.work(1, handler)
+    for (const taskId of ['urgent', 'old', 'a little', 'newer', 'too late']) await end(taskId)
+    expect(started).toEqual(['urgent', 'old', 'a little', 'newer', 'too late'])
+  })
+
+  test('one that is taken out and comes again waits once', async () => {
+    const queue = new EmbeddedQueue()
+    const { started, handler } = scripted()
+    for (const taskId of ['a', 'b', 'b']) queue.enqueue(waiting(taskId))
+    expect(queue.length).toBe(2)
+    queue.remove('a')
+    queue.remove('a')
+    queue.enqueue(waiting('a'))
+    expect(queue.length).toBe(2)
+    queue.work(5, handler)
+    expect(started).toEqual(['b', 'a'])
   })
 })

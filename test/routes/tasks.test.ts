@@ -53,6 +53,8 @@ describe('one task', () => {
       started_at: expect.any(String),
       finished_at: expect.any(String),
       worker_name: expect.stringMatching(/^task-[a-z0-9-]{1,58}$/),
+      instance: expect.any(String),
+      priority: 0,
       callback_status: 'none',
       worker_config: {},
       callback_url: null,

@@ -28,6 +28,7 @@ export function newTask(overrides: Partial<NewTask> = {}): NewTask {
     callbackUrlToken: null,
     terminateOnCompletion: true,
     timeoutSeconds: 60,
+    priority: 0,
     digest: `digest ${tasks}`,
     workerName: `worker-${tasks}`,
     createdAt: 1_000 + tasks,
@@ -35,8 +36,8 @@ export function newTask(overrides: Partial<NewTask> = {}): NewTask {
   }
 }
 
-export function storesOver(connection: Connection) {
-  const store = new SqlTaskStore(connection, SEALER)
+export function storesOver(connection: Connection, instance = 'here') {
+  const store = new SqlTaskStore(connection, SEALER, { instance })
   return { store, deliveries: new SqlDeliveryStore(connection, store) }
 }
 
@@ -121,6 +122,7 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
           seq: expect.any(Number),
           status: 'queued',
           claim: 0,
+          instance: null,
           callbackStatus: 'pending',
           secretValues: [],
           ...{ reason: null, message: null, exitCode: null, signal: null },
@@ -170,13 +172,24 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
           ...{ taskId, status: 'provisioning', claim: 1 },
           ...{ cancelRequested: false, callbackUrlToken: 'a token' },
         })
-        expect(await store.claim(taskId)).toMatchObject({ status: 'provisioning', claim: 2 })
+        expect(await store.claim(taskId, 1)).toMatchObject({ status: 'provisioning', claim: 2 })
+      })
+
+      test('a claim whose answer was lost is given again, to the same instance only', async () => {
+        const { taskId } = await inserted()
+        const other = storesOver(connection, 'there').store
+        expect(await store.claim(taskId)).toMatchObject({ claim: 1, instance: 'here' })
+        expect(await store.claim(taskId)).toMatchObject({ claim: 1, instance: 'here' })
+        expect(await other.claim(taskId)).toBeUndefined()
+        expect(await other.claim(taskId, 1)).toMatchObject({ claim: 2, instance: 'there' })
+        expect(await store.claim(taskId)).toBeUndefined()
+        expect(await store.claim(taskId, 1)).toBeUndefined()
       })
 
       test('a claim leaves a running task running, and remembers since when', async () => {
         const task = await claimed()
         expect(await store.markRunning(task, 4_000)).toBe(true)
-        expect(await store.claim(task.taskId)).toMatchObject({
+        expect(await store.claim(task.taskId, 1)).toMatchObject({
           ...{ status: 'running', claim: 2, startedAt: 4_000 },
         })
       })
@@ -186,18 +199,20 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
         expect(await store.claim('unknown')).toBeUndefined()
       })
 
-      test('claims at once all get a number of their own', async () => {
+      test('of many instances that claim a task at once one gets it', async () => {
         const { taskId } = await inserted()
-        const claims = await Promise.all(Array.from({ length: 10 }, () => store.claim(taskId)))
-        const numbers = claims.map((task) => task?.claim).toSorted((a = 0, b = 0) => a - b)
-        expect(numbers).toEqual([1, 2, 3, 4, 5, 6, 7, 8, 9, 10])
+        const stores = Array.from({ length: 10 }, (_, at) => storesOver(connection, `i${at}`).store)
+        const claims = await Promise.all(stores.map((each) => each.claim(taskId)))
+        expect(claims.filter((task) => task !== undefined)).toEqual([
+          expect.objectContaining({ claim: 1 }),
+        ])
       })
     })
 
     describe('an instance whose claim was taken over', () => {
       test('does not mark the task running', async () => {
         const stale = await claimed()
-        await store.claim(stale.taskId)
+        await store.claim(stale.taskId, stale.claim)
         expect(await store.markRunning(stale, 4_000)).toBe(false)
         expect(await store.get(stale.taskId)).toMatchObject({
           ...{ status: 'provisioning', startedAt: null },
@@ -206,7 +221,7 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
 
       test('does not finish it: no outcome, no log, no delivery', async () => {
         const stale = await claimed({ callbackUrl: `${ORIGIN}/hook` })
-        const task = await store.claim(stale.taskId)
+        const task = await store.claim(stale.taskId, stale.claim)
         const log = { content: Buffer.from('stale'), totalBytes: 5 }
         expect(await store.finish(stale, end({ log, delivery: newDelivery() }))).toBe(false)
         expect(await store.get(stale.taskId)).toMatchObject({ status: 'provisioning' })
@@ -384,9 +399,9 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
         const four = await inserted()
         await store.markRunning(one, 1)
         expect(await store.live()).toEqual([
-          { taskId: one.taskId, status: 'running', cancelRequested: false },
-          { taskId: two.taskId, status: 'queued', cancelRequested: false },
-          { taskId: four.taskId, status: 'queued', cancelRequested: false },
+          expect.objectContaining({ taskId: one.taskId, status: 'running', claim: 1 }),
+          expect.objectContaining({ taskId: two.taskId, status: 'queued', claim: 0 }),
+          expect.objectContaining({ taskId: four.taskId, status: 'queued', priority: 0 }),
         ])
       })
     })
@@ -489,7 +504,7 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
         const taskId = await due(1_000, { webhookId: 'msg_x' })
         expect(await take(1_000)).toEqual({
           ...{ taskId, webhookId: 'msg_x', origin: ORIGIN },
-          ...{ attempts: 0, manual: false, deliveredBefore: false },
+          ...{ attempts: 0, manual: false, deliveredBefore: false, leaseUntil: 1_001_000 },
         })
       })
 

@@ -67,7 +67,7 @@ describe('the SQLite file', () => {
       `const { openSqlite } = await import(${moduleOf('store/sqlite')})
        const { SqlTaskStore } = await import(${moduleOf('store/task-store')})
        const { Sealer } = await import(${moduleOf('secrets/sealing')})
-       const store = new SqlTaskStore(await openSqlite(${JSON.stringify(path)}), new Sealer(Buffer.alloc(32, 7)))
+       const store = new SqlTaskStore(await openSqlite(${JSON.stringify(path)}), new Sealer(Buffer.alloc(32, 7)), { instance: 'here' })
        await store.insert(${JSON.stringify(newTask({ taskId }))})
        console.log('stored')`,
     )

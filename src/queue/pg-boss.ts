@@ -1,0 +1,271 @@
+import { createHash } from 'node:crypto'
+import { setTimeout as pause } from 'node:timers/promises'
+import { fromKysely, type KyselyTransactionLike, PgBoss } from 'pg-boss'
+import type { Logger, SeenTask, TaskQueue, WaitingTask } from '../core/ports.ts'
+import { queuePosition } from '../core/task.ts'
+
+const TASKS = 'task'
+const SWEEP = 'sweep'
+/** Of our own: what waits, or the id of a task that someone wants ended. */
+const CHANNEL = 'task_runner'
+const EVERY_MINUTE = '* * * * *'
+/** A hint may get lost: how often the queue is looked at all the same. */
+const POLL_MS = 2_000
+const RETRY_MS = 1_000
+/** Instances that hear of many tasks at once share them. */
+const FETCHED_AT_ONCE = 16
+/** Of an instance between fetching a task and claiming it; the engine takes no less. */
+const HEARTBEAT_SECONDS = 10
+const SUPERVISE_SECONDS = 5
+const TEN_YEARS = 10 * 365 * 86_400
+/** The engine's priorities are 32 bits: seconds before and after this. */
+const EPOCH_MS = Date.UTC(2026, 0, 1)
+const CLUSTER_LIMIT_LOCK = 0x7461736b
+
+/** What belongs to a transaction of the store. */
+type InTransaction = (transaction: KyselyTransactionLike) => Promise<void>
+type Database = ReturnType<PgBoss['getDb']>
+interface Job {
+  taskId: string
+}
+type Fetched = Awaited<ReturnType<typeof PgBoss.prototype.fetch<Job>>>
+type Listening = Awaited<ReturnType<NonNullable<Database['listen']>>>
+
+export interface PgBossQueueOptions {
+  /** Of its own connections. */
+  connection: { connectionString: string; application_name: string; query_timeout: number }
+  /** Of all instances together. */
+  runningMax: number | undefined
+  queuedMax: number
+  log: Logger
+}
+
+/**
+ * Waiting tasks in Postgres: a job from the transaction that stores the task to the one that claims it, so that what
+ * waits and what is queued cannot differ. Instances fetch as many as they have room for.
+ */
+export class PgBossQueue implements TaskQueue {
+  readonly #options: PgBossQueueOptions
+  readonly #boss: PgBoss
+  readonly #active = new Set<Promise<void>>()
+  #concurrency = 0
+  #handler: ((task: SeenTask) => Promise<void>) | undefined
+  #onCancel: (taskId: string) => void = () => {}
+  #length = 0
+  #counting: NodeJS.Timeout | undefined
+  #fetching: Promise<void> = Promise.resolve()
+  #wake = Promise.withResolvers<void>()
+  #listener: Listening | undefined
+
+  private constructor(options: PgBossQueueOptions) {
+    this.#options = options
+    this.#boss = new PgBoss({
+      ...options.connection,
+      max: 4,
+      superviseIntervalSeconds: SUPERVISE_SECONDS,
+      monitorIntervalSeconds: SUPERVISE_SECONDS,
+    })
+    this.#boss.on('error', (err) => options.log.warn({ err }, 'pg-boss failed, and goes on'))
+    this.#boss.on('warning', ({ message, data }) => options.log.warn({ data }, message))
+  }
+
+  /** Installs the engine's tables, or brings them up to date, one instance at a time. */
+  static async open(options: PgBossQueueOptions): Promise<PgBossQueue> {
+    const queue = new PgBossQueue(options)
+    const boss = queue.#boss
+    await boss.start()
+    await boss.createQueue(TASKS, {
+      heartbeatSeconds: HEARTBEAT_SECONDS,
+      // Nothing that waits is ever given up.
+      retryLimit: 1_000_000,
+      retentionSeconds: TEN_YEARS,
+    })
+    await boss.createQueue(SWEEP, { policy: 'exclusive', retryLimit: 0, deleteAfterSeconds: 3_600 })
+    await queue.#count()
+    queue.#listener = await boss.getDb().listen?.(CHANNEL, queue.#onNotification, queue.#onMissed)
+    return queue
+  }
+
+  get length(): number {
+    return this.#length
+  }
+
+  // ---------------------------------------------------------------- with the store
+
+  add(task: WaitingTask): InTransaction {
+    const priority = Math.round((EPOCH_MS - queuePosition(task)) / 1000)
+    return async (transaction) => {
+      const db = fromKysely(transaction)
+      await this.#boss.send(
+        TASKS,
+        { taskId: task.taskId },
+        { id: jobId(task.taskId), priority, db },
+      )
+      await notify(db, '')
+    }
+  }
+
+  taken(taskId: string): InTransaction {
+    return async (transaction) => {
+      await this.#boss.deleteJob(TASKS, jobId(taskId), { db: fromKysely(transaction) })
+    }
+  }
+
+  cancelRequested(taskId: string): InTransaction {
+    return (transaction) => notify(fromKysely(transaction), taskId)
+  }
+
+  // ---------------------------------------------------------------- with the instance
+
+  /** It is stored, and with it in the queue. */
+  enqueue(_task: WaitingTask): void {
+    this.#length += 1
+    this.#wake.resolve()
+  }
+
+  /** Whoever ends it takes it out. */
+  remove(_taskId: string): void {}
+
+  resume(task: SeenTask): void {
+    this.#hand(task)
+  }
+
+  work(concurrency: number, handler: (task: SeenTask) => Promise<void>): void {
+    this.#concurrency = concurrency
+    this.#handler = handler
+    this.#fetching = this.#fetchWhileThereIsRoom()
+    this.#counting = setInterval(() => {
+      this.#count().catch((err: unknown) => {
+        this.#options.log.warn({ err }, 'counting waiting tasks failed, trying again')
+      })
+    }, POLL_MS)
+  }
+
+  async stop(): Promise<void> {
+    this.#handler = undefined
+    clearInterval(this.#counting)
+    this.#wake.resolve()
+    await this.#fetching
+  }
+
+  /** Calls back with the ids of tasks that someone wants ended. A hint: some get lost. */
+  onCancel(hear: (taskId: string) => void): void {
+    this.#onCancel = hear
+  }
+
+  /** Calls once a minute, on one of the instances. */
+  async everyMinute(sweep: () => Promise<unknown>): Promise<void> {
+    await this.#boss.schedule(SWEEP, EVERY_MINUTE)
+    await this.#boss.work(SWEEP, () => sweep())
+  }
+
+  /** Lets go of the database. */
+  async close(): Promise<void> {
+    await this.stop()
+    await this.#listener?.close()
+    await this.#boss.stop()
+  }
+
+  async #fetchWhileThereIsRoom(): Promise<void> {
+    while (this.#handler) {
+      const woken = this.#wake.promise
+      const room = Math.min(this.#concurrency - this.#active.size, FETCHED_AT_ONCE)
+      const taskIds = room > 0 ? await this.#fetch(room) : []
+      for (const taskId of taskIds) this.#hand({ taskId, claim: 0 })
+      if (taskIds.length > 0 && taskIds.length === room) continue
+      const idle = new AbortController()
+      await Promise.race([woken, pause(POLL_MS, undefined, idle).catch(() => {})])
+      idle.abort()
+      this.#wake = Promise.withResolvers()
+    }
+  }
+
+  async #fetch(most: number): Promise<string[]> {
+    try {
+      const jobs = await this.#fetchWithin(most)
+      if (this.#handler) return jobs.map(({ data }) => data.taskId)
+      // Stopped meanwhile: for others, at once.
+      if (jobs.length > 0) await this.#boss.fail(TASKS, jobs)
+    } catch (err) {
+      this.#options.log.warn({ err }, 'fetching waiting tasks failed, trying again')
+      await pause(RETRY_MS)
+    }
+    return []
+  }
+
+  async #fetchWithin(most: number): Promise<Fetched> {
+    const { runningMax } = this.#options
+    if (runningMax === undefined) return this.#boss.fetch<Job>(TASKS, { batchSize: most })
+    // Holds: an engine with a pool of its own can.
+    const transaction = await this.#boss.getDb().beginTransaction?.()
+    if (!transaction) throw new Error('the database takes no transactions')
+    const { db } = transaction
+    try {
+      await db.executeSql('select pg_advisory_xact_lock($1)', [CLUSTER_LIMIT_LOCK])
+      // What was fetched is claimed soon, and counts. Claiming moves a task from one to the other at once.
+      const running = await numberOf(
+        db,
+        `select (select count(*) from tasks where status in ('provisioning', 'running'))
+              + (select count(*) from pgboss.job where name = $1 and state = 'active') as number`,
+        [TASKS],
+      )
+      const room = Math.min(most, runningMax - running)
+      const jobs = room > 0 ? await this.#boss.fetch<Job>(TASKS, { batchSize: room, db }) : []
+      await transaction.commit()
+      return jobs
+    } catch (err) {
+      await transaction.rollback()
+      throw err
+    }
+  }
+
+  #hand(task: SeenTask): void {
+    if (!this.#handler) return
+    if (task.claim === 0) this.#length = Math.max(0, this.#length - 1)
+    const done = this.#handler(task).finally(() => {
+      this.#active.delete(done)
+      this.#wake.resolve()
+    })
+    this.#active.add(done)
+  }
+
+  /** As many as matter: beyond the limit none is taken in. */
+  async #count(): Promise<void> {
+    this.#length = await numberOf(
+      this.#boss.getDb(),
+      `select count(*) as number from
+         (select 1 from tasks where status = 'queued' limit $1) as waiting`,
+      [this.#options.queuedMax],
+    )
+  }
+
+  readonly #onNotification = (taskId: string) => {
+    if (taskId === '') this.#wake.resolve()
+    else this.#onCancel(taskId)
+  }
+
+  /** While nobody listened there may have been something. */
+  readonly #onMissed = () => this.#wake.resolve()
+}
+
+async function numberOf(db: Database, text: string, values: unknown[]): Promise<number> {
+  const { rows } = await db.executeSql(text, values)
+  return Number(rows[0]?.number)
+}
+
+async function notify(db: Database, payload: string): Promise<void> {
+  await db.executeSql('select pg_notify($1, $2)', [CHANNEL, payload])
+}
+
+/** A job's id comes from the task's: nobody has to remember it. */
+function jobId(taskId: string): string {
+  const hex = createHash('sha256').update(taskId).digest('hex')
+  // Version 8 and the variant of RFC 9562, section 5.8.
+  const parts = [
+    hex.slice(0, 8),
+    hex.slice(8, 12),
+    `8${hex.slice(13, 16)}`,
+    `8${hex.slice(17, 20)}`,
+  ]
+  return [...parts, hex.slice(20, 32)].join('-')
+}

@@ -1,0 +1,115 @@
+/** Where tasks are kept and wait, as a configuration says: a file of our own, or a Postgres that instances share. */
+import { randomUUID } from 'node:crypto'
+import { readFile, writeFile } from 'node:fs/promises'
+import { hostname } from 'node:os'
+import { join } from 'node:path'
+import type { Config } from './config.ts'
+import type { Cluster, DeliveryStore, Logger, TaskQueue } from './core/ports.ts'
+import { EmbeddedQueue } from './queue/embedded.ts'
+import { SqlDeliveryStore } from './store/delivery-store.ts'
+import { lockFile } from './store/lock-file.ts'
+import { openSqlite } from './store/sqlite.ts'
+import { type Seal, SqlTaskStore } from './store/task-store.ts'
+
+/** To install the queue's tables may take longer than other statements. */
+const QUEUE_ANSWER_MS = 60_000
+
+export interface Storage {
+  /** The name of this instance, as tasks show it. */
+  instance: string
+  tasks: SqlTaskStore
+  deliveries: DeliveryStore
+  queue: TaskQueue
+  /** Undefined: nobody else works on these tasks. */
+  shared?: {
+    cluster: Cluster
+    now: () => number
+    onCancel(hear: (taskId: string) => void): void
+    /** Calls once a minute, on one of the instances. */
+    everyMinute(work: () => Promise<unknown>): Promise<void>
+  }
+  close(): Promise<void>
+}
+
+/** Throws when the data folder cannot be used, or the database not be reached. */
+export async function openStorage(config: Config, seal: Seal, log: Logger): Promise<Storage> {
+  return config.databaseUrl === undefined
+    ? openEmbedded(config, seal)
+    : openShared(config, { url: config.databaseUrl, seal, log })
+}
+
+async function openEmbedded({ dataDir }: Config, seal: Seal): Promise<Storage> {
+  const connection = await openSqlite(join(dataDir, 'task-runner.db'))
+  const instance = hostname()
+  const tasks = new SqlTaskStore(connection, seal, { instance })
+  return {
+    ...{ instance, tasks },
+    deliveries: new SqlDeliveryStore(connection, tasks),
+    queue: new EmbeddedQueue(),
+    close: () => connection.close(),
+  }
+}
+
+async function openShared(
+  config: Config,
+  { url, seal, log }: { url: string; seal: Seal; log: Logger },
+): Promise<Storage> {
+  const [{ connectionOptions, openPostgres }, { PostgresCluster }, { PgBossQueue }] =
+    await Promise.all([
+      import('./store/postgres.ts'),
+      import('./store/postgres-cluster.ts'),
+      import('./queue/pg-boss.ts'),
+    ])
+  const closing: Array<() => Promise<void>> = []
+  const close = async () => {
+    for (const each of closing.splice(0).reverse()) await each()
+  }
+  try {
+    const hostBound = config.workerBackend === 'local'
+    if (hostBound) closing.push(await lockFile(join(config.dataDir, 'lock')))
+    const instance = `${hostname()}-${hostBound ? await hostId(config.dataDir) : shortId()}`
+    const connection = await openPostgres(url, { instance, poolSize: config.databasePoolSize })
+    closing.push(() => connection.close())
+    const cluster = new PostgresCluster(connection, {
+      ...{ instance, hostBound },
+      hostGraceMs: config.hostGraceMs,
+    })
+    await cluster.beat()
+    const queue = await PgBossQueue.open({
+      connection: { ...connectionOptions(url, instance), query_timeout: QUEUE_ANSWER_MS },
+      runningMax: config.clusterConcurrency,
+      queuedMax: config.queuedMax,
+      log,
+    })
+    closing.push(() => queue.close())
+    const tasks = new SqlTaskStore(connection, seal, { instance, queue })
+    return {
+      ...{ instance, tasks, queue, close },
+      deliveries: new SqlDeliveryStore(connection, tasks),
+      shared: {
+        cluster,
+        now: cluster.now,
+        onCancel: (hear) => queue.onCancel(hear),
+        everyMinute: (work) => queue.everyMinute(work),
+      },
+    }
+  } catch (err) {
+    await close()
+    throw err
+  }
+}
+
+/** The same after a restart: workers of this folder are found again by whoever has it. */
+async function hostId(dataDir: string): Promise<string> {
+  const path = join(dataDir, 'instance')
+  await writeFile(path, shortId(), { flag: 'wx', mode: 0o600 }).catch(ifThere)
+  return (await readFile(path, 'utf8')).trim()
+}
+
+function shortId(): string {
+  return randomUUID().slice(0, 8)
+}
+
+function ifThere(err: NodeJS.ErrnoException): void {
+  if (err.code !== 'EEXIST') throw err
+}

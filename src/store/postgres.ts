@@ -1,0 +1,174 @@
+import {
+  type Compilable,
+  Kysely,
+  PostgresDialect,
+  type PostgresPool,
+  type PostgresPoolClient,
+} from 'kysely'
+import { Migrator } from 'kysely/migration'
+import pg from 'pg'
+import { type Connection, type InTransaction, storeUnavailable } from './connection.ts'
+import { migrations } from './migrations.ts'
+import type { Database } from './schema.ts'
+
+const TYPES = { serial: 'bigserial primary key', bytes: 'bytea' }
+const CONNECT_TIMEOUT_MS = 5_000
+/** On the server. */
+const STATEMENT_TIMEOUT_MS = 10_000
+/** Here, where a server that cannot be reached any more ends nothing. */
+const ANSWER_TIMEOUT_MS = 12_000
+
+/** What every connection of ours to the database is made with. */
+export function connectionOptions(url: string, instance: string) {
+  return {
+    connectionString: url,
+    application_name: `task-runner ${instance}`.slice(0, 63),
+    connectionTimeoutMillis: CONNECT_TIMEOUT_MS,
+    // What is acknowledged is on disk, whatever the server's default.
+    options: '-c synchronous_commit=on',
+    keepAlive: true,
+  }
+}
+
+/**
+ * Opens the database and brings its tables up to date, one instance at a time. Tables that a newer release has
+ * added to are used as they are. Throws when the database cannot be reached.
+ */
+export async function openPostgres(
+  url: string,
+  options: { instance: string; poolSize: number },
+): Promise<Connection> {
+  const connection = connectionOptions(url, options.instance)
+  await migrate(new pg.Pool({ ...connection, max: 2 }))
+  const pool = new pg.Pool({
+    ...connection,
+    max: options.poolSize,
+    statement_timeout: STATEMENT_TIMEOUT_MS,
+    query_timeout: ANSWER_TIMEOUT_MS,
+    idle_in_transaction_session_timeout: STATEMENT_TIMEOUT_MS,
+  })
+  // A connection that breaks while nobody uses it is taken out of the pool; the next statement opens another.
+  pool.on('error', () => {})
+  const db = new Kysely<Database>({ dialect: new PostgresDialect({ pool: telling(pool) }) })
+  return {
+    db,
+    atomically: <Row>(
+      first: Compilable<Row>,
+      others: readonly Compilable[] = [],
+      more?: InTransaction,
+    ) => {
+      if (others.length === 0 && !more) return changed(db, first)
+      const work = db.transaction().execute(async (transaction) => {
+        const rows = await changed(transaction, first)
+        if (rows === undefined) return undefined
+        for (const other of others) await transaction.executeQuery(other.compile())
+        await more?.(transaction)
+        return rows
+      })
+      // What else took part in it may fail in words of its own.
+      return work.catch((err: unknown) => {
+        throw storeUnavailable(err)
+      })
+    },
+    untaken: (rows) => rows.forUpdate().skipLocked(),
+    close: () => db.destroy(),
+  }
+}
+
+/** What the statement returned; undefined when it changed no row. */
+async function changed<Row>(
+  db: Kysely<Database>,
+  statement: Compilable<Row>,
+): Promise<Row[] | undefined> {
+  const { rows, numAffectedRows } = await db.executeQuery(statement.compile())
+  return numAffectedRows === 0n ? undefined : rows
+}
+
+/** Without the time limits of every day: to build an index may take long. Kysely holds an advisory lock meanwhile. */
+async function migrate(pool: pg.Pool): Promise<void> {
+  pool.on('error', () => {})
+  const db = new Kysely<unknown>({ dialect: new PostgresDialect({ pool }) })
+  try {
+    const provider = { getMigrations: async () => ({ ...(await applied(pool)), ...ours }) }
+    const ours = migrations(TYPES)
+    const { error } = await new Migrator({ db, provider }).migrateToLatest()
+    if (error) throw error
+  } finally {
+    await db.destroy()
+  }
+}
+
+/** Migrations of a newer release are no mistake: instances of two releases run side by side while they are exchanged. */
+async function applied(pool: pg.Pool): Promise<Record<string, { up: () => Promise<void> }>> {
+  const { rows } = await pool.query("select to_regclass('kysely_migration') as name")
+  if (rows[0]?.name === null) return {}
+  const { rows: known } = await pool.query<{ name: string }>('select name from kysely_migration')
+  return Object.fromEntries(known.map(({ name }) => [name, { up: async () => {} }]))
+}
+
+/** A pool whose failures are the store's. */
+function telling(pool: pg.Pool): PostgresPool {
+  const connect = async () => {
+    const connection = new Borrowed(pool)
+    await connection.open()
+    // Holds: what Kysely uses of it, which is not cursors.
+    return connection as unknown as PostgresPoolClient
+  }
+  return { connect, end: () => pool.end(), options: pool.options }
+}
+
+/**
+ * A connection of the pool, until its release. What begins on one that turns out to be cut, as all are when the database
+ * is restarted, is begun once more on another, unless it may have changed something.
+ */
+class Borrowed {
+  readonly #pool: pg.Pool
+  #client: pg.PoolClient | undefined
+  #isFresh = true
+  #isCut = false
+
+  constructor(pool: pg.Pool) {
+    this.#pool = pool
+  }
+
+  async open(): Promise<void> {
+    this.#client = await this.#pool.connect().catch((err: unknown) => {
+      throw storeUnavailable(err)
+    })
+    this.#isCut = false
+    // The statement under way is told as well; unheard it would end the process.
+    this.#client.on('error', this.#onError)
+  }
+
+  async query(text: string, parameters: readonly unknown[]): Promise<pg.QueryResult> {
+    const canBeRepeated = this.#isFresh && (text === 'begin' || text.startsWith('select'))
+    this.#isFresh = false
+    try {
+      if (!this.#client) throw new Error('the connection was lost')
+      return await this.#client.query(text, [...parameters])
+    } catch (err) {
+      // A statement that was not answered leaves its connection unusable, too.
+      if (!(err instanceof pg.DatabaseError)) this.#isCut = true
+      if (!canBeRepeated || !isCutOff(err)) throw storeUnavailable(err)
+      this.release(true)
+      await this.open()
+      return await this.query(text, parameters)
+    }
+  }
+
+  release(discard = false): void {
+    this.#client?.off('error', this.#onError)
+    this.#client?.release(this.#isCut || discard)
+    this.#client = undefined
+  }
+
+  readonly #onError = () => {
+    this.#isCut = true
+  }
+}
+
+/** Class 57P: the server shuts down, or ends this session. The others are of the network. */
+function isCutOff(err: unknown): boolean {
+  if (err instanceof pg.DatabaseError) return err.code?.startsWith('57P') ?? false
+  return !(err instanceof Error && err.message.includes('timeout'))
+}
