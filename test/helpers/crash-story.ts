@@ -3,6 +3,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { expect } from 'vitest'
 import { dockerEnv, removeContainers } from './docker.ts'
+import { type Postgres, startPostgres } from './postgres.ts'
 import { type Receiver, startReceiver } from './receiver.ts'
 import { processesOf, type Service, startService } from './service.ts'
 
@@ -17,7 +18,10 @@ export interface CrashStory extends AsyncDisposable {
   expectAllKept(service: Service, taskIds: string[]): Promise<void>
 }
 
-export async function startCrashStory(backend: 'local' | 'docker' = 'local'): Promise<CrashStory> {
+/** `cluster`: instances over one Postgres, with Docker workers. Each start is an instance. */
+export type Cast = 'local' | 'docker' | 'cluster'
+
+export async function startCrashStory(cast: Cast = 'local'): Promise<CrashStory> {
   const folder = await mkdtemp(join(tmpdir(), 'task-runner-crash-'))
   const tasksDir = join(folder, 'tasks')
   const runs = join(folder, 'runs')
@@ -33,10 +37,14 @@ export async function startCrashStory(backend: 'local' | 'docker' = 'local'): Pr
   )
   const receiver = await startReceiver()
   const services: Service[] = []
+  const postgres = cast === 'cluster' ? await startPostgres() : undefined
   const env = {
     ...{ DATA_DIR: dataDir, TASKS_DIR: tasksDir, MAX_CONCURRENT_TASKS: '3' },
-    ...(backend === 'docker' ? dockerEnv([`${runs}:${runs}`]) : {}),
+    ...(cast === 'local' ? {} : dockerEnv([`${runs}:${runs}`])),
+    ...(postgres ? await clusterEnv(postgres) : {}),
   }
+  // A dead instance's tasks, deliveries and workers wait until it is known to be dead, and for the next sweep.
+  const options = { timeout: postgres ? 150_000 : 25_000, interval: 50 }
   const get = async (service: Service, path: string) =>
     (await (await fetch(service.url + path)).json()) as Record<string, unknown>
   return {
@@ -63,7 +71,6 @@ export async function startCrashStory(backend: 'local' | 'docker' = 'local'): Pr
       }
     },
     async expectAllKept(service, taskIds) {
-      const options = { timeout: 25_000, interval: 50 }
       for (const taskId of taskIds) {
         await expect
           .poll(() => get(service, `/tasks/${taskId}`), options)
@@ -87,16 +94,26 @@ export async function startCrashStory(backend: 'local' | 'docker' = 'local'): Pr
       const ran = (await readFile(runs, 'utf8')).trim().split('\n')
       expect(ran.sort(), 'every script ran exactly once').toEqual([...taskIds].sort())
       await expect.poll(() => get(service, '/workers'), options).toEqual({ workers: [] })
-      if (backend === 'local') expect(await readdir(join(dataDir, 'workers'))).toEqual([])
+      if (cast === 'local') expect(await readdir(join(dataDir, 'workers'))).toEqual([])
       expect(processesOf(dataDir)).toEqual([])
       const waiting = await get(service, '/tasks?status=queued')
       expect(waiting.tasks).toEqual([])
     },
     async [Symbol.asyncDispose]() {
       for (const service of services) await service.kill()
-      if (backend === 'docker') await removeContainers('task-chaos-docker')
+      if (cast !== 'local') await removeContainers(`task-chaos-${cast}`)
+      await postgres?.[Symbol.asyncDispose]()
       await receiver[Symbol.asyncDispose]()
       await rm(folder, { recursive: true, force: true, maxRetries: 10 })
     },
+  }
+}
+
+async function clusterEnv(postgres: Postgres): Promise<Record<string, string>> {
+  return {
+    DATABASE_URL: await postgres.database(),
+    SEALING_KEY: Buffer.alloc(32, 7).toString('base64'),
+    // As long as a lease lasts nobody else may deliver.
+    CALLBACK_TIMEOUT_SECONDS: '2',
   }
 }
