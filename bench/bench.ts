@@ -1,6 +1,7 @@
 /** `npm run bench -- [--quick] [--only <name>]`. README.md beside this says what each row means. */
 import { cpus, release, totalmem } from 'node:os'
 import { parseArgs } from 'node:util'
+import { instances, waiting } from './instances.ts'
 import { idleLatency, saturatedLatency } from './latency.ts'
 import { logThroughput } from './logs.ts'
 import { memory } from './memory.ts'
@@ -18,6 +19,8 @@ const SCENARIOS: Record<string, Scenario> = {
   'latency-saturated': saturatedLatency,
   logs: logThroughput,
   memory,
+  instances,
+  waiting,
 }
 
 const { values: options } = parseArgs({

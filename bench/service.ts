@@ -22,17 +22,24 @@ export class Service implements AsyncDisposable {
   readonly folder: string
   readonly #pool: Pool
   readonly #callbackUrl: string | null
+  readonly #idPrefix: string
   #submitted = 0
   #closed: Promise<void> | undefined
 
   private constructor(
     folder: string,
-    options: { process: NodeProcess; address: string; callbackUrl: string | null },
+    options: {
+      process: NodeProcess
+      address: string
+      callbackUrl: string | null
+      idPrefix: string
+    },
   ) {
     this.folder = folder
     this.process = options.process
     this.#pool = new Pool(options.address, { connections: CONNECTIONS })
     this.#callbackUrl = options.callbackUrl
+    this.#idPrefix = options.idPrefix
     open.add(this)
   }
 
@@ -42,6 +49,10 @@ export class Service implements AsyncDisposable {
     callbackUrl: string | null
     env?: Record<string, string>
     nodeOptions?: readonly string[]
+    /** Instead of the service's own. */
+    main?: string
+    /** Where several share their tasks. */
+    idPrefix?: string
   }): Promise<Service> {
     const folder = await mkdtemp(join(tmpdir(), 'task-runner-bench-'))
     const tasksDir = join(folder, 'tasks')
@@ -49,7 +60,7 @@ export class Service implements AsyncDisposable {
     for (const [name, text] of Object.entries(options.tasks)) {
       await writeFile(join(tasksDir, name), text)
     }
-    const process = new NodeProcess([...(options.nodeOptions ?? []), MAIN], {
+    const process = new NodeProcess([...(options.nodeOptions ?? []), options.main ?? MAIN], {
       folder,
       env: {
         ...ENVIRONMENT,
@@ -71,13 +82,14 @@ export class Service implements AsyncDisposable {
       })
     // Holds: main.ts logs the address with this message.
     const { address } = JSON.parse(listening) as { address: string }
-    return new Service(folder, { process, address, callbackUrl: options.callbackUrl })
+    const { callbackUrl, idPrefix = 'bench' } = options
+    return new Service(folder, { process, address, callbackUrl, idPrefix })
   }
 
   /** Throws unless the answer is 200, which means that the task is on disk. */
   async submit(taskFileName: string): Promise<Accepted> {
     this.#submitted += 1
-    const taskId = `bench-${this.#submitted}`
+    const taskId = `${this.#idPrefix}-${this.#submitted}`
     const startedAt = performance.now()
     const { statusCode, body } = await this.#pool.request({
       method: 'POST',
@@ -111,6 +123,13 @@ export class Service implements AsyncDisposable {
   async ping(): Promise<void> {
     const { body } = await this.#pool.request({ method: 'GET', path: '/health/live' })
     await body.dump()
+  }
+
+  /** How many tasks are in that state, up to a page of them. */
+  async count(status: string): Promise<number> {
+    const { body } = await this.#pool.request({ method: 'GET', path: `/tasks?status=${status}` })
+    // Holds: so the API lists tasks.
+    return ((await body.json()) as { tasks: unknown[] }).tasks.length
   }
 
   async task(taskId: string): Promise<Record<string, unknown>> {

@@ -12,6 +12,8 @@ const EVERY_MINUTE = '* * * * *'
 /** A hint may get lost: how often the queue is looked at all the same. */
 const POLL_MS = 2_000
 const RETRY_MS = 1_000
+/** Of many hints at once one is followed. */
+const HINT_MS = 10
 /** Instances that hear of many tasks at once share them. */
 const FETCHED_AT_ONCE = 16
 /** Of an instance between fetching a task and claiming it; the engine takes no less. */
@@ -55,6 +57,9 @@ export class PgBossQueue implements TaskQueue {
   #counting: NodeJS.Timeout | undefined
   #fetching: Promise<void> = Promise.resolve()
   #wake = Promise.withResolvers<void>()
+  /** A fetch got less than there was room for, and nothing has been heard of since. */
+  #isDrained = false
+  #hint: NodeJS.Timeout | undefined
   #listener: Listening | undefined
 
   private constructor(options: PgBossQueueOptions) {
@@ -72,7 +77,17 @@ export class PgBossQueue implements TaskQueue {
   /** Installs the engine's tables, or brings them up to date, one instance at a time. */
   static async open(options: PgBossQueueOptions): Promise<PgBossQueue> {
     const queue = new PgBossQueue(options)
-    const boss = queue.#boss
+    try {
+      await queue.#open()
+      return queue
+    } catch (err) {
+      await queue.close()
+      throw err
+    }
+  }
+
+  async #open(): Promise<void> {
+    const boss = this.#boss
     await boss.start()
     await boss.createQueue(TASKS, {
       heartbeatSeconds: HEARTBEAT_SECONDS,
@@ -81,9 +96,8 @@ export class PgBossQueue implements TaskQueue {
       retentionSeconds: TEN_YEARS,
     })
     await boss.createQueue(SWEEP, { policy: 'exclusive', retryLimit: 0, deleteAfterSeconds: 3_600 })
-    await queue.#count()
-    queue.#listener = await boss.getDb().listen?.(CHANNEL, queue.#onNotification, queue.#onMissed)
-    return queue
+    await this.#count()
+    this.#listener = await boss.getDb().listen?.(CHANNEL, this.#onNotification, this.#onMissed)
   }
 
   get length(): number {
@@ -96,11 +110,9 @@ export class PgBossQueue implements TaskQueue {
     const priority = Math.round((EPOCH_MS - queuePosition(task)) / 1000)
     return async (transaction) => {
       const db = fromKysely(transaction)
-      await this.#boss.send(
-        TASKS,
-        { taskId: task.taskId },
-        { id: jobId(task.taskId), priority, db },
-      )
+      const options = { id: jobId(task.taskId), priority, db }
+      const id = await this.#boss.send(TASKS, { taskId: task.taskId } satisfies Job, options)
+      if (id === null) throw new Error(`a job of ${task.taskId} is there already`)
       await notify(db, '')
     }
   }
@@ -120,7 +132,7 @@ export class PgBossQueue implements TaskQueue {
   /** It is stored, and with it in the queue. */
   enqueue(_task: WaitingTask): void {
     this.#length += 1
-    this.#wake.resolve()
+    this.#look()
   }
 
   /** Whoever ends it takes it out. */
@@ -144,7 +156,8 @@ export class PgBossQueue implements TaskQueue {
   async stop(): Promise<void> {
     this.#handler = undefined
     clearInterval(this.#counting)
-    this.#wake.resolve()
+    clearTimeout(this.#hint)
+    this.#look()
     await this.#fetching
   }
 
@@ -168,16 +181,29 @@ export class PgBossQueue implements TaskQueue {
 
   async #fetchWhileThereIsRoom(): Promise<void> {
     while (this.#handler) {
-      const woken = this.#wake.promise
-      const room = Math.min(this.#concurrency - this.#active.size, FETCHED_AT_ONCE)
-      const taskIds = room > 0 ? await this.#fetch(room) : []
-      for (const taskId of taskIds) this.#hand({ taskId, claim: 0 })
-      if (taskIds.length > 0 && taskIds.length === room) continue
-      const idle = new AbortController()
-      await Promise.race([woken, pause(POLL_MS, undefined, idle).catch(() => {})])
-      idle.abort()
       this.#wake = Promise.withResolvers()
+      const room = Math.min(this.#concurrency - this.#active.size, FETCHED_AT_ONCE)
+      if (room > 0) {
+        // Where all instances together may run no more, the end of any task makes room.
+        this.#isDrained = this.#options.runningMax === undefined
+        const taskIds = await this.#fetch(room)
+        for (const taskId of taskIds) this.#hand({ taskId, claim: 0 })
+        if (taskIds.length === room) {
+          this.#isDrained = false
+          continue
+        }
+      }
+      const idle = new AbortController()
+      const poll = pause(POLL_MS, undefined, idle).catch(() => {})
+      await Promise.race([this.#wake.promise, poll])
+      idle.abort()
     }
+  }
+
+  /** There may be something to fetch. */
+  #look(): void {
+    this.#isDrained = false
+    this.#wake.resolve()
   }
 
   async #fetch(most: number): Promise<string[]> {
@@ -224,7 +250,7 @@ export class PgBossQueue implements TaskQueue {
     if (task.claim === 0) this.#length = Math.max(0, this.#length - 1)
     const done = this.#handler(task).finally(() => {
       this.#active.delete(done)
-      this.#wake.resolve()
+      if (!this.#isDrained) this.#wake.resolve()
     })
     this.#active.add(done)
   }
@@ -240,12 +266,16 @@ export class PgBossQueue implements TaskQueue {
   }
 
   readonly #onNotification = (taskId: string) => {
-    if (taskId === '') this.#wake.resolve()
-    else this.#onCancel(taskId)
+    if (taskId !== '') this.#onCancel(taskId)
+    // The instance that took the task in has it by then, if it has room: not all need to ask.
+    else this.#hint ??= setTimeout(this.#onMissed, HINT_MS * (1 + Math.random()))
   }
 
   /** While nobody listened there may have been something. */
-  readonly #onMissed = () => this.#wake.resolve()
+  readonly #onMissed = () => {
+    this.#hint = undefined
+    this.#look()
+  }
 }
 
 async function numberOf(db: Database, text: string, values: unknown[]): Promise<number> {
