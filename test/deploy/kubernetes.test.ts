@@ -31,7 +31,7 @@ async function render(folder: string): Promise<Rendered[]> {
   return parseAllDocuments(stdout).map((document) => document.toJS() as Rendered)
 }
 
-describe.each(['base', 'overlays/example'])('%s', (folder) => {
+describe.each(['base', 'overlays/example', 'overlays/replicas'])('%s', (folder) => {
   test('renders, and each object is one to the schema of Kubernetes', async () => {
     const objects = await render(folder)
     expect(objects.length).toBeGreaterThanOrEqual(10)
@@ -73,4 +73,19 @@ test('the service takes every variable that it is given', async () => {
     ...{ workerBackend: 'kubernetes', workerImagePrefix: 'example.com/team/' },
     kubernetes: { serviceAccount: 'task-worker' },
   })
+})
+
+test('instances over one Postgres share no volume, and take what they are given', async () => {
+  const objects = await render('overlays/replicas')
+  expect(objects.map(({ kind }) => kind)).not.toContain('PersistentVolumeClaim')
+  const deployment = objects.find(({ kind }) => kind === 'Deployment')
+  expect(deployment?.spec).toMatchObject({
+    replicas: 3,
+    strategy: { type: 'RollingUpdate' },
+    template: { spec: { volumes: [{ name: 'data', emptyDir: {} }, {}, {}] } },
+  })
+  expect(JSON.stringify(deployment)).not.toContain('persistentVolumeClaim')
+  const names = JSON.stringify(deployment).match(/"name":"[A-Z_]+"/g)
+  expect(names).toContain('"name":"DATABASE_URL"')
+  expect(names).toContain('"name":"SEALING_KEY"')
 })
