@@ -53,7 +53,11 @@ export class Reaper {
   /** Removes tasks past their retention. Safe to repeat. */
   async sweepTasks(): Promise<void> {
     const { store, retentionMs, now, log } = this.#options
-    const removed = await store.removeFinishedBefore(now() - retentionMs)
+    let removed = 0
+    // A batch at a time, until none is left: there may be more in a minute than one batch holds.
+    for (let batch = -1; batch !== 0; removed += batch) {
+      batch = await store.removeFinishedBefore(now() - retentionMs)
+    }
     if (removed > 0) log.info({ removed }, 'removed tasks past their retention')
   }
 
