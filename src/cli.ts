@@ -163,13 +163,14 @@ async function runThere(file: string, values: Values): Promise<number> {
   const client = clientFor(values)
   const taskId = values.id ?? `cli-${randomUUID()}`
   onInterrupt(() => client.cancel(taskId))
-  await client.submit({
+  const request = {
     task_id: taskId,
     task_file_name: file,
     worker_config: await configFrom(values),
     terminate_on_completion: !values.keep,
     timeout_seconds: values.timeout === undefined ? null : number('timeout', values.timeout),
-  })
+  }
+  await client.submit(request, { traceparent: process.env.TRACEPARENT || undefined })
   const onLog = (text: string) => logStream(values).write(text)
   const task = await client.wait(taskId, { onLog, signal: interrupted.signal })
   if (values.json) print(task)

@@ -86,7 +86,8 @@ jq -n --arg id "$id" --arg file "$2" --slurpfile worker "${3:-/dev/null}" '{
 }' >"$dir/request"
 trap 'stop 130' INT
 trap 'stop 143' TERM
-call POST /task-runner --header 'content-type: application/json' --data-binary "@$dir/request"
+call POST /task-runner --header 'content-type: application/json' --data-binary "@$dir/request" \
+  ${TRACEPARENT:+--header "traceparent: $TRACEPARENT"}
 [ "$status" = 200 ] || fail 'The task was not accepted'
 
 mkfifo "$dir/stream"

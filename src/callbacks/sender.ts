@@ -99,6 +99,7 @@ export class HttpCallbackSender implements CallbackSender {
         'content-type': 'application/json',
         'user-agent': userAgent,
         ...(delivery.token === null ? {} : { authorization: `Bearer ${delivery.token}` }),
+        ...(delivery.traceparent === null ? {} : { traceparent: delivery.traceparent }),
         'webhook-id': id,
         'webhook-timestamp': String(timestamp),
         ...(signingKeys.length === 0

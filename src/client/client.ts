@@ -64,6 +64,7 @@ const STREAMS_WITHOUT_EVENT_MAX = 3
 interface Call {
   method?: 'GET' | 'POST' | 'DELETE'
   body?: unknown
+  headers?: Record<string, string>
   signal?: AbortSignal | undefined
   once?: boolean
 }
@@ -80,9 +81,17 @@ export class TaskRunnerClient {
     this.#options = { url: url.replace(/\/+$/, ''), token, attempts, timeoutMs }
   }
 
-  /** Resolves when the task is stored and will run. The same request again starts nothing. */
-  async submit(request: TaskRunnerRequest, signal?: AbortSignal) {
-    return this.#json(acceptedSchema, '/task-runner', { method: 'POST', body: request, signal })
+  /**
+   * Resolves when the task is stored and will run. The same request again starts nothing. `traceparent`: of the trace that
+   * the task is to belong to (W3C Trace Context).
+   */
+  async submit(
+    request: TaskRunnerRequest,
+    { signal, traceparent }: { signal?: AbortSignal; traceparent?: string | undefined } = {},
+  ) {
+    const headers = traceparent === undefined ? {} : { traceparent }
+    const call: Call = { method: 'POST', body: request, headers, signal }
+    return this.#json(acceptedSchema, '/task-runner', call)
   }
 
   async get(taskId: string, signal?: AbortSignal): Promise<Task> {
@@ -154,8 +163,8 @@ export class TaskRunnerClient {
     for (let empty = 0; empty < STREAMS_WITHOUT_EVENT_MAX; ) {
       const { response } = await this.#call(
         `${taskPath(taskId)}/logs?follow=true`,
-        { signal },
-        { stream: true, headers: lastId === undefined ? {} : { 'last-event-id': lastId } },
+        { signal, headers: lastId === undefined ? {} : { 'last-event-id': lastId } },
+        { stream: true },
       )
       empty += 1
       try {
@@ -219,7 +228,7 @@ export class TaskRunnerClient {
   async #call(
     path: string,
     call: Call = {},
-    options: { stream?: boolean; headers?: Record<string, string> } = {},
+    options: { stream?: boolean } = {},
   ): Promise<{ response: Response; text: string }> {
     const attemptsMax = call.once ? 1 : this.#options.attempts
     for (let attempt = 1; ; attempt += 1) {
@@ -238,8 +247,8 @@ export class TaskRunnerClient {
 
   async #attempt(
     path: string,
-    { method = 'GET', body, signal }: Call,
-    { stream = false, headers = {} }: { stream?: boolean; headers?: Record<string, string> },
+    { method = 'GET', body, headers = {}, signal }: Call,
+    { stream = false }: { stream?: boolean },
   ): Promise<{ response?: Response; text?: string; err?: unknown }> {
     const { url, token, timeoutMs } = this.#options
     const timeout = AbortSignal.timeout(timeoutMs)

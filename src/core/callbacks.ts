@@ -1,14 +1,14 @@
 import type {
   AttemptResult,
-  CallbackPayload,
   CallbackSender,
+  DeliveryContent,
   DeliveryStore,
   DueDelivery,
   Logger,
   NewDelivery,
 } from './ports.ts'
 import { type RetrySchedule, retryDelayMs } from './retry.ts'
-import type { CallbackStatus } from './task.ts'
+import { type CallbackStatus, traceOf } from './task.ts'
 
 /** A receiver may ask us to wait, but not for ever. */
 const RETRY_AFTER_MAX_MS = 24 * 60 * 60 * 1000
@@ -127,11 +127,7 @@ export class CallbackDispatcher {
   }
 
   /** The first attempt of a delivery just committed. Settles when it has ended; never rejects. */
-  async attemptNow(
-    taskId: string,
-    delivery: NewDelivery,
-    content: { url: string; token: string | null; payload: CallbackPayload },
-  ): Promise<void> {
+  async attemptNow(taskId: string, delivery: NewDelivery, content: DeliveryContent): Promise<void> {
     if (delivery.leaseUntil === null) {
       this.wake()
       return
@@ -247,10 +243,7 @@ export class CallbackDispatcher {
     await this.#store.shiftDue(jumpMs)
   }
 
-  async #attempt(
-    due: DueDelivery,
-    known?: { url: string; token: string | null; payload: CallbackPayload },
-  ): Promise<void> {
+  async #attempt(due: DueDelivery, known?: DeliveryContent): Promise<void> {
     const { taskId } = due
     this.#taskIds.add(taskId)
     try {
@@ -285,7 +278,8 @@ export class CallbackDispatcher {
         { number, startedAt, durationMs, statusCode, error },
         next,
       )
-      const fields = { taskId, attempt: number, statusCode, error, durationMs }
+      const trace = traceOf(content)
+      const fields = { taskId, ...trace, attempt: number, statusCode, error, durationMs }
       if (next.status === 'delivered') this.#log.info(fields, 'callback delivered')
       else if (next.status === 'given_up') this.#log.error(fields, 'callback given up')
       else

@@ -224,6 +224,7 @@ export interface NewTask extends TaskRequest {
   workerConfig: WorkerConfig
   timeoutSeconds: number
   priority: number
+  traceparent: string | null
   /** Of the request as given: tells a repeated request from another one under the same id. */
   digest: string
   workerName: string
@@ -316,6 +317,14 @@ export interface CallbackPayload {
   logs: LogTail
 }
 
+/** What an attempt sends, and where. */
+export interface DeliveryContent {
+  url: string
+  token: string | null
+  traceparent: string | null
+  payload: CallbackPayload
+}
+
 export interface DueDelivery {
   taskId: string
   webhookId: string
@@ -354,9 +363,7 @@ export interface DeliveryStore {
   }): Promise<DueDelivery | undefined>
   /** When the next delivery becomes due, in epoch ms. */
   nextDueAt(): Promise<number | undefined>
-  content(
-    taskId: string,
-  ): Promise<{ url: string; token: string | null; payload: CallbackPayload } | undefined>
+  content(taskId: string): Promise<DeliveryContent | undefined>
   recordAttempt(
     taskId: string,
     attempt: AttemptRecord,
@@ -378,6 +385,7 @@ export interface CallbackSender {
       url: string
       token: string | null
       webhookId: string
+      traceparent: string | null
       /** Of this attempt, in unix seconds. */
       timestamp: number
       payload: CallbackPayload

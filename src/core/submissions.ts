@@ -1,7 +1,7 @@
 import { createHmac } from 'node:crypto'
 import { InvalidRequestError, TaskRunnerError } from './errors.ts'
 import type { Logger, TaskQueue, TaskStore } from './ports.ts'
-import { type TaskRequest, type TaskStatus, workerNameFor } from './task.ts'
+import { type TaskRequest, type TaskStatus, traceOf, workerNameFor } from './task.ts'
 import type { TaskFiles } from './task-files.ts'
 import { mergeWorkerConfigs } from './worker-config.ts'
 import { locateInRepository, type WorkerSetup } from './worker-setup.ts'
@@ -58,7 +58,7 @@ export class Submissions {
    * Throws `task_id_conflict`, `task_file_not_found`, `invalid_request`, `queue_full`, `draining`,
    * `defaults_file_broken`, `store_unavailable`.
    */
-  async submit(request: TaskRequest): Promise<Submitted> {
+  async submit(request: TaskRequest, traceparent: string | null = null): Promise<Submitted> {
     const digest = this.#digest(request)
     const known = await this.#known(request.taskId, digest)
     if (known) return known
@@ -75,13 +75,17 @@ export class Submissions {
     }
     this.#arriving += 1
     try {
-      return await this.#accept(request, digest)
+      return await this.#accept(request, digest, traceparent)
     } finally {
       this.#arriving -= 1
     }
   }
 
-  async #accept(request: TaskRequest, digest: string): Promise<Submitted> {
+  async #accept(
+    request: TaskRequest,
+    digest: string,
+    traceparent: string | null,
+  ): Promise<Submitted> {
     const refusal = request.callbackUrl && this.#options.callbackUrlRefusal(request.callbackUrl)
     if (refusal) throw new InvalidRequestError([{ path: 'callback_url', message: refusal }])
     const { taskId, taskFileName } = request
@@ -102,6 +106,7 @@ export class Submissions {
       workerConfig,
       timeoutSeconds: request.timeoutSeconds ?? this.#options.defaultTimeoutSeconds,
       priority,
+      traceparent,
       digest,
       workerName: workerNameFor(taskId),
       createdAt,
@@ -112,7 +117,8 @@ export class Submissions {
       throw new TaskRunnerError('store_unavailable', 'The task could not be stored')
     }
     this.#queue.enqueue({ taskId, priority, createdAt })
-    this.#options.log.info({ taskId, taskFileName }, 'task accepted')
+    const fields = { taskId, ...traceOf({ traceparent }), taskFileName }
+    this.#options.log.info(fields, 'task accepted')
     return { isNew: true }
   }
 

@@ -17,7 +17,7 @@ import type {
   WorkerBackend,
 } from './ports.ts'
 import { WorkerError } from './ports.ts'
-import { isFinal, type Outcome, type Task } from './task.ts'
+import { isFinal, type Outcome, type Task, traceOf } from './task.ts'
 import { until } from './until.ts'
 import type { WorkerSetup } from './worker-setup.ts'
 
@@ -174,7 +174,7 @@ export class TaskRunner {
         const marking = () => this.#store.markRunning(task, startedAt)
         const isOurs = await this.#persistently('marking a task running', marking, letGo)
         if (isOurs === false) return await this.#leaveTo(taskId, worker)
-        this.#log.info({ taskId, worker: worker.name }, 'task running')
+        this.#log.info({ taskId, ...traceOf(task), worker: worker.name }, 'task running')
         outcome = await this.#seeThrough(worker, { ...task, startedAt }, cancelled, letGo)
       }
     } catch (err) {
@@ -287,7 +287,7 @@ export class TaskRunner {
       return
     }
     const { status, reason, exitCode } = outcome
-    this.#log.info({ taskId, status, reason, exitCode }, 'task finished')
+    this.#log.info({ taskId, ...traceOf(task), status, reason, exitCode }, 'task finished')
     this.#background(
       this.#tell(task, outcome, log, delivery).then(async () => {
         if (!keepWorker && task.claim > 0) await this.#terminate(task, worker)
@@ -306,6 +306,7 @@ export class TaskRunner {
       await this.#callbacks.attemptNow(task.taskId, delivery, {
         url: task.callbackUrl,
         token: task.callbackUrlToken,
+        traceparent: task.traceparent,
         payload: {
           taskName: task.taskFileName,
           taskId: task.taskId,

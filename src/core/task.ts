@@ -86,6 +86,8 @@ export interface TaskSummary {
   claim: number
   /** The instance that claimed it last. */
   instance: string | null
+  /** Of the caller's trace (W3C Trace Context). */
+  traceparent: string | null
   createdAt: number
   startedAt: number | null
   finishedAt: number | null
@@ -101,6 +103,11 @@ export interface Task extends TaskSummary {
   callbackUrlToken: string | null
   /** Values of the named secrets that its worker was given; none once it has ended. */
   secretValues: readonly string[]
+}
+
+/** For log lines: the trace that the caller's own belongs to. */
+export function traceOf({ traceparent }: Pick<TaskSummary, 'traceparent'>): { traceId?: string } {
+  return traceparent === null ? {} : { traceId: traceparent.split('-')[1] ?? '' }
 }
 
 /** A step of priority is worth so much waiting: whoever waits for long passes everybody that comes later. */

@@ -63,6 +63,7 @@ export function taskEnvironment(task: {
   taskFileName: string
   workerName: string
   workerConfig: WorkerConfig
+  traceparent?: string | null
 }): Record<string, string> {
   const { workerConfig } = task
   return {
@@ -70,6 +71,7 @@ export function taskEnvironment(task: {
     ...(workerConfig.modulesLogLevel === undefined
       ? {}
       : { MODULES_LOG_LEVEL: workerConfig.modulesLogLevel }),
+    ...(task.traceparent == null ? {} : { TRACEPARENT: task.traceparent }),
     ...workerConfig.envVariables,
     TASK_ID: task.taskId,
     TASK_FILE_NAME: task.taskFileName,

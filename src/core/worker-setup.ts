@@ -72,7 +72,7 @@ export class WorkerSetup {
       | 'workerConfig'
       | 'terminateOnCompletion'
       | 'timeoutSeconds'
-    >,
+    > & { traceparent?: string | null },
   ): Promise<{ spec: WorkerSpec; secretValues: string[] }> {
     const { workerConfig } = task
     const gitConfigs = workerConfig.gitConfigs ?? []

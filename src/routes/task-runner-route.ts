@@ -1,8 +1,10 @@
 import type { FastifyPluginAsyncZod } from 'fastify-type-provider-zod'
+import { z } from 'zod'
 import type { Submissions } from '../core/submissions.ts'
 import type { WorkerSizes } from '../core/worker-sizes.ts'
 import { acceptedSchema } from '../wire/responses.ts'
 import { taskRequestSchema, toTaskRequest } from '../wire/task-request.ts'
+import { traceparentOf } from '../wire/traceparent.ts'
 import { answer, errorResponses } from './responses.ts'
 
 /** `POST /task-runner`, the main job; the slash that clients of the old app send is ignored by the router. */
@@ -20,6 +22,14 @@ export const taskRunnerRoute: FastifyPluginAsyncZod<{
         summary: 'Run a task',
         description:
           'Accepts a task and answers at once: with 200 it is stored and will run, whatever happens to the service. The outcome is POSTed to `callback_url`. Repeating the same request is safe: it starts nothing, and the message names the status of the task.',
+        headers: z.object({
+          traceparent: z
+            .string()
+            .optional()
+            .describe(
+              'W3C Trace Context: handed to the task as `TRACEPARENT`, and to the receiver',
+            ),
+        }),
         body: taskRequestSchema(timeoutSecondsMax),
         response: {
           ...answer('Accepted, or accepted before', acceptedSchema),
@@ -27,8 +37,9 @@ export const taskRunnerRoute: FastifyPluginAsyncZod<{
         },
       },
     },
-    async ({ body }) => {
-      const submitted = await submissions.submit(toTaskRequest(body, workerSizes))
+    async ({ body, headers }) => {
+      const traceparent = traceparentOf(headers.traceparent) ?? null
+      const submitted = await submissions.submit(toTaskRequest(body, workerSizes), traceparent)
       const message = submitted.isNew
         ? 'Started Task successfully'
         : `Already accepted: ${submitted.status}`

@@ -82,7 +82,8 @@ export class SqlDeliveryStore implements DeliveryStore {
     if (!task || !logs || task.callbackUrl === null) return undefined
     const success = task.status === 'succeeded'
     const payload: CallbackPayload = { taskName: task.taskFileName, taskId, success, logs }
-    return { url: task.callbackUrl, token: task.callbackUrlToken, payload }
+    const { callbackUrl: url, callbackUrlToken: token, traceparent } = task
+    return { url, token, traceparent, payload }
   }
 
   async recordAttempt(

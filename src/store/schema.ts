@@ -30,6 +30,7 @@ export interface TasksTable {
   claim: number
   /** Who claimed it last. */
   instance: string | null
+  traceparent: string | null
   cancel_requested_at: number | null
   created_at: number
   started_at: number | null

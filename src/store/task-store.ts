@@ -79,6 +79,7 @@ export class SqlTaskStore implements TaskStore {
         priority: task.priority,
         claim: 0,
         instance: null,
+        traceparent: task.traceparent,
         cancel_requested_at: null,
         created_at: task.createdAt,
         started_at: null,

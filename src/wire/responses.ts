@@ -51,6 +51,7 @@ const summaryFields = {
   worker_name: z.string(),
   instance: z.string().nullable().describe('The instance of the service that took it'),
   priority: z.int(),
+  traceparent: z.string().nullable().describe('Of the trace that the caller belongs to'),
   callback_status: z.enum(CALLBACK_STATUSES),
 }
 
@@ -68,6 +69,7 @@ const exampleSummary = {
   worker_name: 'task-my-first-task-e4c2a1f09b7d',
   instance: 'ci-host',
   priority: 0,
+  traceparent: null,
   callback_status: 'none',
 } as const
 
@@ -254,6 +256,7 @@ export function fromTaskSummary(task: TaskSummary): z.input<typeof taskSummarySc
     worker_name: task.workerName,
     instance: task.instance,
     priority: task.priority,
+    traceparent: task.traceparent,
     callback_status: task.callbackStatus,
   }
 }

@@ -92,6 +92,7 @@ function delivery(url: string, overrides: object = {}) {
     url,
     token: null,
     webhookId: 'msg_1',
+    traceparent: null,
     timestamp: 1_700_000_000,
     payload: {
       ...{ taskName: 'a.sh', taskId: 'an é id', success: false },

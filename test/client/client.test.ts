@@ -183,6 +183,7 @@ describe('against a service in trouble', () => {
       worker_name: 'w',
       instance: 'i',
       priority: 0,
+      traceparent: null,
       callback_status: 'none',
     },
     ...{ created_at: '2026-01-05T08:00:00.000Z', started_at: null, worker_config: {} },

@@ -34,6 +34,7 @@ describe('a task', () => {
       worker_name: expect.stringMatching(/^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$/),
       instance: expect.any(String),
       priority: 0,
+      traceparent: null,
       callback_status: 'none',
       terminate_on_completion: true,
     })

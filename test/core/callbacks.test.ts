@@ -160,7 +160,7 @@ describe('CallbackDispatcher', () => {
     await tasks.insert({
       ...{ taskId, taskFileName: 'a.sh', workerConfig: {}, callbackUrl: url },
       ...{ callbackUrlToken: 'a token', terminateOnCompletion: true, timeoutSeconds: 1 },
-      ...{ digest: '', workerName: `worker-${ids}`, createdAt: 1, priority: 0 },
+      ...{ digest: '', workerName: `worker-${ids}`, createdAt: 1, priority: 0, traceparent: null },
     })
     const task = await tasks.claim(taskId)
     if (!task) throw new Error('not claimed')
@@ -181,6 +181,7 @@ describe('CallbackDispatcher', () => {
   const contentOf = (taskId: string, url: string) => ({
     url,
     token: 'a token',
+    traceparent: null,
     payload: {
       ...{ taskName: 'a.sh', taskId, success: true },
       logs: { content: Buffer.from('a log'), totalBytes: 5 },

@@ -232,7 +232,7 @@ describe('TaskRunner', () => {
     const task: NewTask = {
       ...{ taskId: `task ${ids}`, taskFileName: 'a.sh', workerConfig: {}, callbackUrl: CALLBACK },
       ...{ callbackUrlToken: null, terminateOnCompletion: true, timeoutSeconds: 1_000 },
-      ...{ digest: '', workerName: `worker-${ids}`, createdAt: 1, priority: 0 },
+      ...{ digest: '', workerName: `worker-${ids}`, createdAt: 1, priority: 0, traceparent: null },
       ...overrides,
     }
     expect(await store.insert(task)).toBe(true)

@@ -125,6 +125,7 @@ export function testSender(
           url,
           token: CANARY_TOKEN,
           webhookId: 'msg_test',
+          traceparent: null,
           timestamp: Math.floor(Date.now() / 1000),
           payload: {
             taskName: 'a.sh',

@@ -55,6 +55,7 @@ describe('one task', () => {
       worker_name: expect.stringMatching(/^task-[a-z0-9-]{1,58}$/),
       instance: expect.any(String),
       priority: 0,
+      traceparent: null,
       callback_status: 'none',
       worker_config: {},
       callback_url: null,

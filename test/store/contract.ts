@@ -29,6 +29,7 @@ export function newTask(overrides: Partial<NewTask> = {}): NewTask {
     terminateOnCompletion: true,
     timeoutSeconds: 60,
     priority: 0,
+    traceparent: null,
     digest: `digest ${tasks}`,
     workerName: `worker-${tasks}`,
     createdAt: 1_000 + tasks,
@@ -561,6 +562,7 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
         expect(await deliveries.content(taskId)).toEqual({
           url: `${ORIGIN}/hook?x=1`,
           token: 'token',
+          traceparent: null,
           payload: { taskName: 'b.sh', taskId, success: true, logs: log },
         })
         expect(await deliveries.content('unknown')).toBeUndefined()
