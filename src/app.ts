@@ -14,11 +14,13 @@ import { Submissions } from './core/submissions.ts'
 import type { Task } from './core/task.ts'
 import { TaskFiles } from './core/task-files.ts'
 import { TaskRunner } from './core/task-runner.ts'
+import { Metrics } from './metrics/metrics.ts'
 import { publishOpenApi } from './openapi.ts'
 import { requireToken } from './routes/authentication.ts'
 import { installBodyParser } from './routes/body-parser.ts'
 import { answerBrokenHttp, answerError, installErrorHandler } from './routes/error-handler.ts'
 import { healthRoutes } from './routes/health.ts'
+import { metricsRoute } from './routes/metrics.ts'
 import { sampleCallbackRoutes } from './routes/sample-callbacks.ts'
 import { taskLogRoutes } from './routes/task-logs.ts'
 import { taskRunnerRoute } from './routes/task-runner-route.ts'
@@ -115,7 +117,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
       gitGuard.ownPort = port
     })
     const { wrapPorts = (ports) => ports } = options
-    const { tasks, deliveries, backend, sender } = wrapPorts({
+    const ports = wrapPorts({
       tasks: storage.tasks,
       deliveries: storage.deliveries,
       backend: await openBackend(config, {
@@ -134,8 +136,13 @@ export async function buildApp(options: AppOptions): Promise<App> {
         signingKeys: config.callbackSigningKeys,
       }),
     })
-    http.addHook('onClose', () => backend.close())
-    http.addHook('onClose', () => sender.close())
+    http.addHook('onClose', () => ports.backend.close())
+    http.addHook('onClose', () => ports.sender.close())
+    const { sender } = ports
+    const metrics = new Metrics({ tasks: ports.tasks, backend: ports.backend, now })
+    const tasks = metrics.tasks(ports.tasks)
+    const deliveries = metrics.deliveries(ports.deliveries)
+    const backend = metrics.backend(ports.backend)
 
     const callbacks = new CallbackDispatcher({
       store: deliveries,
@@ -177,6 +184,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
       provisioningTimeoutMs: config.provisioningTimeoutMs,
       retentionMs: config.retentionMs,
       intervalMs: SWEEP_MS,
+      onLeaked: (workers) => metrics.leaked(workers),
       now,
       log,
     })
@@ -241,6 +249,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
           })
           await secured.register(taskRoutes, { tasks, deliveries, runner, callbacks })
           await secured.register(taskLogRoutes, { tasks, backend, maskerFor, elsewhere })
+          await secured.register(metricsRoute, { metrics })
           await secured.register(workerRoutes, { tasks, backend, runner, reaper, maskerFor })
         })
       },

@@ -293,6 +293,8 @@ export interface TaskStore {
   ): Promise<boolean>
   /** Notes that someone wants the task ended. Undefined: it is final already, or unknown. */
   requestCancel(taskId: string, at: number): Promise<TaskSummary | undefined>
+  /** Of all instances. */
+  countLive(): Promise<Array<{ status: TaskStatus; count: number; oldestCreatedAt: number }>>
   /** Live tasks that are for this instance to take up at its start, in the order they came. */
   live(): Promise<LiveTask[]>
   /** What is remembered about the task a worker says it is for. */

@@ -10,6 +10,8 @@ export interface ReaperOptions {
   provisioningTimeoutMs: number
   retentionMs: number
   intervalMs: number
+  /** So many workers were found that no task knew. */
+  onLeaked?: (workers: number) => void
   now: () => number
   log: Logger
 }
@@ -79,6 +81,7 @@ export class Reaper {
       log.warn({ worker: worker.name, taskId: worker.taskId }, 'terminating a worker left behind')
       await this.#end(worker)
     }
+    this.#options.onLeaked?.(leaked)
     const level = leaked > 0 ? 'warn' : leaked === this.#lastLeaked ? 'debug' : 'info'
     this.#lastLeaked = leaked
     log[level]({ leaked }, 'workers leaked')

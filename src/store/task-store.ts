@@ -255,6 +255,18 @@ export class SqlTaskStore implements TaskStore {
     return row && summaryFromRow(row)
   }
 
+  async countLive() {
+    const rows = await this.#db
+      .selectFrom('tasks')
+      .select(({ fn }) => ['status', fn.countAll().as('count'), fn.min('created_at').as('oldest')])
+      .where('status', 'in', LIVE_STATUSES)
+      .groupBy('status')
+      .execute()
+    return rows.map(({ status, count, oldest }) => {
+      return { status, count: Number(count), oldestCreatedAt: Number(oldest) }
+    })
+  }
+
   async live(): Promise<LiveTask[]> {
     let query = this.#db
       .selectFrom('tasks')
