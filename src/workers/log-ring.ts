@@ -8,14 +8,16 @@ const CHUNK_BYTES = 64 * 1024
  * that is slower than the log misses what was overwritten, and holds up nobody.
  */
 export class LogRing {
-  readonly #capacityMax: number
+  readonly capacityMax: number
   readonly #changed = new EventTarget()
   #buffer = Buffer.alloc(0)
   #totalBytes = 0
+  /** Of what came before it nothing was ever here. */
+  #startsAt = 0
   #isEnded = false
 
   constructor(capacityMax: number) {
-    this.#capacityMax = capacityMax
+    this.capacityMax = capacityMax
   }
 
   get totalBytes(): number {
@@ -24,6 +26,14 @@ export class LogRing {
 
   get isEnded(): boolean {
     return this.#isEnded
+  }
+
+  /** For a ring that is empty: so many bytes were logged before, of which `content` are the last. */
+  seed(content: Buffer, totalBytes: number): void {
+    const kept = content.subarray(Math.max(0, content.length - totalBytes))
+    this.#totalBytes = totalBytes - kept.length
+    this.#startsAt = this.#totalBytes
+    this.append(kept)
   }
 
   append(piece: Buffer): void {
@@ -54,13 +64,17 @@ export class LogRing {
   /** Bytes from an offset on, as they come, until the log ends or `signal` aborts. */
   async *follow(from: number, signal: AbortSignal): AsyncGenerator<Buffer, void> {
     for (let at = from; !signal.aborted; ) {
-      if (at < this.#totalBytes) {
-        const start = Math.max(at, this.#totalBytes - this.#buffer.length)
+      const start = Math.max(at, this.#keptFrom)
+      if (start < this.#totalBytes) {
         at = Math.min(start + CHUNK_BYTES, this.#totalBytes)
         yield this.#read(start, at)
       } else if (this.#isEnded) return
       else await this.#change(signal)
     }
+  }
+
+  get #keptFrom(): number {
+    return Math.max(this.#startsAt, this.#totalBytes - this.#buffer.length)
   }
 
   /** Settles with the next change, or when `signal` aborts. */
@@ -72,7 +86,7 @@ export class LogRing {
   /** A copy: what is kept may be overwritten while a reader is at it. */
   #read(from: number, to: number): Buffer {
     const capacity = this.#buffer.length
-    const start = Math.max(from, this.#totalBytes - capacity, 0)
+    const start = Math.max(from, this.#keptFrom)
     if (start >= to) return Buffer.alloc(0)
     const at = start % capacity
     const head = this.#buffer.subarray(at, Math.min(capacity, at + to - start))
@@ -82,9 +96,9 @@ export class LogRing {
   /** Before it has grown to its full size nothing was overwritten, so that a plain copy keeps all. */
   #grow(neededBytes: number): void {
     const capacity = this.#buffer.length
-    if (neededBytes <= capacity || capacity === this.#capacityMax) return
+    if (neededBytes <= capacity || capacity === this.capacityMax) return
     const grown = Math.max(CAPACITY_MIN, capacity * 2, neededBytes)
-    const buffer = Buffer.alloc(Math.min(grown, this.#capacityMax))
+    const buffer = Buffer.alloc(Math.min(grown, this.capacityMax))
     this.#buffer.copy(buffer)
     this.#buffer = buffer
   }

@@ -437,6 +437,22 @@ describe.concurrent('a log', () => {
     expect(ring.tail(1_000).content.toString()).toBe('one\ntwo\nthree\n')
   })
 
+  test('tells after each piece how far it was read, once that is known', async () => {
+    const told: unknown[] = []
+    const pieces = ['1970-01-01T', '00:00:07.5Z a li', 'ne\n1970-01-01T00:00:07.5Z two\n']
+    const api = { stream: async () => pieces.map((piece) => Buffer.from(piece)) }
+    const log = new PodLog(api as unknown as KubernetesApi, {
+      ...{ path: '', container: 'task', ring: new LogRing(1_000) },
+      onRead: (position) => told.push(position),
+    })
+    await log.rest(AbortSignal.timeout(1_000))
+    const time = '000000000007.500000000'
+    expect(told).toEqual([
+      { time, count: 1, bytes: 4, totalBytes: 4 },
+      { time, count: 2, bytes: 4, totalBytes: 11 },
+    ])
+  })
+
   test('a line that began before what was asked for: its rest is passed over', async () => {
     const ring = new LogRing(1_000)
     const bodies = [

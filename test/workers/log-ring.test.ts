@@ -139,4 +139,52 @@ describe('LogRing', () => {
     expect((await first).value?.toString()).toBe('def')
     await following.return()
   })
+
+  test('seeded, it is as if all before had been there, of which it keeps what it was given', async () => {
+    await fc.assert(
+      fc.asyncProperty(
+        capacities,
+        fc.nat(200_000),
+        fc.nat(50_000),
+        pieces,
+        fc.nat(300_000),
+        async (capacity, before, contentMax, sizes, from) => {
+          const ring = new LogRing(capacity)
+          const { whole, cut } = logOf([before, ...sizes])
+          const content = whole.subarray(Math.max(0, before - contentMax), before)
+          ring.seed(content, before)
+          expect(ring.totalBytes).toBe(before)
+          for (const piece of cut.slice(1)) ring.append(piece)
+          ring.end()
+          const keptFrom = Math.max(before - content.length, whole.length - capacity)
+          const tail = ring.tail(1_000_000)
+          expect(tail.totalBytes).toBe(whole.length)
+          expect(tail.content.equals(whole.subarray(keptFrom))).toBe(true)
+          const got = await rest(ring.follow(from, NEVER))
+          expect(got.equals(whole.subarray(Math.max(keptFrom, from)))).toBe(true)
+        },
+      ),
+    )
+  })
+
+  test('seeded with more than there was in all, it keeps the last of it', () => {
+    for (const totalBytes of [0, 3]) {
+      const ring = new LogRing(8)
+      ring.seed(Buffer.from('abcdef'), totalBytes)
+      ring.append(Buffer.from('gh'))
+      const { content } = ring.tail(8)
+      expect(content.toString()).toBe(`${'abcdef'.slice(6 - totalBytes)}gh`)
+      expect(ring.totalBytes).toBe(totalBytes + 2)
+    }
+  })
+
+  test('seeded with nothing, it tells a waiting follower nothing until something comes', async () => {
+    const ring = new LogRing(8)
+    const following = ring.follow(2, NEVER)
+    const first = following.next()
+    ring.seed(Buffer.alloc(0), 100)
+    ring.append(Buffer.from('ab'))
+    expect((await first).value?.toString()).toBe('ab')
+    await following.return()
+  })
 })

@@ -1,10 +1,11 @@
 import { setTimeout as pause } from 'node:timers/promises'
 import type { V1Job, V1Pod } from '@kubernetes/client-node'
-import { type Completion, type Logger, WorkerError } from '../../core/ports.ts'
+import { type Completion, type LogCursors, type Logger, WorkerError } from '../../core/ports.ts'
 import { overLogLimit } from '../completion.ts'
 import { LogRing } from '../log-ring.ts'
 import { ApiError, type KubernetesApi } from './api.ts'
 import type { ClusterView } from './cluster-view.ts'
+import { LogCursor, type LogPosition } from './log-cursor.ts'
 import { ANNOTATIONS, TASK_CONTAINER } from './manifests.ts'
 import { deletedOutside, type Observation, observe, warningOf } from './observation.ts'
 import { PodLog } from './pod-log.ts'
@@ -26,6 +27,8 @@ export interface JobWatchOptions {
   configGraceMs?: number | undefined
   lastLogMs?: number | undefined
   logSilentMs?: number | undefined
+  logCursors: LogCursors | undefined
+  logCursorMs?: number | undefined
   /** Ends the task's pod. */
   end: () => Promise<void>
   closing: AbortSignal
@@ -45,6 +48,8 @@ export class JobWatch {
   #given: V1Job | undefined
   readonly #annotations: Record<string, string>
   #ended: Promise<Completion> | undefined
+  readonly #cursor: LogCursor
+  readonly #counted = Promise.withResolvers<void>()
   #stuckSince: number | undefined
   #isOverLogLimit = false
 
@@ -55,6 +60,10 @@ export class JobWatch {
     this.name = job.metadata?.name ?? ''
     this.uid = job.metadata?.uid ?? ''
     this.ring = new LogRing(options.logBytesKept)
+    this.#cursor = new LogCursor({
+      ...{ cursors: options.logCursors, writeMs: options.logCursorMs, log: options.log },
+      taskId: this.#annotations[ANNOTATIONS.taskId] ?? '',
+    })
   }
 
   get completion(): Completion | undefined {
@@ -99,6 +108,16 @@ export class JobWatch {
     return this.#ended
   }
 
+  /** Settles once the ring's bytes are counted from where they were before a restart, or the task has ended. */
+  async counted(): Promise<void> {
+    await Promise.race([this.#counted.promise, this.ended()])
+  }
+
+  /** Nobody reads on: settles once it is kept how far the log was read. */
+  letGo(): Promise<void> {
+    return this.#cursor.flush()
+  }
+
   /** What is known now. */
   phase(): Observation['phase'] {
     if (this.#completion) return 'ended'
@@ -113,11 +132,13 @@ export class JobWatch {
     let log: PodLog | undefined
     let following: Promise<void> | undefined
     let waitingSince: number | undefined
+    const after = await this.#cursor.read()
+    if (!after) this.#counted.resolve()
     for (;;) {
       const { seen, pod } = await this.#observe(closing)
       const podName = pod?.metadata?.name
       if (podName && (seen.phase === 'running' || seen.phase === 'ended')) {
-        log ??= this.#logOf(podName)
+        log ??= this.#logOf(podName, after)
         if (seen.phase === 'running') following ??= log.follow(signal)
       }
       waitingSince = seen.phase === 'waiting' ? (waitingSince ?? Date.now()) : undefined
@@ -135,8 +156,11 @@ export class JobWatch {
         await Promise.race([following, late])
         reading.abort()
         await following
-        if (log && pod) await this.#restOf(log)
+        const note = log && pod ? await this.#restOf(log) : ''
         closing.throwIfAborted()
+        this.#cursor.drop()
+        if (after && this.ring.totalBytes === 0) this.ring.seed(Buffer.alloc(0), after.totalBytes)
+        this.ring.append(Buffer.from(note))
         this.ring.end()
         this.#completion = this.#completionOf(seen, pod)
         return this.#completion
@@ -185,7 +209,7 @@ export class JobWatch {
     return seen.isHopeless || isTooLong
   }
 
-  #logOf(podName: string): PodLog {
+  #logOf(podName: string, after: LogPosition | undefined): PodLog {
     const { api, view, logSilentMs, end } = this.#options
     const maxLogBytes = Number(this.#annotations[ANNOTATIONS.maxLogBytes])
     return new PodLog(api, {
@@ -193,7 +217,10 @@ export class JobWatch {
       container: TASK_CONTAINER,
       ring: this.ring,
       silentMs: logSilentMs,
-      onRead: () => {
+      after,
+      onRead: (position) => {
+        this.#counted.resolve()
+        this.#cursor.moved(position)
         if (this.ring.totalBytes <= maxLogBytes || this.#isOverLogLimit) return
         this.#isOverLogLimit = true
         end().catch((err: unknown) =>
@@ -203,22 +230,20 @@ export class JobWatch {
     })
   }
 
-  async #restOf(log: PodLog): Promise<void> {
+  /** What to say when it cannot be had. */
+  async #restOf(log: PodLog): Promise<string> {
     const late = AbortSignal.timeout(this.#options.lastLogMs ?? LAST_LOG_MS)
     const signal = AbortSignal.any([this.#options.closing, late])
     for (let words = ''; ; ) {
       try {
-        return await log.rest(signal)
+        await log.rest(signal)
+        return ''
       } catch (err) {
         // Gone with its pod, or never begun.
-        if (err instanceof ApiError && [400, 404].includes(err.status)) return
+        if (err instanceof ApiError && [400, 404].includes(err.status)) return ''
         words ||= err instanceof Error ? err.message : String(err)
         const isFinal = signal.aborted || (err instanceof ApiError && err.status < 500)
-        if (isFinal) {
-          const note = `[task-runner] The end of the log could not be read: ${words}\n`
-          this.ring.append(Buffer.from(note))
-          return
-        }
+        if (isFinal) return `[task-runner] The end of the log could not be read: ${words}\n`
         await pause(RETRY_MS, undefined, { signal }).catch(() => {})
       }
     }

@@ -3,6 +3,7 @@ import { createGzip } from 'node:zlib'
 import { KubeConfig, type V1Job } from '@kubernetes/client-node'
 import { TaskRunnerError } from '../../core/errors.ts'
 import {
+  type LogCursors,
   type Logger,
   type Worker,
   type WorkerBackend,
@@ -43,6 +44,8 @@ export interface KubernetesSettings {
   terminationGraceMs: number
   keptWorkerMs: number
   logBytesKept: number
+  /** How far logs were read, for after a restart. */
+  logCursors?: LogCursors | undefined
   log: Logger
   /** Towards the API server. Default: 20 a second, 30 at once. */
   callsPerSecond?: number
@@ -58,6 +61,8 @@ export interface KubernetesSettings {
     /** For a word of a watch, and of a log, until it is asked for anew. */
     watchIdleMs?: number
     logSilentMs?: number
+    /** Until what was read of a log is kept. */
+    logCursorMs?: number
     /** For a worker to be gone, beyond its grace period. */
     goneMs?: number
   }
@@ -166,6 +171,7 @@ export class KubernetesBackend implements WorkerBackend {
     this.#closing.abort()
     await this.#view.close()
     await this.#api.close()
+    await Promise.all([...this.#watches.values()].map((watch) => watch.letGo()))
   }
 
   /** Rejects when `signal` aborts, with what it was that the worker waited for. */
@@ -330,7 +336,10 @@ export class KubernetesBackend implements WorkerBackend {
       logs: async ({ maxBytes }) => {
         const watch = await watched()
         const ended = watch.ended()
-        if (watch.phase() === 'ended') await ended
+        const phase = watch.phase()
+        if (phase === 'ended') await ended
+        // Rather late than as if there were nothing: followers go on from what they are told.
+        else if (phase === 'running') await watch.counted()
         return watch.ring.tail(maxBytes)
       },
       follow: async function* ({ from, signal }) {
@@ -346,13 +355,14 @@ export class KubernetesBackend implements WorkerBackend {
     const uid = job.metadata?.uid ?? ''
     const known = this.#watches.get(uid)
     if (known) return known
-    const { provisioningTimeoutMs, logBytesKept, log, waits = {} } = this.#settings
+    const { provisioningTimeoutMs, logBytesKept, logCursors, log, waits = {} } = this.#settings
     const watch: JobWatch = new JobWatch(job, {
       ...{ api: this.#api, view: this.#view, closing: this.#closing.signal },
-      ...{ provisioningTimeoutMs, logBytesKept, log },
+      ...{ provisioningTimeoutMs, logBytesKept, logCursors, log },
       configGraceMs: waits.configGraceMs,
       lastLogMs: waits.lastLogMs,
       logSilentMs: waits.logSilentMs,
+      logCursorMs: waits.logCursorMs,
       end: () => this.#delete(watch),
     })
     this.#watches.set(uid, watch)

@@ -1,6 +1,7 @@
 import { setTimeout as pause } from 'node:timers/promises'
-import type { LogRing } from '../log-ring.ts'
+import { LogRing } from '../log-ring.ts'
 import { ApiError, type KubernetesApi } from './api.ts'
+import type { LogPosition } from './log-cursor.ts'
 
 /** A stream that is silent for so long is asked whether it has stalled: across rotations some do (kubernetes#59902). */
 const SILENT_MS = 30_000
@@ -13,6 +14,9 @@ const WORDS_LENGTH_MAX = 512
  * Reads a container's log into a ring, from its beginning, across cuts, stalls and rotations, with no line twice and
  * none left out as long as the kubelet still has it. Streams are taken up by the time of the last line, which the
  * API knows to the second only: lines that were read are dropped by their own, exact time.
+ *
+ * `after` an earlier reader, what the kubelet still has of the log up to its position is the ring's first content, and
+ * bytes are counted on from there. The ring stays empty until that has been read.
  */
 export class PodLog {
   readonly #api: KubernetesApi
@@ -20,7 +24,9 @@ export class PodLog {
   readonly #container: string
   readonly #ring: LogRing
   readonly #silentMs: number
-  readonly #onRead: () => void
+  readonly #onRead: (position: LogPosition) => void
+  /** Where an earlier reader was, and what there is of the log before; until that is read. */
+  #earlier: { position: LogPosition; ring: LogRing } | undefined
   /** The last line: its time, the how manieth of that very time it is, and its bytes so far. */
   #last = { time: '', count: 0, bytes: 0 }
   readonly #over = new AbortController()
@@ -39,8 +45,9 @@ export class PodLog {
       container: string
       ring: LogRing
       silentMs?: number | undefined
-      /** After each piece. */
-      onRead?: () => void
+      after?: LogPosition | undefined
+      /** After each piece that the ring was given. */
+      onRead?: (position: LogPosition) => void
     },
   ) {
     this.#api = api
@@ -49,6 +56,8 @@ export class PodLog {
     this.#ring = options.ring
     this.#silentMs = options.silentMs ?? SILENT_MS
     this.#onRead = options.onRead ?? (() => {})
+    const { after: position } = options
+    if (position) this.#earlier = { position, ring: new LogRing(options.ring.capacityMax) }
   }
 
   /** Follows until the container is `over` and the stream has ended with it, or `signal` aborts. Never rejects. */
@@ -80,13 +89,15 @@ export class PodLog {
   async #read({ follow, signal }: { follow: boolean; signal: AbortSignal }): Promise<void> {
     const silent = new AbortController()
     const timer = setTimeout(() => silent.abort(new Error('silent')), this.#silentMs)
+    // What an earlier reader had is read to the end of what there is now: a silent log would not tell that it is over.
+    const isFollowing = follow && !this.#earlier
     this.#begin()
     try {
       const stream = await this.#api.stream(this.#path, {
         query: {
           container: this.#container,
           timestamps: 'true',
-          ...(follow ? { follow: 'true' } : {}),
+          ...(isFollowing ? { follow: 'true' } : {}),
           ...(this.#last.time === '' ? {} : { sinceTime: sinceOf(this.#last.time) }),
         },
         signal: AbortSignal.any([signal, silent.signal]),
@@ -94,12 +105,23 @@ export class PodLog {
       for await (const chunk of stream) {
         timer.refresh()
         this.#take(chunk)
-        this.#onRead()
+        this.#tell()
       }
       if (this.#isAtStart && this.#head.length > 0) throw new Error(this.#head.toString())
+      if (this.#earlier) {
+        // Nothing of that line or later is left, and so nothing that is known to lie right before it.
+        this.#last = { ...this.#earlier.position }
+        this.#seed(Buffer.alloc(0), this.#earlier.position)
+        this.#tell()
+      }
     } finally {
       clearTimeout(timer)
     }
+  }
+
+  #tell(): void {
+    if (this.#earlier || this.#last.time === '') return
+    this.#onRead({ ...this.#last, totalBytes: this.#ring.totalBytes })
   }
 
   #begin(): void {
@@ -107,6 +129,10 @@ export class PodLog {
     this.#isAtStart = true
     this.#head = Buffer.alloc(0)
     this.#seen = { time: '', count: 0 }
+    if (!this.#earlier) return
+    // From the beginning again: what was rotated away meanwhile must leave no hole.
+    this.#earlier.ring = new LogRing(this.#ring.capacityMax)
+    this.#last = { time: '', count: 0, bytes: 0 }
   }
 
   /** Timestamps stand at the beginning of lines only: a long line comes in pieces without more of them. */
@@ -140,20 +166,38 @@ export class PodLog {
       const fresh = piece.subarray(this.#toSkip)
       this.#toSkip -= piece.length - fresh.length
       this.#last.bytes += fresh.length
-      this.#ring.append(fresh)
+      this.#append(fresh)
       this.#isInLine = end < 0
       rest = rest.subarray(piece.length)
     }
   }
 
+  /** The last bytes of the last line. */
+  #append(fresh: Buffer): void {
+    let known = 0
+    if (this.#earlier) {
+      const { position, ring } = this.#earlier
+      const order = compareLines(this.#last, position)
+      const beyond = order || this.#last.bytes - position.bytes
+      known = order > 0 ? 0 : beyond < 0 ? fresh.length : fresh.length - beyond
+      ring.append(fresh.subarray(0, known))
+      if (beyond >= 0) this.#seed(ring.tail(ring.capacityMax).content, position)
+    }
+    this.#ring.append(fresh.subarray(known))
+  }
+
+  #seed(content: Buffer, { totalBytes }: LogPosition): void {
+    this.#ring.seed(content, totalBytes)
+    this.#earlier = undefined
+  }
+
   #startLine(time: string): void {
     this.#isInLine = true
     this.#seen = { time, count: this.#seen.time === time ? this.#seen.count + 1 : 1 }
-    const { time: lastTime, count, bytes } = this.#last
-    const order = compare(time, lastTime) || this.#seen.count - count
-    if (order > 0) this.#last = { ...this.#seen, bytes: 0 }
+    const order = compareLines(this.#seen, this.#last)
     // The last one may have been cut in its middle.
-    this.#toSkip = order > 0 ? 0 : order === 0 ? bytes : Number.POSITIVE_INFINITY
+    this.#toSkip = order > 0 ? 0 : order === 0 ? this.#last.bytes : Number.POSITIVE_INFINITY
+    if (order > 0) this.#last = { ...this.#seen, bytes: 0 }
   }
 }
 
@@ -174,6 +218,13 @@ function sinceOf(time: string): string {
   return new Date(Number(time.slice(0, 12)) * 1000).toISOString().replace('.000', '')
 }
 
-function compare(one: string, other: string): number {
-  return one < other ? -1 : one > other ? 1 : 0
+interface Line {
+  time: string
+  count: number
+}
+
+/** -1, 0 or 1. */
+function compareLines(one: Line, other: Line): number {
+  if (one.time !== other.time) return one.time < other.time ? -1 : 1
+  return Math.sign(one.count - other.count)
 }

@@ -7,7 +7,7 @@ const RECORD_BYTES_MAX = 16 * 1024
 const NEWLINE = 0x0a
 
 interface LogRecord {
-  /** Nanoseconds; no two records share one. */
+  /** Nanoseconds; no two records share one, unless time has `stopped`. */
   at: bigint
   bytes: Buffer
 }
@@ -37,6 +37,8 @@ export interface LogStream {
 export class Logs {
   /** Past this size the file is rotated: a read sees only what was written since. */
   rotateAtBytes = Number.POSITIVE_INFINITY
+  /** Records have the time of the one before. */
+  stopped = false
   /** RFC3339Nano trims trailing zeros; kubelets of today write all nine digits (`fixed`). */
   timestampFormat: 'trimmed' | 'fixed' = 'trimmed'
   /** Names of pods whose node answers 200 with the words "unable to retrieve container logs". */
@@ -86,6 +88,11 @@ export class Logs {
     return Buffer.concat(records.slice(-lines).map((record) => record.bytes))
       .subarray(-bytes)
       .toString()
+  }
+
+  /** Of what was written until now a read sees nothing. */
+  rotate(): void {
+    for (const log of this.#logs.values()) rotate(log)
   }
 
   /** The pod is gone, and its files with it. */
@@ -213,12 +220,9 @@ export class Logs {
 
   #write(log: ContainerLog, bytes: Buffer): void {
     const now = BigInt(Math.floor(this.#clock.now())) * 1_000_000n
-    this.#latest = now > this.#latest ? now : this.#latest + 1n
+    if (!this.stopped) this.#latest = now > this.#latest ? now : this.#latest + 1n
     const record = { at: this.#latest, bytes }
-    if (log.bytes + bytes.length > this.rotateAtBytes) {
-      log.records = []
-      log.bytes = 0
-    }
+    if (log.bytes + bytes.length > this.rotateAtBytes) rotate(log)
     log.records.push(record)
     log.bytes += bytes.length
     for (const listener of log.listeners) listener(record)
@@ -231,6 +235,11 @@ export class Logs {
     const trimmed = fraction.replace(/0+$/, '')
     return `${seconds}${trimmed && `.${trimmed}`}Z`
   }
+}
+
+function rotate(log: ContainerLog): void {
+  log.records = []
+  log.bytes = 0
 }
 
 function containerOf(pod: Pod, query: URLSearchParams): string {
