@@ -112,8 +112,12 @@ export interface Worker {
 
 export interface WorkerBackend {
   readonly name: string
-  /** Makes the worker and starts its task. Idempotent by `spec.name`. Throws `WorkerError` for failures a user can act on. */
-  provision(spec: WorkerSpec, signal: AbortSignal): Promise<Worker>
+  /**
+   * Makes the worker and starts its task. Idempotent by `spec.name`. Throws `WorkerError` for failures a user can act
+   * on. `mayStart` is asked when all is there but what the task cannot start without, in engines that we share with
+   * others: when it rejects, the task does not start.
+   */
+  provision(spec: WorkerSpec, signal: AbortSignal, mayStart?: () => Promise<void>): Promise<Worker>
   find(name: string): Promise<Worker | undefined>
   /** What really exists, not what is remembered. */
   list(): Promise<Worker[]>

@@ -173,26 +173,36 @@ export class TaskRunner {
         const startedAt = task.startedAt ?? this.#options.now()
         const marking = () => this.#store.markRunning(task, startedAt)
         const isOurs = await this.#persistently('marking a task running', marking, letGo)
-        if (isOurs === false) return await this.#leaveTo(taskId, worker)
+        if (isOurs === false) return this.#leave(task)
         this.#log.info({ taskId, ...traceOf(task), worker: worker.name }, 'task running')
         outcome = await this.#seeThrough(worker, { ...task, startedAt }, cancelled, letGo)
       }
     } catch (err) {
-      if (letGo.aborted) return
+      if (letGo.aborted) return this.#leave(task)
       outcome = cancelled.aborted ? CANCELLED : this.#failureOf(err, taskId)
       const isForWantOfWorker = !worker && !['cancelled', 'startup_failed'].includes(outcome.reason)
       if (isForWantOfWorker) this.#background(this.#options.onProvisioningFailed())
     }
     // Let go: nothing is decided, and the worker goes on without us.
-    if (outcome === undefined) return
+    if (outcome === undefined) return this.#leave(task)
     await this.#settle(task, outcome, worker)
   }
 
-  /** Somebody else has the task. Where that one has ended it, a worker that we made too late is nobody's. */
-  async #leaveTo(taskId: string, worker: Worker): Promise<void> {
-    this.#log.warn({ taskId, worker: worker.name }, 'the task was taken over by another instance')
-    const owner = await this.#store.workerOwner(taskId)
-    if (!owner || (isFinal(owner.status) && !owner.kept)) await worker.terminate()
+  /**
+   * Somebody else has the task, unless we shut down. Where that one has ended it, a worker that we made too late, or that
+   * only we can reach, is nobody's.
+   */
+  #leave({ taskId, workerName }: Pick<Task, 'taskId' | 'workerName'>): void {
+    if (this.#closing.signal.aborted) return
+    this.#log.warn({ taskId }, 'the task was taken over by another instance')
+    this.#background(
+      this.#persistently('leaving a task', async () => {
+        const owner = await this.#store.workerOwner(taskId)
+        if (owner && (!isFinal(owner.status) || owner.kept)) return
+        const worker = await this.#backend.find(workerName)
+        await worker?.terminate()
+      }),
+    )
   }
 
   async #attachOrProvision(
@@ -226,8 +236,9 @@ export class TaskRunner {
       await this.#persistently('keeping secret values', keeping, letGo)
       task.secretValues = known
     }
-    await this.#sure(signal)
-    return this.#backend.provision(spec, signal)
+    const sure = () => this.#sure(signal)
+    await sure()
+    return this.#backend.provision(spec, signal, sure)
   }
 
   /** Waits for the task's exit, a cancel, or its time limit. Undefined: we are shutting down. */
@@ -284,6 +295,7 @@ export class TaskRunner {
     )
     if (!committed) {
       if (delivery) this.#callbacks.abandon(delivery)
+      if (worker) this.#leave(task)
       return
     }
     const { status, reason, exitCode } = outcome
@@ -406,8 +418,11 @@ export class TaskRunner {
   async #confirm(cluster: Cluster): Promise<void> {
     const wasKnown = await cluster.beat()
     if (!wasKnown) await this.#reconcile(cluster)
-    this.#membership.resolve()
-    this.#membership = Promise.withResolvers()
+    // The answer may have come late as well.
+    if (cluster.isMember()) {
+      this.#membership.resolve()
+      this.#membership = Promise.withResolvers()
+    }
     for (const taskId of await cluster.cancelRequests()) this.hearCancel(taskId)
     for (const orphan of await cluster.orphans()) {
       if (this.#closing.signal.aborted) return

@@ -56,11 +56,15 @@ export class DockerBackend implements WorkerBackend {
     this.#engine = new Engine(settings.engine)
   }
 
-  async provision(spec: WorkerSpec, signal: AbortSignal): Promise<Worker> {
+  async provision(
+    spec: WorkerSpec,
+    signal: AbortSignal,
+    mayStart = async () => {},
+  ): Promise<Worker> {
     signal.throwIfAborted()
     const making =
       this.#making.get(spec.name) ??
-      this.#provision(spec, signal).finally(() => this.#making.delete(spec.name))
+      this.#provision(spec, signal, mayStart).finally(() => this.#making.delete(spec.name))
     this.#making.set(spec.name, making)
     return until(making, signal)
   }
@@ -95,7 +99,11 @@ export class DockerBackend implements WorkerBackend {
   }
 
   /** Goes on after `signal` has aborted as far as it takes to leave nothing behind. */
-  async #provision(spec: WorkerSpec, signal: AbortSignal): Promise<Worker> {
+  async #provision(
+    spec: WorkerSpec,
+    signal: AbortSignal,
+    mayStart: () => Promise<void>,
+  ): Promise<Worker> {
     const existing = await this.#answered(() => this.#inspect(spec.name), signal)
     if (existing && existing.State.Status !== 'created') return this.#worker(existing)
     // One that was never started was being made when the service was killed: nothing has run in it.
@@ -113,6 +121,8 @@ export class DockerBackend implements WorkerBackend {
         signal,
       )
       signal.throwIfAborted()
+      // Should we be held up from here on, whoever takes over removes what never ran.
+      await mayStart()
       const watched = await this.#started(container, signal)
       this.#watched.set(spec.name, watched)
       return this.#worker(container)

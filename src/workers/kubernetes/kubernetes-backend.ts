@@ -125,11 +125,15 @@ export class KubernetesBackend implements WorkerBackend {
     })
   }
 
-  async provision(spec: WorkerSpec, signal: AbortSignal): Promise<Worker> {
+  async provision(
+    spec: WorkerSpec,
+    signal: AbortSignal,
+    mayStart = async () => {},
+  ): Promise<Worker> {
     signal.throwIfAborted()
     const making =
       this.#making.get(spec.name) ??
-      this.#provision(spec, signal).finally(() => {
+      this.#provision(spec, signal, mayStart).finally(() => {
         this.#making.delete(spec.name)
         this.#admitted.delete(spec.name)
       })
@@ -175,7 +179,11 @@ export class KubernetesBackend implements WorkerBackend {
   }
 
   /** Rejects when `signal` aborts, with what it was that the worker waited for. */
-  async #provision(spec: WorkerSpec, signal: AbortSignal): Promise<Worker> {
+  async #provision(
+    spec: WorkerSpec,
+    signal: AbortSignal,
+    mayStart: () => Promise<void>,
+  ): Promise<Worker> {
     let hindrance: { reason: WorkerError['reason']; message: string } = {
       reason: 'provisioning_timeout',
       message: 'The Kubernetes API did not answer in time',
@@ -185,7 +193,7 @@ export class KubernetesBackend implements WorkerBackend {
     }
     try {
       await until(this.#view.synced(), signal)
-      const job = await this.#create(spec, signal, hindered)
+      const job = await this.#create(spec, { signal, hindered, mayStart })
       const watch = this.#watch(job)
       await watch.started(signal, hindered).catch((err: unknown) => {
         // Whoever ends it finds it by its name.
@@ -210,16 +218,23 @@ export class KubernetesBackend implements WorkerBackend {
 
   /**
    * The Job first, then what it needs, which from its first moment goes with it: so nothing is left behind, whenever we
-   * are interrupted. Its pod waits for the Secret.
+   * are interrupted. Its pod waits for the Secret: who was held up before the Job was made learns in time whether its
+   * task was seen through by others meanwhile, and who is held up later finds that the Job went with them.
    */
-  async #create(spec: WorkerSpec, signal: AbortSignal, hindered: Hindered): Promise<V1Job> {
-    const options = await this.#jobOptions(spec, signal)
+  async #create(
+    spec: WorkerSpec,
+    options: { signal: AbortSignal; hindered: Hindered; mayStart: () => Promise<void> },
+  ): Promise<V1Job> {
+    const { signal, hindered, mayStart } = options
+    const jobOptions = await this.#jobOptions(spec, signal)
     await this.#withinCap(spec.name, signal, hindered)
-    const job = await this.#put<V1Job>('jobs', workerJob(spec, options), signal, hindered)
+    const job = await this.#put<V1Job>('jobs', workerJob(spec, jobOptions), signal, hindered)
     const uid = job.metadata?.uid ?? ''
     // The one for the registry first: images are pulled once all volumes are there.
-    const secrets = [pullSecret(spec, options, uid), ownSecret(spec, this.#settings.instance, uid)]
-    for (const secret of secrets) if (secret) await this.#put('secrets', secret, signal, hindered)
+    const pull = pullSecret(spec, jobOptions, uid)
+    if (pull) await this.#put('secrets', pull, signal, hindered)
+    await mayStart()
+    await this.#put('secrets', ownSecret(spec, this.#settings.instance, uid), signal, hindered)
     return job
   }
 
