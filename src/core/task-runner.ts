@@ -175,6 +175,7 @@ export class TaskRunner {
         const isOurs = await this.#persistently('marking a task running', marking, letGo)
         if (isOurs === false) return this.#leave(task)
         this.#log.info({ taskId, ...traceOf(task), worker: worker.name }, 'task running')
+        task.startedAt = startedAt
         outcome = await this.#seeThrough(worker, { ...task, startedAt }, cancelled, letGo)
       }
     } catch (err) {
