@@ -110,10 +110,13 @@ export class TaskRunner {
     clearTimeout(this.#beat)
     for (const run of this.#runs.values()) run.letGo.abort()
     await Promise.all([...this.#runs.values()].map((run) => run.done))
-    await Promise.all(this.#afterwards)
     await stopped
     await this.#beating
-    await this.#options.cluster?.leave()
+    // Before the rest: others need not wait for receivers that we wait for.
+    await this.#options.cluster?.leave().catch((err: unknown) => {
+      this.#log.warn({ err }, 'leaving could not be told: others find out')
+    })
+    await Promise.all(this.#afterwards)
   }
 
   /** Ends a task in whatever state it is. Idempotent; final tasks stay as they are. */
