@@ -387,9 +387,13 @@ export class TaskRunner {
     }
   }
 
-  /** Ends a task whose worker is out of reach with the host of the instance that has died. */
+  /**
+   * Ends a task whose worker is out of reach with the host of the instance that has died. Claimed until it is answered:
+   * a claim that got through unheard would leave the task ours, with nobody to look after it.
+   */
   async #giveUp(orphan: OrphanedTask): Promise<void> {
-    const task = await this.#store.claim(orphan.taskId, orphan.claim)
+    const claiming = () => this.#store.claim(orphan.taskId, orphan.claim)
+    const task = await this.#persistently('claiming a task', claiming)
     if (!task) return
     const message = `The host of instance ${orphan.instance} has not come back, and the worker ran there`
     await this.#settle(task, failure('worker_lost', message))
