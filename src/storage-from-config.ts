@@ -67,7 +67,7 @@ async function openShared(
   try {
     const hostBound = config.workerBackend === 'local'
     if (hostBound) closing.push(await lockFile(join(config.dataDir, 'lock')))
-    const instance = `${hostname()}-${hostBound ? await hostId(config.dataDir) : shortId()}`
+    const instance = hostBound ? await keptName(config.dataDir) : newName()
     const connection = await openPostgres(url, { instance, poolSize: config.databasePoolSize })
     closing.push(() => connection.close())
     const cluster = new PostgresCluster(connection, {
@@ -99,15 +99,15 @@ async function openShared(
   }
 }
 
-/** The same after a restart: workers of this folder are found again by whoever has it. */
-async function hostId(dataDir: string): Promise<string> {
+/** The same after a restart, whatever the host is called by then: whoever has the folder has its workers. */
+async function keptName(dataDir: string): Promise<string> {
   const path = join(dataDir, 'instance')
-  await writeFile(path, shortId(), { flag: 'wx', mode: 0o600 }).catch(ifThere)
+  await writeFile(path, newName(), { flag: 'wx', mode: 0o600 }).catch(ifThere)
   return (await readFile(path, 'utf8')).trim()
 }
 
-function shortId(): string {
-  return randomUUID().slice(0, 8)
+function newName(): string {
+  return `${hostname()}-${randomUUID().slice(0, 8)}`
 }
 
 function ifThere(err: NodeJS.ErrnoException): void {

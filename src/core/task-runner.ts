@@ -110,10 +110,13 @@ export class TaskRunner {
     clearTimeout(this.#beat)
     for (const run of this.#runs.values()) run.letGo.abort()
     await Promise.all([...this.#runs.values()].map((run) => run.done))
-    await Promise.all(this.#afterwards)
     await stopped
     await this.#beating
-    await this.#options.cluster?.leave()
+    // Before the rest: others need not wait for receivers that we wait for.
+    await this.#options.cluster?.leave().catch((err: unknown) => {
+      this.#log.warn({ err }, 'leaving could not be told: others find out')
+    })
+    await Promise.all(this.#afterwards)
   }
 
   /** Ends a task in whatever state it is. Idempotent; final tasks stay as they are. */
@@ -385,9 +388,13 @@ export class TaskRunner {
     }
   }
 
-  /** Ends a task whose worker is out of reach with the host of the instance that has died. */
+  /**
+   * Ends a task whose worker is out of reach with the host of the instance that has died. Claimed until it is answered:
+   * a claim that got through unheard would leave the task ours, with nobody to look after it.
+   */
   async #giveUp(orphan: OrphanedTask): Promise<void> {
-    const task = await this.#store.claim(orphan.taskId, orphan.claim)
+    const claiming = () => this.#store.claim(orphan.taskId, orphan.claim)
+    const task = await this.#persistently('claiming a task', claiming)
     if (!task) return
     const message = `The host of instance ${orphan.instance} has not come back, and the worker ran there`
     await this.#settle(task, failure('worker_lost', message))

@@ -13,7 +13,7 @@ const CLOCK: RawBuilder<number> = sql`(extract(epoch from clock_timestamp()) * 1
 /**
  * Instances tell that they live by a row each, and judge each other by the database's clock alone. One that has not
  * been a member itself for as long as it takes to be declared dead declares nobody dead: after an outage of the
- * database all were silent.
+ * database all were silent. One that leaves says so.
  */
 export class PostgresCluster implements Cluster {
   readonly #connection: Connection
@@ -76,7 +76,6 @@ export class PostgresCluster implements Cluster {
 
   async orphans(): Promise<OrphanedTask[]> {
     const memberMs = performance.now() - this.#memberSince
-    if (memberMs < SILENT_MS) return []
     const { db } = this.#connection
     const silentFor = (ms: number) => sql<boolean>`instances.seen_at < ${CLOCK} - ${ms}::bigint`
     const rows = await db
@@ -86,8 +85,12 @@ export class PostgresCluster implements Cluster {
       .where(RUNNING)
       .where((eb) =>
         eb.or([
-          eb.and([eb('host_bound', '=', 0), silentFor(SILENT_MS)]),
-          ...(memberMs < this.#hostGraceMs
+          // Those that have left are not waited for.
+          eb('seen_at', '=', 0),
+          ...(memberMs < SILENT_MS
+            ? []
+            : [eb.and([eb('host_bound', '=', 0), silentFor(SILENT_MS)])]),
+          ...(memberMs < Math.max(SILENT_MS, this.#hostGraceMs)
             ? []
             : [eb.and([eb('host_bound', '=', 1), silentFor(this.#hostGraceMs)])]),
         ]),

@@ -15,6 +15,8 @@ const TYPES = { serial: 'bigserial primary key', bytes: 'bytea' }
 const CONNECT_TIMEOUT_MS = 5_000
 /** On the server. */
 const STATEMENT_TIMEOUT_MS = 10_000
+/** Of an instance that was paused amid a transaction, and keeps its locks from others. */
+const IDLE_TIMEOUT_MS = 10_000
 /** Here, where a server that cannot be reached any more ends nothing. */
 const ANSWER_TIMEOUT_MS = 12_000
 
@@ -26,6 +28,7 @@ export function connectionOptions(url: string, instance: string) {
     connectionTimeoutMillis: CONNECT_TIMEOUT_MS,
     // What is acknowledged is on disk, whatever the server's default.
     options: '-c synchronous_commit=on',
+    idle_in_transaction_session_timeout: IDLE_TIMEOUT_MS,
     keepAlive: true,
   }
 }
@@ -45,7 +48,6 @@ export async function openPostgres(
     max: options.poolSize,
     statement_timeout: STATEMENT_TIMEOUT_MS,
     query_timeout: ANSWER_TIMEOUT_MS,
-    idle_in_transaction_session_timeout: STATEMENT_TIMEOUT_MS,
   })
   // A connection that breaks while nobody uses it is taken out of the pool; the next statement opens another.
   pool.on('error', () => {})

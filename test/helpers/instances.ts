@@ -31,6 +31,7 @@ export interface Instances extends AsyncDisposable {
   /** Starts one more. Each `host` has a data folder of its own. */
   start(host: string, env?: Record<string, string>): Promise<Service>
   dataDirOf(host: string): string
+  databaseUrl: string
   sql(text: string, values?: unknown[]): Promise<Row[]>
   /** Waits until the instance has told anew that it lives, and then once more: it knows by then what is its own. */
   beats(instance: string): Promise<void>
@@ -54,6 +55,7 @@ export async function startInstances(
   return {
     stage,
     dataDirOf,
+    databaseUrl: url,
     sql,
     start(host, env) {
       hosts.add(host)
