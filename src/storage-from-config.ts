@@ -67,7 +67,7 @@ async function openShared(
   try {
     const hostBound = config.workerBackend === 'local'
     if (hostBound) closing.push(await lockFile(join(config.dataDir, 'lock')))
-    const instance = `${hostname()}-${hostBound ? await hostId(config.dataDir) : shortId()}`
+    const instance = hostBound ? await keptName(config.dataDir) : newName()
     const connection = await openPostgres(url, { instance, poolSize: config.databasePoolSize })
     closing.push(() => connection.close())
     const cluster = new PostgresCluster(connection, {
@@ -99,17 +99,22 @@ async function openShared(
   }
 }
 
-/** The same after a restart: workers of this folder are found again by whoever has it. */
-async function hostId(dataDir: string): Promise<string> {
+/** The same after a restart, whatever the host is called by then: whoever has the folder has its workers. */
+async function keptName(dataDir: string): Promise<string> {
   const path = join(dataDir, 'instance')
-  await writeFile(path, shortId(), { flag: 'wx', mode: 0o600 }).catch(ifThere)
-  return (await readFile(path, 'utf8')).trim()
+  // Empty: killed before it was written.
+  const kept = (await readFile(path, 'utf8').catch(ifMissing)).trim()
+  if (kept !== '') return kept
+  const name = newName()
+  await writeFile(path, name, { mode: 0o600 })
+  return name
 }
 
-function shortId(): string {
-  return randomUUID().slice(0, 8)
+function newName(): string {
+  return `${hostname()}-${randomUUID().slice(0, 8)}`
 }
 
-function ifThere(err: NodeJS.ErrnoException): void {
-  if (err.code !== 'EEXIST') throw err
+function ifMissing(err: NodeJS.ErrnoException): string {
+  if (err.code === 'ENOENT') return ''
+  throw err
 }
