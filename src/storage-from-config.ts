@@ -102,14 +102,19 @@ async function openShared(
 /** The same after a restart, whatever the host is called by then: whoever has the folder has its workers. */
 async function keptName(dataDir: string): Promise<string> {
   const path = join(dataDir, 'instance')
-  await writeFile(path, newName(), { flag: 'wx', mode: 0o600 }).catch(ifThere)
-  return (await readFile(path, 'utf8')).trim()
+  // Empty: killed before it was written.
+  const kept = (await readFile(path, 'utf8').catch(ifMissing)).trim()
+  if (kept !== '') return kept
+  const name = newName()
+  await writeFile(path, name, { mode: 0o600 })
+  return name
 }
 
 function newName(): string {
   return `${hostname()}-${randomUUID().slice(0, 8)}`
 }
 
-function ifThere(err: NodeJS.ErrnoException): void {
-  if (err.code !== 'EEXIST') throw err
+function ifMissing(err: NodeJS.ErrnoException): string {
+  if (err.code === 'ENOENT') return ''
+  throw err
 }

@@ -16,7 +16,7 @@ const RETRY_MS = 1_000
 const HINT_MS = 10
 /** Instances that hear of many tasks at once share them. */
 const FETCHED_AT_ONCE = 16
-/** Of an instance between fetching a task and claiming it; the engine takes no less. */
+/** Of an instance between fetching a task and claiming it, and while it sweeps; the engine takes no less. */
 const HEARTBEAT_SECONDS = 10
 const SUPERVISE_SECONDS = 5
 const TEN_YEARS = 10 * 365 * 86_400
@@ -95,7 +95,13 @@ export class PgBossQueue implements TaskQueue {
       retryLimit: 1_000_000,
       retentionSeconds: TEN_YEARS,
     })
-    await boss.createQueue(SWEEP, { policy: 'exclusive', retryLimit: 0, deleteAfterSeconds: 3_600 })
+    await boss.createQueue(SWEEP, {
+      policy: 'exclusive',
+      // One that died amid its sweep keeps others from theirs no longer than this.
+      heartbeatSeconds: HEARTBEAT_SECONDS,
+      retryLimit: 0,
+      deleteAfterSeconds: 3_600,
+    })
     await this.#count()
     this.#listener = await boss.getDb().listen?.(CHANNEL, this.#onNotification, this.#onMissed)
   }

@@ -86,7 +86,7 @@ export interface KubernetesInstances extends Instances {
   fake: FakeKubernetes
   /** How often a Job of this name was asked for and made. */
   jobsMade(workerName?: string): number
-  expectNothingLeft(): Promise<void>
+  expectNothingLeft(withinMs?: number): Promise<void>
 }
 
 export async function startKubernetesInstances(
@@ -114,12 +114,15 @@ export async function startKubernetesInstances(
         const { metadata } = body as { metadata: { name: string } }
         return workerName === undefined || metadata.name === workerName
       }).length,
-    expectNothingLeft: () =>
+    expectNothingLeft: (withinMs) =>
       eventually(() => {
         for (const kind of ['jobs', 'pods', 'secrets'] as const) {
-          expect(fake.objects(kind), kind).toEqual([])
+          expect(
+            fake.objects(kind).map(({ metadata }) => metadata.name),
+            kind,
+          ).toEqual([])
         }
-      }),
+      }, withinMs),
     async [Symbol.asyncDispose]() {
       await instances[Symbol.asyncDispose]()
       await fake[Symbol.asyncDispose]()
