@@ -94,6 +94,36 @@ function keptAlive(): void {
       SLOW_MS,
     )
 
+    test(
+      'a task that outlives its engine, twice, has a whole log, though the engine loses what it has of a line',
+      async () => {
+        const { dockerd, harness } = opened()
+        const gate = () => join(harness.sharedDir, marker())
+        const [go, again, end] = [gate(), gate(), gate()]
+        const until = (file: string) => `until [ -e ${file} ]; do sleep 0.02; done`
+        const script = [
+          ...['echo 1; printf 2a', until(go), 'echo 2b; echo 3', until(again), 'echo 4'],
+          ...[until(end), 'echo 5'],
+        ].join('; ')
+        const worker = await harness.backend.provision(spec(script), NEVER)
+        for (const [seen, file] of [
+          ['1\n2a', go],
+          ['1\n2a2b\n3\n', again],
+        ] as const) {
+          await expect.poll(() => logOf(worker), { timeout: 10_000 }).toBe(seen)
+          await dockerd.kill('SIGKILL')
+          await touch(file)
+          await dockerd.start()
+        }
+        await touch(end)
+        expect((await worker.completion(NEVER)).reason).toBe('completed')
+        expect(await logOf(worker)).toBe('1\n2a2b\n3\n4\n5\n')
+        // Which is more than the engine has.
+        expect(await dockerd.docker('logs', worker.name)).toBe('1\n2b\n3\n4\n5\n')
+      },
+      SLOW_MS,
+    )
+
     test('another engine knows nothing of its workers', async () => {
       const { harness } = opened()
       const { worker, go } = await begun(harness, 'exit 5')

@@ -6,6 +6,7 @@ import { LogRing } from '../log-ring.ts'
 import { WORKER_FOLDER } from '../worker-files.ts'
 import { type Inspected, LABELS } from './container.ts'
 import { type Engine, EngineError, outputOf, untilAnswered } from './engine.ts'
+import { LogRereader } from './log-rereader.ts'
 
 export const REMOVED = 'The container was removed from outside'
 
@@ -18,11 +19,6 @@ const QUIET_MS = 200
 const KILLED_EXIT_CODE = 137
 /** Of the init process, which then has nothing to run. */
 const COULD_NOT_RUN = [126, 127]
-
-/** However short its lines are, the engine's files hold so much of a log. */
-const SURELY_KEPT_BYTES = 5 * 1024 * 1024
-/** Where a log that is read again is recognised by. */
-const LAST_BYTES = 64 * 1024
 
 export interface ContainerWatchOptions {
   engine: Engine
@@ -43,12 +39,11 @@ export class ContainerWatch {
   readonly ended: Promise<Completion>
   readonly #id: string
   readonly #keeps: boolean
+  readonly #rereader: LogRereader
   readonly #maxLogBytes: number
   readonly #options: ContainerWatchOptions
   #completion: Completion | undefined
   #isOverLogLimit = false
-  /** Of its log, again and again: more than the ring has of it. */
-  #bytesRead = 0
 
   /** `output`: from the container's start; undefined: its log is read again, as far as the engine has kept it. */
   constructor(
@@ -59,6 +54,7 @@ export class ContainerWatch {
     const labels = container.Config.Labels
     this.name = container.Name.replace(/^\//, '')
     this.ring = new LogRing(options.logBytesKept)
+    this.#rereader = new LogRereader(this.ring)
     this.#id = container.Id
     this.#keeps = Boolean(labels[LABELS.keeps])
     this.#maxLogBytes = Number(labels[LABELS.maxLogBytes])
@@ -104,7 +100,7 @@ export class ContainerWatch {
     const { closing: signal, inspect, log } = this.#options
     for (let output = first; !signal.aborted; output = undefined) {
       try {
-        for await (const piece of output ?? this.#unseen(await this.#logs())) {
+        for await (const piece of output ?? this.#rereader.unseen(await this.#logs())) {
           ring.append(piece)
           if (ring.totalBytes > this.#maxLogBytes && !this.#isOverLogLimit) {
             this.#isOverLogLimit = true
@@ -127,31 +123,6 @@ export class ContainerWatch {
     const query = { follow: String(follow), stdout: 'true', stderr: 'true' }
     const { engine, closing: signal } = this.#options
     return outputOf(await engine.stream('GET', `/containers/${this.#id}/logs`, { query, signal }))
-  }
-
-  /** Of a log that is read from its beginning again, what is not in the ring. */
-  async *#unseen(pieces: AsyncIterable<Buffer>): AsyncGenerator<Buffer, void> {
-    const { ring } = this
-    let toSkip = ring.totalBytes
-    // The engine may have dropped the beginning: then it goes on after what we have last.
-    const last = toSkip > SURELY_KEPT_BYTES ? ring.tail(LAST_BYTES).content : undefined
-    let window: Buffer = Buffer.alloc(0)
-    for await (const piece of pieces) {
-      this.#bytesRead += piece.length
-      if (last === undefined || toSkip === 0) {
-        const fresh = piece.subarray(toSkip)
-        toSkip -= piece.length - fresh.length
-        yield fresh
-        continue
-      }
-      window = Buffer.concat([window, piece])
-      const at = window.indexOf(last)
-      if (at < 0) window = window.subarray(Math.max(0, window.length - last.length + 1))
-      else {
-        toSkip = 0
-        yield window.subarray(at + last.length)
-      }
-    }
   }
 
   /** How the task ended, once it has. Whatever befalls the engine meanwhile, the task is not judged by it. */
@@ -191,7 +162,7 @@ export class ContainerWatch {
     let movedAt = performance.now()
     for (let seen = -1; !ring.isEnded && ring.totalBytes < whole && !signal.aborted; ) {
       // Reading again what the ring has takes its time, too.
-      const progress = ring.totalBytes + this.#bytesRead
+      const progress = ring.totalBytes + this.#rereader.bytesRead
       if (progress !== seen) movedAt = performance.now()
       else if (performance.now() - movedAt > LAST_OUTPUT_MS) break
       seen = progress
@@ -200,10 +171,11 @@ export class ContainerWatch {
     ring.end()
   }
 
+  /** What the ring has to have. */
   async #bytesLogged(): Promise<number> {
     let bytes = 0
     for await (const piece of await this.#logs(false)) bytes += piece.length
-    return bytes
+    return this.#rereader.inRing(bytes)
   }
 
   async #completionOf(container: Inspected): Promise<Completion> {
