@@ -20,6 +20,12 @@ const KILLED_EXIT_CODE = 137
 /** Of the init process, which then has nothing to run. */
 const COULD_NOT_RUN = [126, 127]
 
+/** An engine that saw a container end has told so by then: it waits two seconds for the last output. */
+const END_TOLD_SECONDS = 3
+
+export const END_UNSEEN =
+  '[task-runner] The container engine was down when the task ended: the end of the log may be missing\n'
+
 export interface ContainerWatchOptions {
   engine: Engine
   /** One of ours, by its name; undefined when it is gone. */
@@ -97,26 +103,63 @@ export class ContainerWatch {
   /** Fills the ring until the container has ended, across cuts of the stream. Never rejects. */
   async #feed(first: AsyncIterable<Buffer> | undefined): Promise<void> {
     const { ring } = this
-    const { closing: signal, inspect, log } = this.#options
+    const { closing: signal, inspect } = this.#options
+    let cutAt = Number.POSITIVE_INFINITY
     for (let output = first; !signal.aborted; output = undefined) {
       try {
-        for await (const piece of output ?? this.#rereader.unseen(await this.#logs())) {
-          ring.append(piece)
-          if (ring.totalBytes > this.#maxLogBytes && !this.#isOverLogLimit) {
-            this.#isOverLogLimit = true
-            void this.stop().catch((err: unknown) =>
-              log.error({ err, worker: this.name }, 'ending a task failed'),
-            )
-          }
+        const pieces = output ?? this.#rereader.unseen(await this.#logs())
+        const unwatched = { from: cutAt, to: Date.now() }
+        try {
+          for await (const piece of pieces) this.#append(piece)
+        } finally {
+          cutAt = Date.now()
         }
-        const state = (await inspect(this.name))?.State.Status
-        if (state === undefined || ['exited', 'dead', 'removing'].includes(state)) break
+        const container = await inspect(this.name)
+        if (!container) break
+        if (['exited', 'dead', 'removing'].includes(container.State.Status)) {
+          if (await this.#endedUnseen(container, unwatched)) this.#note(END_UNSEEN)
+          break
+        }
       } catch (err) {
         if (err instanceof EngineError && err.status === 404) break
       }
       await pause(RETRY_MS, undefined, { signal }).catch(() => {})
     }
     ring.end()
+  }
+
+  #append(piece: Buffer): void {
+    const { ring } = this
+    ring.append(piece)
+    if (ring.totalBytes <= this.#maxLogBytes || this.#isOverLogLimit) return
+    this.#isOverLogLimit = true
+    void this.stop().catch((err: unknown) =>
+      this.#options.log.error({ err, worker: this.name }, 'ending a task failed'),
+    )
+  }
+
+  /** On a line of its own. */
+  #note(line: string): void {
+    const { content } = this.ring.tail(1)
+    const isInLine = content.length > 0 && content.toString() !== '\n'
+    this.ring.append(Buffer.from(`${isInLine ? '\n' : ''}${line}`))
+  }
+
+  /**
+   * Whether the engine was down when the container ended. What is written then waits in a pipe for the engine, which
+   * goes with the container: an engine that keeps containers while it is down finds only what one left that runs.
+   */
+  async #endedUnseen(
+    container: Inspected,
+    unwatched: { from: number; to: number },
+  ): Promise<boolean> {
+    // Podman's containers have their logs written by a process of their own.
+    if (container.HostConfig.LogConfig.Type !== 'local') return false
+    const endedAt = Date.parse(container.State.FinishedAt)
+    if (endedAt < unwatched.from || endedAt > unwatched.to) return false
+    // Perhaps only we were cut off: then it has seen the end, and tells of it.
+    const until = endedAt / 1000 + END_TOLD_SECONDS
+    return !(await this.#hadEvent(container, 'die', { since: endedAt / 1000, until }))
   }
 
   async #logs(follow = true): Promise<AsyncIterable<Buffer>> {
@@ -203,18 +246,23 @@ export class ContainerWatch {
   }
 
   /** The flag in the container's state is not to be relied on (moby/moby#15621); the event is. */
-  async #hadOom({ Id, State }: Inspected): Promise<boolean> {
-    const seconds = (time: string) => Math.floor(Date.parse(time) / 1000)
+  async #hadOom(container: Inspected): Promise<boolean> {
+    const { State } = container
+    const since = Date.parse(State.StartedAt) / 1000
     // One that stays has not finished.
-    const end = State.Status === 'running' ? Date.now() / 1000 : seconds(State.FinishedAt)
-    const text = await this.#options.engine.text('GET', '/events', {
-      query: {
-        since: seconds(State.StartedAt),
-        until: Math.ceil(end) + 1,
-        filters: JSON.stringify({ container: [Id], event: ['oom'] }),
-      },
-    })
-    return text.trim() !== ''
+    const end = State.Status === 'running' ? Date.now() : Date.parse(State.FinishedAt)
+    return this.#hadEvent(container, 'oom', { since, until: Math.ceil(end / 1000) + 1 })
+  }
+
+  /** In seconds since 1970. Waits for `until`. */
+  async #hadEvent(
+    { Id }: Inspected,
+    event: string,
+    { since, until }: { since: number; until: number },
+  ): Promise<boolean> {
+    const filters = JSON.stringify({ container: [Id], event: [event] })
+    const query = { since: Math.floor(since), until: Math.ceil(until), filters }
+    return (await this.#options.engine.text('GET', '/events', { query })).trim() !== ''
   }
 }
 
