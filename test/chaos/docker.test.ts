@@ -1,18 +1,29 @@
 import { once } from 'node:events'
-import { mkdtemp, rm, symlink } from 'node:fs/promises'
+import { chmod, mkdir, mkdtemp, rm, symlink } from 'node:fs/promises'
 import { createServer } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { describe, expect, test } from 'vitest'
-import { docker, TEST_IMAGE, whyNoDocker } from '../helpers/docker.ts'
+import { END_UNSEEN } from '../../src/workers/docker/container-watch.ts'
+import {
+  busyboxRoot,
+  docker,
+  importImage,
+  startDockerd,
+  TEST_IMAGE,
+  whyNoDocker,
+} from '../helpers/docker.ts'
 import { startGitServer } from '../helpers/git-server.ts'
 import { startReceiver } from '../helpers/receiver.ts'
 import { eventually, exitAfter, finalTask, get, logOf, post } from '../helpers/recovery.ts'
 import { type Service, startService } from '../helpers/service.ts'
+import { fileThere, touch } from '../workers/contract.ts'
 
 const skipped = await whyNoDocker()
 const TASKS = 200
 const SLOW_MS = 240_000
+/** How long the engine is down. */
+const DOWN_MS = 30_000
 
 /** A data folder and its services, with Docker workers. Nothing of them may be left. */
 async function startStage(env: Record<string, string> = {}) {
@@ -177,6 +188,114 @@ function tests(): void {
     await eventually(async () => expect(await ready()).toMatchObject({ status: 200 }))
     expect(await finalTask(service, taskId)).toMatchObject({ status: 'succeeded' })
   })
+
+  test(
+    'tasks whose engine is down for half a minute end as they did, those that ended meanwhile, too',
+    async () => {
+      await using dockerd = await startDockerd('--live-restore')
+      await using stage = await startStage()
+      const { folder, receiver, mark } = stage
+      const host = `unix://${dockerd.socketPath}`
+      const image = 'task-runner-busybox'
+      await busyboxRoot(join(folder, 'image'))
+      await importImage(join(folder, 'image'), image, ['--host', host])
+      const shared = join(folder, 'shared')
+      await mkdir(shared)
+      // Workers run as a user of their own.
+      await chmod(folder, 0o755)
+      await chmod(shared, 0o777)
+      const service = await stage.start({
+        ...{ DOCKER_HOST: host, WORKER_IMAGE: image, WORKER_MOUNTS: `${shared}:${shared}` },
+      })
+      const id = (name: string) => `${mark}-${name}`
+      const file = (name: string) => join(shared, name)
+      const untilThere = (name: string) => `until [ -e ${file(name)} ]; do sleep 0.05; done`
+      const submit = async (name: string, script: string) => {
+        const answer = await post(service, '/task-runner', {
+          task_id: id(name),
+          task_file_name: 'w-eval.sh',
+          callback_url: receiver.url,
+          worker_config: { env_variables: { SCRIPT: script } },
+        })
+        expect(answer).toMatchObject({ status: 200 })
+      }
+      const lines = (count: number) =>
+        Array.from({ length: count }, (_, index) => `${index + 1}\n`).join('')
+      /** What they do before and while the engine is down, and when it is back. */
+      const tasks: Record<string, [before: string, meanwhile: string, afterwards?: string]> = {
+        fails: ['seq 1 20000', 'echo lost; : >$FOLDER/fails-ended; exit 11'],
+        succeeds: ['echo before', ': >$FOLDER/succeeds-ended; exit 0'],
+        // More than the pipe to the engine holds: it has to wait for the engine.
+        floods: ['echo before', 'seq 1 30000; exit 12'],
+        outlives: ['printf "a line"', 'echo " and its end"', 'echo late; exit 13'],
+      }
+      const outcomes: Record<string, { code: number; log: string }> = {
+        fails: { code: 11, log: lines(20_000) + END_UNSEEN },
+        succeeds: { code: 0, log: `before\n${END_UNSEEN}` },
+        floods: { code: 12, log: `before\n${lines(30_000)}` },
+        outlives: { code: 13, log: 'a line and its end\nlate\n' },
+        new: { code: 14, log: 'new\n' },
+      }
+      for (const [name, [before, meanwhile, afterwards]] of Object.entries(tasks)) {
+        const steps = [
+          `FOLDER=${shared}`,
+          before,
+          `: >${file(name)}`,
+          untilThere('down'),
+          meanwhile,
+        ]
+        if (afterwards) steps.push(untilThere('back'), afterwards)
+        await submit(name, steps.join('; '))
+      }
+      for (const name of Object.keys(tasks)) await fileThere(file(name))
+      await eventually(async () => expect(await logOf(service, id('outlives'))).toContain('a line'))
+
+      await dockerd.kill('SIGKILL')
+      const backAt = performance.now() + DOWN_MS
+      await touch(file('down'))
+      for (const name of ['fails', 'succeeds']) await fileThere(file(`${name}-ended`))
+      await submit('new', 'echo new; exit 14')
+      // The only real time that a test waits for: a clock moved by hand would not move the engine's, the kernel's
+      // pipes and the timeouts of connections, and these are what half a minute is about.
+      const seen = new Set<string>()
+      await eventually(async () => {
+        const { status } = await get(service, '/health/ready')
+        seen.add(`ready: ${status}`)
+        for (const name of Object.keys(tasks)) {
+          seen.add(`${name}: ${(await get(service, `/tasks/${id(name)}`)).body.status}`)
+        }
+        expect(performance.now()).toBeGreaterThan(backAt)
+      }, SLOW_MS)
+      expect([...seen]).toEqual([
+        'ready: 503',
+        ...Object.keys(tasks).map((name) => `${name}: running`),
+      ])
+      expect(receiver.received).toEqual([])
+
+      await dockerd.start()
+      await touch(file('back'))
+      for (const [name, { code, log }] of Object.entries(outcomes)) {
+        expect(await finalTask(service, id(name)), name).toMatchObject({
+          status: code === 0 ? 'succeeded' : 'failed',
+          reason: code === 0 ? 'completed' : 'exit_code',
+          exit_code: code,
+        })
+        // What is lost may be kept by an engine to come.
+        const logged = (await logOf(service, id(name))).replace('lost\n', '')
+        expect(logged, name).toBe(log)
+        const { body } = await receiver.callbackOf(id(name))
+        expect(body).toMatchObject({ task_id: id(name), success: code === 0 })
+        expect(body.logs.replace('lost\n', '')).toBe(log)
+      }
+      expect(receiver.received).toHaveLength(Object.keys(outcomes).length)
+      await eventually(async () => {
+        expect((await get(service, '/health/ready')).status).toBe(200)
+        expect((await get(service, '/workers')).body).toEqual({ workers: [] })
+      })
+      expect(await dockerd.docker('ps', '--all', '--quiet')).toBe('')
+    },
+    SLOW_MS,
+  )
 }
 
 if (skipped === undefined) describe('the service with Docker workers', tests)

@@ -3,6 +3,7 @@ import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { END_UNSEEN } from '../../src/workers/docker/container-watch.ts'
 import type { DockerBackend } from '../../src/workers/docker/docker-backend.ts'
 import { EngineUnreachableError } from '../../src/workers/docker/engine.ts'
 import {
@@ -57,7 +58,7 @@ const unreachable = (backend: DockerBackend) =>
 function keptAlive(): void {
   withEngine(['--live-restore'], (opened) => {
     test(
-      'a task that ends while the engine is down has its true exit code and its whole log',
+      'a task that ends while the engine is down has its true exit code, and a log that tells of what may be missing',
       async () => {
         const { dockerd, harness } = opened()
         const ended = join(harness.sharedDir, marker())
@@ -80,9 +81,9 @@ function keptAlive(): void {
         expect(await ends[0]).toMatchObject({ reason: 'exit_code', exitCode: 11 })
         const lines = Array.from({ length: 20_000 }, (_, index) => `${index + 1}\n`)
         const log = await logOf(worker)
-        expect(log.replace('after\n', '')).toBe(lines.join(''))
-        // Its last words of that time the engine itself may lose.
-        expect(log).toBe(await dockerd.docker('logs', worker.name))
+        // Its last words, which waited for the engine in a pipe, went with the container.
+        expect(log.replace('after\n', '')).toBe(lines.join('') + END_UNSEEN)
+        expect(log).toBe((await dockerd.docker('logs', worker.name)) + END_UNSEEN)
         await touch(long.go)
         expect(await ends[1]).toMatchObject({ reason: 'exit_code', exitCode: 12 })
         expect(await logOf(long.worker)).toBe('early\nlate\n')
@@ -90,6 +91,36 @@ function keptAlive(): void {
         const made = await asked
         expect(await made.completion(NEVER)).toMatchObject({ exitCode: 13 })
         expect(await logOf(made)).toBe('new\n')
+      },
+      SLOW_MS,
+    )
+
+    test(
+      'a task that outlives its engine, twice, has a whole log, though the engine loses what it has of a line',
+      async () => {
+        const { dockerd, harness } = opened()
+        const gate = () => join(harness.sharedDir, marker())
+        const [go, again, end] = [gate(), gate(), gate()]
+        const until = (file: string) => `until [ -e ${file} ]; do sleep 0.02; done`
+        const script = [
+          ...['echo 1; printf 2a', until(go), 'echo 2b; echo 3', until(again), 'echo 4'],
+          ...[until(end), 'echo 5'],
+        ].join('; ')
+        const worker = await harness.backend.provision(spec(script), NEVER)
+        for (const [seen, file] of [
+          ['1\n2a', go],
+          ['1\n2a2b\n3\n', again],
+        ] as const) {
+          await expect.poll(() => logOf(worker), { timeout: 10_000 }).toBe(seen)
+          await dockerd.kill('SIGKILL')
+          await touch(file)
+          await dockerd.start()
+        }
+        await touch(end)
+        expect((await worker.completion(NEVER)).reason).toBe('completed')
+        expect(await logOf(worker)).toBe('1\n2a2b\n3\n4\n5\n')
+        // Which is more than the engine has.
+        expect(await dockerd.docker('logs', worker.name)).toBe('1\n2b\n3\n4\n5\n')
       },
       SLOW_MS,
     )
@@ -117,7 +148,8 @@ function ended(): void {
       'a task that died with its engine is lost: never a success',
       async () => {
         const { dockerd, harness } = opened()
-        const { worker } = await begun(harness, 'exit 0', 'echo before')
+        const { worker } = await begun(harness, 'exit 0', 'printf before')
+        await expect.poll(() => logOf(worker)).toBe('before')
         const end = worker.completion(NEVER)
         const pid = await dockerd.docker('inspect', '--format', '{{.State.Pid}}', worker.name)
         await dockerd.kill('SIGKILL')
@@ -125,7 +157,7 @@ function ended(): void {
         await unreachable(harness.backend)
         await dockerd.start()
         expect(await end).toMatchObject({ reason: 'worker_lost', exitCode: null })
-        expect(await logOf(worker)).toBe('before\n')
+        expect(await logOf(worker)).toBe(`before\n${END_UNSEEN}`)
         expect(await worker.status()).toBe('Completed')
       },
       SLOW_MS,
@@ -140,7 +172,10 @@ function ended(): void {
         await dockerd.kill('SIGTERM')
         await dockerd.start()
         expect(await end).toMatchObject({ reason: 'signal', signal: 'SIGTERM' })
-        expect(await logOf(worker)).toMatch(/^before\n/)
+        const log = await logOf(worker)
+        expect(log).toMatch(/^before\n/)
+        // The engine saw it end.
+        expect(log).not.toContain(END_UNSEEN)
       },
       SLOW_MS,
     )

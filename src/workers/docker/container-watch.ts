@@ -6,6 +6,7 @@ import { LogRing } from '../log-ring.ts'
 import { WORKER_FOLDER } from '../worker-files.ts'
 import { type Inspected, LABELS } from './container.ts'
 import { type Engine, EngineError, outputOf, untilAnswered } from './engine.ts'
+import { LogRereader } from './log-rereader.ts'
 
 export const REMOVED = 'The container was removed from outside'
 
@@ -19,10 +20,11 @@ const KILLED_EXIT_CODE = 137
 /** Of the init process, which then has nothing to run. */
 const COULD_NOT_RUN = [126, 127]
 
-/** However short its lines are, the engine's files hold so much of a log. */
-const SURELY_KEPT_BYTES = 5 * 1024 * 1024
-/** Where a log that is read again is recognised by. */
-const LAST_BYTES = 64 * 1024
+/** An engine that saw a container end has told so by then: it waits two seconds for the last output. */
+const END_TOLD_SECONDS = 3
+
+export const END_UNSEEN =
+  '[task-runner] The container engine was down when the task ended: the end of the log may be missing\n'
 
 export interface ContainerWatchOptions {
   engine: Engine
@@ -43,12 +45,11 @@ export class ContainerWatch {
   readonly ended: Promise<Completion>
   readonly #id: string
   readonly #keeps: boolean
+  readonly #rereader: LogRereader
   readonly #maxLogBytes: number
   readonly #options: ContainerWatchOptions
   #completion: Completion | undefined
   #isOverLogLimit = false
-  /** Of its log, again and again: more than the ring has of it. */
-  #bytesRead = 0
 
   /** `output`: from the container's start; undefined: its log is read again, as far as the engine has kept it. */
   constructor(
@@ -59,6 +60,7 @@ export class ContainerWatch {
     const labels = container.Config.Labels
     this.name = container.Name.replace(/^\//, '')
     this.ring = new LogRing(options.logBytesKept)
+    this.#rereader = new LogRereader(this.ring)
     this.#id = container.Id
     this.#keeps = Boolean(labels[LABELS.keeps])
     this.#maxLogBytes = Number(labels[LABELS.maxLogBytes])
@@ -101,20 +103,23 @@ export class ContainerWatch {
   /** Fills the ring until the container has ended, across cuts of the stream. Never rejects. */
   async #feed(first: AsyncIterable<Buffer> | undefined): Promise<void> {
     const { ring } = this
-    const { closing: signal, inspect, log } = this.#options
+    const { closing: signal, inspect } = this.#options
+    let cutAt = Number.POSITIVE_INFINITY
     for (let output = first; !signal.aborted; output = undefined) {
       try {
-        for await (const piece of output ?? this.#unseen(await this.#logs())) {
-          ring.append(piece)
-          if (ring.totalBytes > this.#maxLogBytes && !this.#isOverLogLimit) {
-            this.#isOverLogLimit = true
-            void this.stop().catch((err: unknown) =>
-              log.error({ err, worker: this.name }, 'ending a task failed'),
-            )
-          }
+        const pieces = output ?? this.#rereader.unseen(await this.#logs())
+        const unwatched = { from: cutAt, to: Date.now() }
+        try {
+          for await (const piece of pieces) this.#append(piece)
+        } finally {
+          cutAt = Date.now()
         }
-        const state = (await inspect(this.name))?.State.Status
-        if (state === undefined || ['exited', 'dead', 'removing'].includes(state)) break
+        const container = await inspect(this.name)
+        if (!container) break
+        if (['exited', 'dead', 'removing'].includes(container.State.Status)) {
+          if (await this.#endedUnseen(container, unwatched)) this.#note(END_UNSEEN)
+          break
+        }
       } catch (err) {
         if (err instanceof EngineError && err.status === 404) break
       }
@@ -123,35 +128,44 @@ export class ContainerWatch {
     ring.end()
   }
 
+  #append(piece: Buffer): void {
+    const { ring } = this
+    ring.append(piece)
+    if (ring.totalBytes <= this.#maxLogBytes || this.#isOverLogLimit) return
+    this.#isOverLogLimit = true
+    void this.stop().catch((err: unknown) =>
+      this.#options.log.error({ err, worker: this.name }, 'ending a task failed'),
+    )
+  }
+
+  /** On a line of its own. */
+  #note(line: string): void {
+    const { content } = this.ring.tail(1)
+    const isInLine = content.length > 0 && content.toString() !== '\n'
+    this.ring.append(Buffer.from(`${isInLine ? '\n' : ''}${line}`))
+  }
+
+  /**
+   * Whether the engine was down when the container ended. What is written then waits in a pipe for the engine, which
+   * goes with the container: an engine that keeps containers while it is down finds only what one left that runs.
+   */
+  async #endedUnseen(
+    container: Inspected,
+    unwatched: { from: number; to: number },
+  ): Promise<boolean> {
+    // Podman's containers have their logs written by a process of their own.
+    if (container.HostConfig.LogConfig.Type !== 'local') return false
+    const endedAt = Date.parse(container.State.FinishedAt)
+    if (endedAt < unwatched.from || endedAt > unwatched.to) return false
+    // Perhaps only we were cut off: then it has seen the end, and tells of it.
+    const until = endedAt / 1000 + END_TOLD_SECONDS
+    return !(await this.#hadEvent(container, 'die', { since: endedAt / 1000, until }))
+  }
+
   async #logs(follow = true): Promise<AsyncIterable<Buffer>> {
     const query = { follow: String(follow), stdout: 'true', stderr: 'true' }
     const { engine, closing: signal } = this.#options
     return outputOf(await engine.stream('GET', `/containers/${this.#id}/logs`, { query, signal }))
-  }
-
-  /** Of a log that is read from its beginning again, what is not in the ring. */
-  async *#unseen(pieces: AsyncIterable<Buffer>): AsyncGenerator<Buffer, void> {
-    const { ring } = this
-    let toSkip = ring.totalBytes
-    // The engine may have dropped the beginning: then it goes on after what we have last.
-    const last = toSkip > SURELY_KEPT_BYTES ? ring.tail(LAST_BYTES).content : undefined
-    let window: Buffer = Buffer.alloc(0)
-    for await (const piece of pieces) {
-      this.#bytesRead += piece.length
-      if (last === undefined || toSkip === 0) {
-        const fresh = piece.subarray(toSkip)
-        toSkip -= piece.length - fresh.length
-        yield fresh
-        continue
-      }
-      window = Buffer.concat([window, piece])
-      const at = window.indexOf(last)
-      if (at < 0) window = window.subarray(Math.max(0, window.length - last.length + 1))
-      else {
-        toSkip = 0
-        yield window.subarray(at + last.length)
-      }
-    }
   }
 
   /** How the task ended, once it has. Whatever befalls the engine meanwhile, the task is not judged by it. */
@@ -191,7 +205,7 @@ export class ContainerWatch {
     let movedAt = performance.now()
     for (let seen = -1; !ring.isEnded && ring.totalBytes < whole && !signal.aborted; ) {
       // Reading again what the ring has takes its time, too.
-      const progress = ring.totalBytes + this.#bytesRead
+      const progress = ring.totalBytes + this.#rereader.bytesRead
       if (progress !== seen) movedAt = performance.now()
       else if (performance.now() - movedAt > LAST_OUTPUT_MS) break
       seen = progress
@@ -200,10 +214,11 @@ export class ContainerWatch {
     ring.end()
   }
 
+  /** What the ring has to have. */
   async #bytesLogged(): Promise<number> {
     let bytes = 0
     for await (const piece of await this.#logs(false)) bytes += piece.length
-    return bytes
+    return this.#rereader.inRing(bytes)
   }
 
   async #completionOf(container: Inspected): Promise<Completion> {
@@ -231,18 +246,23 @@ export class ContainerWatch {
   }
 
   /** The flag in the container's state is not to be relied on (moby/moby#15621); the event is. */
-  async #hadOom({ Id, State }: Inspected): Promise<boolean> {
-    const seconds = (time: string) => Math.floor(Date.parse(time) / 1000)
+  async #hadOom(container: Inspected): Promise<boolean> {
+    const { State } = container
+    const since = Date.parse(State.StartedAt) / 1000
     // One that stays has not finished.
-    const end = State.Status === 'running' ? Date.now() / 1000 : seconds(State.FinishedAt)
-    const text = await this.#options.engine.text('GET', '/events', {
-      query: {
-        since: seconds(State.StartedAt),
-        until: Math.ceil(end) + 1,
-        filters: JSON.stringify({ container: [Id], event: ['oom'] }),
-      },
-    })
-    return text.trim() !== ''
+    const end = State.Status === 'running' ? Date.now() : Date.parse(State.FinishedAt)
+    return this.#hadEvent(container, 'oom', { since, until: Math.ceil(end / 1000) + 1 })
+  }
+
+  /** In seconds since 1970. Waits for `until`. */
+  async #hadEvent(
+    { Id }: Inspected,
+    event: string,
+    { since, until }: { since: number; until: number },
+  ): Promise<boolean> {
+    const filters = JSON.stringify({ container: [Id], event: [event] })
+    const query = { since: Math.floor(since), until: Math.ceil(until), filters }
+    return (await this.#options.engine.text('GET', '/events', { query })).trim() !== ''
   }
 }
 

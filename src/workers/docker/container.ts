@@ -78,7 +78,7 @@ export interface Inspected {
   Id: string
   Name: string
   Config: { Labels: Record<string, string>; Image: string }
-  HostConfig: { Memory: number }
+  HostConfig: { Memory: number; LogConfig: { Type: string } }
   State: {
     Status: 'created' | 'running' | 'paused' | 'restarting' | 'removing' | 'exited' | 'dead'
     ExitCode: number
