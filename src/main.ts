@@ -16,9 +16,14 @@ try {
     if (stopping) process.exit(1)
     stopping = true
     log.info({ signal }, 'stopping; local tasks go on and are found again at the next start')
-    await app.stop()
-    await app.http.close()
-    process.exit(0)
+    try {
+      await app.stop()
+      await app.http.close()
+      process.exit(0)
+    } catch (err) {
+      log.error({ err }, 'stopping failed; what is stored is taken up at the next start')
+      process.exit(1)
+    }
   }
   process.on('SIGTERM', stop)
   process.on('SIGINT', stop)

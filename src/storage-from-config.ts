@@ -70,7 +70,10 @@ async function openShared(
     const instance = hostBound ? await keptName(config.dataDir) : newName()
     const connection = await openPostgres(url, { instance, poolSize: config.databasePoolSize })
     closing.push(() => connection.close())
-    const cluster = new PostgresCluster(connection, {
+    // Beats wait for nothing else: who is late is taken for dead.
+    const beats = await openPostgres(url, { instance, poolSize: 1 })
+    closing.push(() => beats.close())
+    const cluster = new PostgresCluster(beats, {
       ...{ instance, hostBound },
       hostGraceMs: config.hostGraceMs,
     })

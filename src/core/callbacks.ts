@@ -134,7 +134,7 @@ export class CallbackDispatcher {
     }
     if (this.#closed) {
       this.abandon(delivery)
-      await this.#store.release(taskId)
+      await this.#store.release(taskId, delivery.leaseUntil)
       return
     }
     await this.#track(
@@ -258,7 +258,7 @@ export class CallbackDispatcher {
         this.#abort.signal,
       )
       if (this.#abort.signal.aborted) {
-        await this.#store.release(taskId)
+        await this.#store.release(taskId, due.leaseUntil)
         return
       }
       // What is written now must not be moved by a jump that has happened already.
@@ -277,6 +277,7 @@ export class CallbackDispatcher {
         taskId,
         { number, startedAt, durationMs, statusCode, error },
         next,
+        due.leaseUntil,
       )
       const trace = traceOf(content)
       const fields = { taskId, ...trace, attempt: number, statusCode, error, durationMs }

@@ -180,6 +180,9 @@ export interface WaitingTask {
   priority: number
 }
 
+/** Settles when the task has been run. False: there was nothing to run, the task is final or somebody else's. */
+export type Handler = (task: SeenTask) => Promise<boolean>
+
 /** How a waiting task reaches an instance that will run it. */
 export interface TaskQueue {
   /** Tasks that wait, on all instances. */
@@ -191,7 +194,7 @@ export interface TaskQueue {
   /** Hands out a task at once, whatever the limit: it runs already. It counts against the limit. */
   resume(task: SeenTask): void
   /** Hands waiting tasks to `handler`, by their `queuePosition`, at most `concurrency` at a time. */
-  work(concurrency: number, handler: (task: SeenTask) => Promise<void>): void
+  work(concurrency: number, handler: Handler): void
   /** Hands out no more. Idempotent. */
   stop(): Promise<void>
 }
@@ -374,11 +377,13 @@ export interface DeliveryStore {
     taskId: string,
     attempt: AttemptRecord,
     next: { status: Exclude<CallbackStatus, 'none'>; nextAttemptAt: number | null },
+    /** Nothing is recorded when that lease is not held any more. */
+    leaseUntil?: number,
   ): Promise<void>
   /** Moves all that is due in the future by as much as the clock was set back or forth. */
   shiftDue(byMs: number): Promise<void>
-  /** Gives a delivery back without an attempt made. */
-  release(taskId: string): Promise<void>
+  /** Gives a delivery back without an attempt made, if that lease is still held. */
+  release(taskId: string, leaseUntil?: number): Promise<void>
   /** Makes the delivery due now. `in_flight`: an attempt is under way. Undefined: there is none. */
   redeliver(taskId: string, now: number): Promise<'queued' | 'in_flight' | undefined>
   state(taskId: string): Promise<DeliveryState | undefined>

@@ -73,6 +73,8 @@ export class TaskRunner {
   readonly #closing = new AbortController()
   /** Settles when others know that we live, and we know which tasks are still ours. */
   #membership = Promise.withResolvers<void>()
+  /** Others may have taken tasks of ours since we last knew. */
+  #isUnsure = false
   #beat: NodeJS.Timeout | undefined
   #beating: Promise<void> = Promise.resolve()
 
@@ -139,9 +141,10 @@ export class TaskRunner {
     this.#runs.get(taskId)?.cancel.abort()
   }
 
-  async #runOnce(seen: SeenTask): Promise<void> {
+  /** False: there is nothing to run. */
+  async #runOnce(seen: SeenTask): Promise<boolean> {
     const { taskId } = seen
-    if (this.#runs.has(taskId)) return
+    if (this.#runs.has(taskId)) return true
     const done = Promise.withResolvers<void>()
     const run: Run = {
       claim: undefined,
@@ -150,17 +153,25 @@ export class TaskRunner {
       done: done.promise,
     }
     this.#runs.set(taskId, run)
-    await this.#run(seen, run)
+    const wasThere = await this.#run(seen, run)
     this.#runs.delete(taskId)
     done.resolve()
+    return wasThere
   }
 
-  /** The whole story. Never rejects. */
-  async #run({ taskId, claim }: SeenTask, run: Run): Promise<void> {
+  /** The whole story. Never rejects. False: the task is final, or somebody else's. */
+  async #run({ taskId, claim }: SeenTask, run: Run): Promise<boolean> {
     const letGo = run.letGo.signal
     const claiming = () => this.#store.claim(taskId, claim)
     const task = await this.#persistently('claiming a task', claiming, letGo)
-    if (!task) return
+    if (!task) return letGo.aborted
+    await this.#seeTaskThrough(task, run)
+    return true
+  }
+
+  async #seeTaskThrough(task: ClaimedTask, run: Run): Promise<void> {
+    const { taskId } = task
+    const letGo = run.letGo.signal
     run.claim = task.claim
     if (task.cancelRequested) run.cancel.abort()
     const cancelled = run.cancel.signal
@@ -404,7 +415,7 @@ export class TaskRunner {
 
   /** What an instance does that may have been thought dead: nothing, until it knows. Throws when `signal` aborts. */
   async #sure(signal: AbortSignal): Promise<void> {
-    if (this.#options.cluster?.isMember() ?? true) return
+    if ((this.#options.cluster?.isMember() ?? true) && !this.#isUnsure) return
     await until(this.#membership.promise, signal)
   }
 
@@ -424,10 +435,12 @@ export class TaskRunner {
   }
 
   async #confirm(cluster: Cluster): Promise<void> {
-    const wasKnown = await cluster.beat()
-    if (!wasKnown) await this.#reconcile(cluster)
+    if (!cluster.isMember()) this.#isUnsure = true
+    if (!(await cluster.beat())) this.#isUnsure = true
+    await this.#reconcile(cluster)
     // The answer may have come late as well.
     if (cluster.isMember()) {
+      this.#isUnsure = false
       this.#membership.resolve()
       this.#membership = Promise.withResolvers()
     }
@@ -439,7 +452,10 @@ export class TaskRunner {
     }
   }
 
-  /** Others may have taken tasks of ours: those are let go. What is ours, and had been let go, is taken up again. */
+  /**
+   * Others may have taken tasks of ours: those are let go. What is ours, and nobody runs, is taken up: it had been let go,
+   * or the answer to its claim was lost.
+   */
   async #reconcile(cluster: Cluster): Promise<void> {
     // What is claimed while we ask is not in the answer, and ours.
     const held = [...this.#runs].filter(([, { claim }]) => claim !== undefined)

@@ -96,8 +96,13 @@ export class Metrics {
   }
 
   deliveries(store: DeliveryStore): DeliveryStore {
-    const recordAttempt: DeliveryStore['recordAttempt'] = async (taskId, attempt, next) => {
-      await store.recordAttempt(taskId, attempt, next)
+    const recordAttempt: DeliveryStore['recordAttempt'] = async (
+      taskId,
+      attempt,
+      next,
+      leaseUntil,
+    ) => {
+      await store.recordAttempt(taskId, attempt, next, leaseUntil)
       this.#attempts.inc({ outcome: next.status === 'pending' ? 'failed' : next.status })
       const finishedAt = this.#finishedAt.get(taskId)
       this.#finishedAt.delete(taskId)

@@ -1,14 +1,14 @@
-import type { SeenTask, TaskQueue, WaitingTask } from '../core/ports.ts'
+import type { Handler, SeenTask, TaskQueue, WaitingTask } from '../core/ports.ts'
 import { queuePosition } from '../core/task.ts'
 
 /** A queue inside the process. It may be lost at any time: the store is the truth. */
 export class EmbeddedQueue implements TaskQueue {
   /** By priority: within one, tasks go in the order they came. */
   readonly #lanes = new Map<number, Lane>()
-  readonly #active = new Set<Promise<void>>()
+  readonly #active = new Set<Promise<unknown>>()
   #length = 0
   #concurrency = 0
-  #handler: ((task: SeenTask) => Promise<void>) | undefined
+  #handler: Handler | undefined
 
   get length(): number {
     return this.#length
@@ -29,7 +29,7 @@ export class EmbeddedQueue implements TaskQueue {
     this.#hand(task)
   }
 
-  work(concurrency: number, handler: (task: SeenTask) => Promise<void>): void {
+  work(concurrency: number, handler: Handler): void {
     this.#concurrency = concurrency
     this.#handler = handler
     this.#fill()

@@ -1,7 +1,7 @@
 import { createHash } from 'node:crypto'
 import { setTimeout as pause } from 'node:timers/promises'
 import { fromKysely, type KyselyTransactionLike, PgBoss } from 'pg-boss'
-import type { Logger, SeenTask, TaskQueue, WaitingTask } from '../core/ports.ts'
+import type { Handler, Logger, SeenTask, TaskQueue, WaitingTask } from '../core/ports.ts'
 import { queuePosition } from '../core/task.ts'
 
 const TASKS = 'task'
@@ -49,9 +49,9 @@ export interface PgBossQueueOptions {
 export class PgBossQueue implements TaskQueue {
   readonly #options: PgBossQueueOptions
   readonly #boss: PgBoss
-  readonly #active = new Set<Promise<void>>()
+  readonly #active = new Set<Promise<unknown>>()
   #concurrency = 0
-  #handler: ((task: SeenTask) => Promise<void>) | undefined
+  #handler: Handler | undefined
   #onCancel: (taskId: string) => void = () => {}
   #length = 0
   #counting: NodeJS.Timeout | undefined
@@ -148,7 +148,7 @@ export class PgBossQueue implements TaskQueue {
     this.#hand(task)
   }
 
-  work(concurrency: number, handler: (task: SeenTask) => Promise<void>): void {
+  work(concurrency: number, handler: Handler): void {
     this.#concurrency = concurrency
     this.#handler = handler
     this.#fetching = this.#fetchWhileThereIsRoom()
@@ -175,7 +175,10 @@ export class PgBossQueue implements TaskQueue {
   /** Calls once a minute, on one of the instances. */
   async everyMinute(sweep: () => Promise<unknown>): Promise<void> {
     await this.#boss.schedule(SWEEP, EVERY_MINUTE)
-    await this.#boss.work(SWEEP, () => sweep())
+    await this.#boss.work(SWEEP, async () => {
+      // The engine would keep it to itself.
+      await sweep().catch((err: unknown) => this.#options.log.error({ err }, 'sweep failed'))
+    })
   }
 
   /** Lets go of the database. */
@@ -192,9 +195,9 @@ export class PgBossQueue implements TaskQueue {
       if (room > 0) {
         // Where all instances together may run no more, the end of any task makes room.
         this.#isDrained = this.#options.runningMax === undefined
-        const taskIds = await this.#fetch(room)
-        for (const taskId of taskIds) this.#hand({ taskId, claim: 0 })
-        if (taskIds.length === room) {
+        const jobs = await this.#fetch(room)
+        for (const job of jobs) this.#hand({ taskId: job.data.taskId, claim: 0 }, job)
+        if (jobs.length === room) {
           this.#isDrained = false
           continue
         }
@@ -212,10 +215,10 @@ export class PgBossQueue implements TaskQueue {
     this.#wake.resolve()
   }
 
-  async #fetch(most: number): Promise<string[]> {
+  async #fetch(most: number): Promise<Fetched> {
     try {
       const jobs = await this.#fetchWithin(most)
-      if (this.#handler) return jobs.map(({ data }) => data.taskId)
+      if (this.#handler) return jobs
       // Stopped meanwhile: for others, at once.
       if (jobs.length > 0) await this.#boss.fail(TASKS, jobs)
     } catch (err) {
@@ -251,14 +254,22 @@ export class PgBossQueue implements TaskQueue {
     }
   }
 
-  #hand(task: SeenTask): void {
+  #hand(task: SeenTask, job?: Fetched[number]): void {
     if (!this.#handler) return
-    if (task.claim === 0) this.#length = Math.max(0, this.#length - 1)
-    const done = this.#handler(task).finally(() => {
+    if (job) this.#length = Math.max(0, this.#length - 1)
+    const done = this.#run(this.#handler, task, job).finally(() => {
       this.#active.delete(done)
       if (!this.#isDrained) this.#wake.resolve()
     })
     this.#active.add(done)
+  }
+
+  async #run(handler: Handler, task: SeenTask, job?: Fetched[number]): Promise<void> {
+    if ((await handler(task)) || !job) return
+    // Its task waits no more, and it is still there: the engine had it in hand when it was to be taken out.
+    await this.#boss.deleteJob(TASKS, job).catch((err: unknown) => {
+      this.#options.log.warn({ err, taskId: task.taskId }, 'a job of no use stays, and comes again')
+    })
   }
 
   /** As many as matter: beyond the limit none is taken in. */

@@ -90,6 +90,7 @@ export class SqlDeliveryStore implements DeliveryStore {
     taskId: string,
     attempt: AttemptRecord,
     next: Parameters<DeliveryStore['recordAttempt']>[2],
+    leaseUntil?: number,
   ): Promise<void> {
     const endedAt = attempt.startedAt + attempt.durationMs
     await this.#connection.atomically(
@@ -105,7 +106,10 @@ export class SqlDeliveryStore implements DeliveryStore {
         })
         .where('task_id', '=', taskId)
         // An attempt that outlived its lease comes second, and changes nothing.
-        .where('attempts', '=', attempt.number - 1),
+        .where('attempts', '=', attempt.number - 1)
+        .$if(leaseUntil !== undefined, (query) =>
+          query.where('next_attempt_at', '=', leaseUntil ?? 0),
+        ),
       [
         this.#db.insertInto('delivery_attempts').values({
           task_id: taskId,
@@ -129,12 +133,15 @@ export class SqlDeliveryStore implements DeliveryStore {
       .execute()
   }
 
-  async release(taskId: string): Promise<void> {
+  async release(taskId: string, leaseUntil?: number): Promise<void> {
     await this.#db
       .updateTable('deliveries')
       .set({ next_attempt_at: 0, leased: 0 })
       .where('task_id', '=', taskId)
       .where('status', '=', PENDING)
+      .$if(leaseUntil !== undefined, (query) =>
+        query.where('next_attempt_at', '=', leaseUntil ?? 0),
+      )
       .execute()
   }
 

@@ -4,6 +4,7 @@ import type { Connection } from './connection.ts'
 
 /** An instance that was silent for so long is dead: others take over what it left. */
 export const SILENT_MS = 15_000
+const CLOCK_TOLERANCE_MS = 1_000
 const ORPHANS_AT_ONCE = 100
 const FORGOTTEN_AFTER_MS = 24 * 60 * 60 * 1000
 /** Written out, as the index of running tasks is. */
@@ -22,6 +23,7 @@ export class PostgresCluster implements Cluster {
   readonly #hostGraceMs: number
   /** By our steady clock, when the last beat was sent, and the first of those without a gap. */
   #lastBeat = Number.NEGATIVE_INFINITY
+  #lastBeatAt = 0
   #memberSince = Number.POSITIVE_INFINITY
   #clock = { database: 0, steady: 0 }
 
@@ -47,6 +49,7 @@ export class PostgresCluster implements Cluster {
 
   async beat(): Promise<boolean> {
     const sentAt = performance.now()
+    const sentOn = Date.now()
     const row = await this.#connection.db
       .insertInto('instances')
       .values({ name: this.#instance, host_bound: this.#hostBound ? 1 : 0, seen_at: CLOCK })
@@ -55,18 +58,22 @@ export class PostgresCluster implements Cluster {
       )
       .returning('seen_at')
       .executeTakeFirstOrThrow()
-    this.#clock = {
-      database: Number(row.seen_at),
-      steady: (sentAt + performance.now()) / 2,
+    const answeredAt = performance.now()
+    // Of an answer that was long on its way nobody knows when it was true.
+    if (this.#clock.database === 0 || answeredAt - sentAt < CLOCK_TOLERANCE_MS) {
+      this.#clock = { database: Number(row.seen_at), steady: (sentAt + answeredAt) / 2 }
     }
     const wasMember = this.isMember()
     if (!wasMember) this.#memberSince = sentAt
     this.#lastBeat = sentAt
+    this.#lastBeatAt = sentOn
     return wasMember
   }
 
   isMember(): boolean {
-    return performance.now() - this.#lastBeat < SILENT_MS
+    // While a machine is suspended its steady clock stands still.
+    const silentMs = Math.max(performance.now() - this.#lastBeat, Date.now() - this.#lastBeatAt)
+    return silentMs < SILENT_MS
   }
 
   async ours(): Promise<SeenTask[]> {
@@ -83,6 +90,7 @@ export class PostgresCluster implements Cluster {
       .innerJoin('tasks', 'tasks.instance', 'instances.name')
       .select(['tasks.task_id', 'tasks.claim', 'tasks.instance', 'instances.host_bound'])
       .where(RUNNING)
+      .where('instances.name', '!=', this.#instance)
       .where((eb) =>
         eb.or([
           // Those that have left are not waited for.

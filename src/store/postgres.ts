@@ -23,14 +23,22 @@ const ANSWER_TIMEOUT_MS = 12_000
 /** What every connection of ours to the database is made with. */
 export function connectionOptions(url: string, instance: string) {
   return {
-    connectionString: url,
+    connectionString: withDurableCommits(url),
     application_name: `task-runner ${instance}`.slice(0, 63),
     connectionTimeoutMillis: CONNECT_TIMEOUT_MS,
-    // What is acknowledged is on disk, whatever the server's default.
-    options: '-c synchronous_commit=on',
     idle_in_transaction_session_timeout: IDLE_TIMEOUT_MS,
     keepAlive: true,
   }
+}
+
+/** What is acknowledged is on disk, whatever the server's default. The URL's own options stay. */
+function withDurableCommits(url: string): string {
+  const parsed = new URL(url)
+  const options = [parsed.searchParams.get('options'), '-c synchronous_commit=on']
+  parsed.searchParams.set('options', options.filter((each) => each !== null).join(' '))
+  // Postgres takes no plus for a space.
+  parsed.search = parsed.search.replaceAll('+', '%20')
+  return parsed.href
 }
 
 /**

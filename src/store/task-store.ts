@@ -238,9 +238,9 @@ export class SqlTaskStore implements TaskStore {
       this.#unanswered.add(task.taskId)
       throw err
     }
-    // Done before, with its answer lost: nobody else has this claim.
-    const wasTried = this.#unanswered.delete(task.taskId)
-    return wasTried && (await this.get(task.taskId))?.claim === task.claim
+    // Done before, with its answer lost? Of a task that waited anybody may have ended it.
+    if (!this.#unanswered.delete(task.taskId) || task.claim === 0) return false
+    return (await this.get(task.taskId))?.claim === task.claim
   }
 
   async requestCancel(taskId: string, at: number): Promise<TaskSummary | undefined> {

@@ -11,9 +11,9 @@ function scripted() {
   const started: string[] = []
   const ends = new Map<string, () => void>()
   const handler = ({ taskId }: SeenTask) =>
-    new Promise<void>((resolve) => {
+    new Promise<boolean>((resolve) => {
       started.push(taskId)
-      ends.set(taskId, resolve)
+      ends.set(taskId, () => resolve(true))
     })
   const end = async (taskId: string) => {
     ends.get(taskId)?.()
@@ -87,6 +87,7 @@ describe('EmbeddedQueue', () => {
       if (seen.length === 1_500)
         for (const late of wanted.slice(3_000)) queue.enqueue(waiting(late))
       if (seen.length === wanted.length) all.resolve()
+      return true
     })
     await all.promise
     expect(seen).toEqual(wanted)

@@ -16,6 +16,8 @@ const KEPT_POLL_MS = 500
 /** After a task's end its last output is on the way for a moment: one that stands still for so long has ended. */
 const LAST_OUTPUT_MS = 5_000
 const QUIET_MS = 200
+/** For what there is of a log that nobody has followed here. */
+const FIRST_PIECE_MS = 1_000
 const KILLED_EXIT_CODE = 137
 /** Of the init process, which then has nothing to run. */
 const COULD_NOT_RUN = [126, 127]
@@ -43,6 +45,7 @@ export class ContainerWatch {
   readonly ring: LogRing
   /** Rejects only when the service lets go. */
   readonly ended: Promise<Completion>
+  readonly #begun = Promise.withResolvers<void>()
   readonly #id: string
   readonly #keeps: boolean
   readonly #rereader: LogRereader
@@ -65,6 +68,7 @@ export class ContainerWatch {
     this.#keeps = Boolean(labels[LABELS.keeps])
     this.#maxLogBytes = Number(labels[LABELS.maxLogBytes])
     this.#options = options
+    setTimeout(this.#begun.resolve, FIRST_PIECE_MS).unref()
     void this.#feed(output)
     this.ended = this.#end()
     // While we shut down nobody waits for it.
@@ -128,9 +132,15 @@ export class ContainerWatch {
     ring.end()
   }
 
+  /** Settles with the first of its log, or when there seems to be none yet. */
+  begun(): Promise<void> {
+    return this.#begun.promise
+  }
+
   #append(piece: Buffer): void {
     const { ring } = this
     ring.append(piece)
+    this.#begun.resolve()
     if (ring.totalBytes <= this.#maxLogBytes || this.#isOverLogLimit) return
     this.#isOverLogLimit = true
     void this.stop().catch((err: unknown) =>

@@ -222,6 +222,7 @@ export class DockerBackend implements WorkerBackend {
         if (!found) throw new Error('the container is gone')
         // A task that has ended may still have output on its way, or all of it when we have just come back.
         if (found.completion ?? (await this.#status(name)) !== 'Running') await found.ended
+        else await found.begun()
         return found.ring.tail(maxBytes)
       },
       follow: async function* ({ from, signal }) {

@@ -13,6 +13,8 @@ import { PodLog } from './pod-log.ts'
 const RETRY_MS = 250
 /** After a container's end the kubelet may still refuse its log for a moment. */
 const LAST_LOG_MS = 30_000
+/** For what there is of a log that nobody has followed here. */
+const FIRST_PIECE_MS = 1_000
 /** A Secret may come later than the pod that wants it. */
 const CONFIG_GRACE_MS = 10_000
 
@@ -133,7 +135,8 @@ export class JobWatch {
     let following: Promise<void> | undefined
     let waitingSince: number | undefined
     const after = await this.#cursor.read()
-    if (!after) this.#counted.resolve()
+    // One that says nothing has no first piece to wait for.
+    if (!after) setTimeout(this.#counted.resolve, FIRST_PIECE_MS).unref()
     for (;;) {
       const { seen, pod } = await this.#observe(closing)
       const podName = pod?.metadata?.name
