@@ -66,8 +66,8 @@ export class CallbackDispatcher {
   readonly #log: Logger
   readonly #underWay = new Map<string, number>()
   readonly #attempts = new Set<Promise<void>>()
-  /** Of the attempts under way. */
-  readonly #taskIds = new Set<string>()
+  /** Of the attempts under way, by task. */
+  readonly #dues = new Map<string, DueDelivery>()
   readonly #abort = new AbortController()
   #clock: { now: number; steady: number }
   #timer: NodeJS.Timeout | undefined
@@ -221,7 +221,11 @@ export class CallbackDispatcher {
       })
       if (!due) break
       // Its lease ran out by a clock set forth, yet its attempt is ours and goes on.
-      if (this.#taskIds.has(due.taskId)) continue
+      const ours = this.#dues.get(due.taskId)
+      if (ours) {
+        ours.leaseUntil = due.leaseUntil
+        continue
+      }
       this.#count(due.origin, 1)
       void this.#track(this.#attempt(due))
     }
@@ -245,7 +249,7 @@ export class CallbackDispatcher {
 
   async #attempt(due: DueDelivery, known?: DeliveryContent): Promise<void> {
     const { taskId } = due
-    this.#taskIds.add(taskId)
+    this.#dues.set(taskId, due)
     try {
       const content = known ?? (await this.#store.content(taskId))
       if (!content) return
@@ -290,7 +294,7 @@ export class CallbackDispatcher {
       // The lease runs out and the attempt is made again: at least once, never lost.
       this.#log.error({ err, taskId }, 'callback attempt could not be made or recorded')
     } finally {
-      this.#taskIds.delete(taskId)
+      this.#dues.delete(taskId)
       this.#count(due.origin, -1)
       if (this.#backlog) this.wake()
     }
