@@ -73,11 +73,11 @@ function scripted({ store }: Instance, { all = false } = {}) {
   const ends = new Map<string, () => void>()
   const handler = async ({ taskId, claim }: SeenTask) => {
     const task = await store.claim(taskId, claim)
-    if (!task) return
+    if (!task) return false
     const ended = new Promise<void>((resolve) => ends.set(taskId, resolve))
     started.push(taskId)
     if (!all) await ended
-    await store.finish(task, end())
+    return store.finish(task, end())
   }
   return { started, handler, end: (taskId: string) => ends.get(taskId)?.() }
 }
@@ -302,7 +302,7 @@ describe('what becomes of a job', () => {
     // What a fetch waits for where there is a limit.
     await direct.query('select pg_advisory_lock($1)', [CLUSTER_LIMIT_LOCK])
     const started: string[] = []
-    one.queue.work(1, async ({ taskId }) => void started.push(taskId))
+    one.queue.work(1, async ({ taskId }) => started.push(taskId) > 0)
     await expect
       .poll(() => numberOf(`select count(*) as number from pg_locks where not granted`), WAIT)
       .toBe(1)
@@ -347,10 +347,22 @@ describe('hints', () => {
   })
 })
 
+test('a job that has outlived its task is taken out, and keeps nobody waiting', async () => {
+  const one = await instance('one', { runningMax: 1 })
+  await submitted(one, 'left')
+  await submitted(one, 'next')
+  // As when the engine had the job in hand while its task was claimed.
+  await direct.query(`update tasks set status = 'failed', claim = 1 where task_id = 'left'`)
+  const { started, handler } = scripted(one, { all: true })
+  one.queue.work(1, handler)
+  await expect.poll(() => started, WAIT).toEqual(['next'])
+  await expect.poll(jobs).toEqual([])
+})
+
 describe('length', () => {
   test('is what waits: at once where it was taken in, soon elsewhere, and without what runs or has ended', async () => {
     const [one, two] = [await instance('one'), await instance('two')]
-    two.queue.work(0, async () => {})
+    two.queue.work(0, async () => true)
     expect([one.queue.length, two.queue.length]).toEqual([0, 0])
     for (const taskId of ['a', 'b', 'c', 'd']) await submitted(one, taskId)
     expect(one.queue.length).toBe(4)
@@ -380,7 +392,7 @@ describe('closing', () => {
 
   test('lets go of the database, and may be repeated', async () => {
     const one = await instance('one')
-    one.queue.work(3, async () => {})
+    one.queue.work(3, async () => true)
     await one.queue.everyMinute(async () => {})
     await submitted(one, 'a')
     expect(await sessions('one')).toBeGreaterThan(2)
