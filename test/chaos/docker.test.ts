@@ -52,8 +52,11 @@ async function startStage(env: Record<string, string> = {}) {
     },
     async [Symbol.asyncDispose]() {
       for (const service of services) await service.kill()
-      const left = (await this.containers()).split('\n').filter(Boolean)
-      if (left.length > 0) await docker('rm', '--force', ...left)
+      // Those that a killed service was removing cannot be removed by another at that moment.
+      await eventually(async () => {
+        const left = (await this.containers()).split('\n').filter(Boolean)
+        if (left.length > 0) await docker('rm', '--force', ...left)
+      })
       await receiver[Symbol.asyncDispose]()
       await rm(folder, { recursive: true, force: true, maxRetries: 10 })
     },

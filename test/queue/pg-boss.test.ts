@@ -137,6 +137,7 @@ describe('handing out', () => {
         const task = await store.claim(taskId, claim)
         if (task) await store.finish(task, end())
         running -= 1
+        return task !== undefined
       })
     }
     await expect.poll(() => handed.length, WAIT).toBe(120)
@@ -220,7 +221,7 @@ describe('a limit over all instances', () => {
     const fetched: string[] = []
     one.queue.work(1, async ({ taskId }) => {
       fetched.push(taskId)
-      await new Promise(() => {})
+      return new Promise<boolean>(() => {})
     })
     await expect.poll(() => fetched, WAIT).toEqual(['b'])
     const { started, handler, end: endTask } = scripted(two)
@@ -282,7 +283,7 @@ describe('what becomes of a job', () => {
     const fetched: string[] = []
     one.queue.work(1, async ({ taskId }) => {
       fetched.push(taskId)
-      await new Promise(() => {})
+      return new Promise<boolean>(() => {})
     })
     await expect.poll(() => fetched, WAIT).toEqual(['a'])
     expect(await jobs()).toEqual([{ id: 'a', state: 'active' }])

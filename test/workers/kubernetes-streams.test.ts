@@ -233,8 +233,8 @@ test(
     const heapBefore = heapBytes()
     await rounds(1_000)
     await soon(async () => expect(await sockets()).toBeLessThanOrEqual(socketsBefore))
-    // One that is kept holds 25 KB.
-    expect(heapBytes() - heapBefore).toBeLessThan(5_000 * 1024)
+    // One that is kept holds 25 KB. What is held weakly goes only with a later collection.
+    await soon(() => expect(heapBytes() - heapBefore).toBeLessThan(1_000 * 1024))
   },
   SLOW_MS,
 )
@@ -462,22 +462,6 @@ describe.concurrent('a log', () => {
     for (const _ of bodies) await log.rest(AbortSignal.timeout(1_000))
     expect(asked).toEqual([undefined, '2026-01-01T10:00:01Z'])
     expect(ring.tail(1_000).content.toString()).toBe('one\ntwo\nthree\n')
-  })
-
-  test('tells after each piece how far it was read, once that is known', async () => {
-    const told: unknown[] = []
-    const pieces = ['1970-01-01T', '00:00:07.5Z a li', 'ne\n1970-01-01T00:00:07.5Z two\n']
-    const api = { stream: async () => pieces.map((piece) => Buffer.from(piece)) }
-    const log = new PodLog(api as unknown as KubernetesApi, {
-      ...{ path: '', container: 'task', ring: new LogRing(1_000) },
-      onRead: (position) => told.push(position),
-    })
-    await log.rest(AbortSignal.timeout(1_000))
-    const time = '000000000007.500000000'
-    expect(told).toEqual([
-      { time, count: 1, bytes: 4, totalBytes: 4 },
-      { time, count: 2, bytes: 4, totalBytes: 11 },
-    ])
   })
 
   test('a line that began before what was asked for: its rest is passed over', async () => {
