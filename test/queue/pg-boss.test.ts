@@ -205,6 +205,7 @@ describe('a limit over all instances', () => {
         await full.promise
         running -= 1
         if (task && (await store.finish(task, end()))) done += 1
+        return task !== undefined
       })
     }
     await expect.poll(() => done, { ...WAIT, timeout: 25_000 }).toBe(60)
