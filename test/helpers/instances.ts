@@ -179,7 +179,7 @@ export function takenFrom(
   owner: string,
   service: Service,
   taskId: string,
-  withinMs = 30_000,
+  withinMs = 60_000,
 ): Promise<string> {
   return eventually(async () => {
     const task = await taskOf(service, taskId)

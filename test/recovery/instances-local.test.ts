@@ -27,7 +27,7 @@ import {
 import { processesOf, type Service } from '../helpers/service.ts'
 import { newTask } from '../helpers/stores.ts'
 
-const SLOW_MS = 90_000
+const SLOW_MS = 180_000
 const SILENT_MS = 15_000
 const IDS_MANY = 50
 const ORPHANS = 30
