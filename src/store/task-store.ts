@@ -3,6 +3,7 @@ import type {
   ClaimedTask,
   LiveTask,
   LogTail,
+  NewDelivery,
   NewTask,
   TaskFilter,
   TaskStore,
@@ -232,15 +233,29 @@ export class SqlTaskStore implements TaskStore {
         leased: delivery.leaseUntil === null ? 0 : 1,
       })
     const rows = openDelivery ? [keepLog, openDelivery] : [keepLog]
+    let isDone: boolean
     try {
-      if (await this.#connection.atomically(setOutcome, rows, taken)) return true
+      isDone = (await this.#connection.atomically(setOutcome, rows, taken)) !== undefined
+      // Done before, perhaps, with its answer lost.
+      if (!isDone && this.#unanswered.has(task.taskId))
+        isDone = await this.#hasEnded(task, delivery)
     } catch (err) {
       this.#unanswered.add(task.taskId)
       throw err
     }
-    // Done before, with its answer lost? Of a task that waited anybody may have ended it.
-    if (!this.#unanswered.delete(task.taskId) || task.claim === 0) return false
-    return (await this.get(task.taskId))?.claim === task.claim
+    this.#unanswered.delete(task.taskId)
+    return isDone
+  }
+
+  /** Whether the outcome is that of this claim. Nobody has claimed a task that waited: there its delivery tells. */
+  async #hasEnded(task: Task, delivery: NewDelivery | undefined): Promise<boolean> {
+    const row = await this.#db
+      .selectFrom('tasks')
+      .leftJoin('deliveries', 'deliveries.task_id', 'tasks.task_id')
+      .select(['tasks.claim', 'deliveries.webhook_id'])
+      .where('tasks.task_id', '=', task.taskId)
+      .executeTakeFirst()
+    return row?.claim === task.claim && (!delivery || row.webhook_id === delivery.webhookId)
   }
 
   async requestCancel(taskId: string, at: number): Promise<TaskSummary | undefined> {
