@@ -154,18 +154,21 @@ describe.concurrent('an instance that is killed', () => {
   test(
     'or paused amid a callback attempt: another makes one, once the lease is over, and it counts alone',
     async () => {
-      const held: ServerResponse[] = []
+      const heldOf = new Map<string, ServerResponse>()
       await using instances = await startKubernetesInstances(postgres, {
-        env: { CALLBACK_TIMEOUT_SECONDS: '1' },
-        answer: (_, response, count) => void (count <= 2 ? held.push(response) : response.end()),
+        env: { CALLBACK_TIMEOUT_SECONDS: '3' },
+        // The first attempt for each.
+        answer: ({ body }, response) => {
+          if (heldOf.has(body.task_id)) response.end()
+          else heldOf.set(body.task_id, response)
+        },
       })
       const { stage } = instances
       const begin = async (taskId: string) => {
         const service = await instances.start(taskId)
         await stage.open(taskId, 'before', 'during', 'after')
-        const before = held.length
         await stage.submit(service, taskId, 'r-story.sh')
-        await eventually(() => expect(held).toHaveLength(before + 1))
+        await eventually(() => expect([...heldOf.keys()]).toContain(taskId))
         return service
       }
       const killed = await begin('killed')
@@ -182,7 +185,7 @@ describe.concurrent('an instance that is killed', () => {
       }
       const delivered = await bodyOf(last, '/tasks/paused/callback')
       const { instance } = await taskOf(last, 'paused')
-      held[1]?.writeHead(500).end()
+      heldOf.get('paused')?.writeHead(500).end()
       paused.process.kill('SIGCONT')
       await instances.beats(String(instance))
       expect(await bodyOf(paused, '/tasks/paused/callback')).toEqual(delivered)
