@@ -169,8 +169,109 @@ test(
     ] as const) {
       await expectNoWorkers(service, instances.dataDirOf(host))
       expect((await get(service, '/health/ready')).status).toBe(200)
-      expect(service.log.join('\n')).not.toContain(PASSWORD)
+      expectSparing(service)
     }
   },
   TIMEOUT_MS,
 )
+
+describe('a network between a service and its database that fails', () => {
+  test(
+    'refuses for a while: what ended meanwhile keeps its outcome, and is told afterwards',
+    async () => {
+      await using proxy = await startTcpProxy(postgres.port)
+      const url = await postgres.database()
+      await using instances = await startInstances(postgres, {
+        env: { DATABASE_URL: by(proxy, url), CALLBACK_TIMEOUT_SECONDS: '1' },
+      })
+      const { stage } = instances
+      const service = await instances.start('a')
+      const codes = { seven: 7, zero: 0, stays: 0 }
+      for (const [taskId, code] of Object.entries(codes)) {
+        await stage.open(taskId, 'before')
+        await stage.submit(service, taskId, 'r-story.sh', { env: { CODE: String(code) } })
+        await stage.made(taskId, 'said-before')
+        await eventually(async () => expect((await taskOf(service, taskId)).status).toBe('running'))
+      }
+      await proxy.set('refused')
+      for (const taskId of ['seven', 'zero']) await stage.open(taskId, 'during', 'after')
+      for (const taskId of ['seven', 'zero']) await stage.made(taskId, 'said-after')
+      await eventually(() =>
+        expect(service.log.join('\n')).toContain('committing an outcome failed, trying again'),
+      )
+      const { status, body } = await get(service, '/health/ready')
+      expect([status, body.message]).toEqual([503, 'not ready: store'])
+      expectUnavailable(await post(service, '/task-runner', stage.request('not', 'r-story.sh')))
+      expectUnavailable(await post(service, '/tasks/stays/cancel'))
+      expect(stage.receiver.received).toEqual([])
+      await proxy.set('open')
+
+      for (const taskId of ['seven', 'zero'] as const) {
+        expect(await finalTask(service, taskId)).toMatchObject({
+          ...{ reason: codes[taskId] === 0 ? 'completed' : 'exit_code', exit_code: codes[taskId] },
+        })
+        const { body } = await stage.callbackOf(taskId)
+        expect(body).toMatchObject({
+          ...{ success: codes[taskId] === 0, logs: 'before\nduring\nafter\n' },
+        })
+      }
+      expect(await taskOf(service, 'stays')).toMatchObject({ status: 'running' })
+      await stage.open('stays', 'during', 'after')
+      expect(await finalTask(service, 'stays')).toMatchObject({ status: 'succeeded' })
+      expect((await get(service, '/tasks/not')).status).toBe(404)
+      await expectNoWorkers(service, instances.dataDirOf('a'))
+      expectSparing(service)
+    },
+    TIMEOUT_MS,
+  )
+
+  test(
+    'loses the answer of a commit: the repeated request is told that it was accepted, and it runs once',
+    async () => {
+      await using proxy = await startTcpProxy(postgres.port)
+      const url = by(proxy, await postgres.database())
+      await using instances = await startInstances(postgres, { env: { DATABASE_URL: url } })
+      const { stage } = instances
+      const service = await instances.start('a')
+      await stage.open('once', 'open')
+      const request = stage.request('once', 'r-count.sh')
+      const answer = proxy.lose('answer', 'commit')
+      expectUnavailable(await post(service, '/task-runner', request))
+      expect(answer.hits).toBe(1)
+      expect(await post(service, '/task-runner', request)).toMatchObject({
+        ...{ status: 200, body: { message: expect.stringMatching(/^Already accepted/) } },
+      })
+      expect(await finalTask(service, 'once')).toMatchObject({ status: 'succeeded' })
+      expect(await readFile(join(stage.gateOf('once'), 'runs'), 'utf8')).toBe('once\n')
+    },
+    TIMEOUT_MS,
+  )
+
+  test(
+    'is away when the service is told to stop: it ends all the same, and goes on at the next start',
+    async () => {
+      await using proxy = await startTcpProxy(postgres.port)
+      const url = by(proxy, await postgres.database())
+      await using instances = await startInstances(postgres, { env: { DATABASE_URL: url } })
+      const { stage } = instances
+      const first = await instances.start('a')
+      await stage.submit(first, 'goes-on', 'r-story.sh')
+      await eventually(async () => expect((await taskOf(first, 'goes-on')).status).toBe('running'))
+      await proxy.set('refused')
+      expect(await exitAfter(first, 'SIGTERM')).toBe(0)
+      await proxy.set('open')
+      const second = await instances.start('a')
+      expect(await taskOf(second, 'goes-on')).toMatchObject({ status: 'running' })
+      await stage.open('goes-on', 'before', 'during', 'after')
+      expect(await finalTask(second, 'goes-on')).toMatchObject({ status: 'succeeded' })
+    },
+    TIMEOUT_MS,
+  )
+})
+
+/** Nothing secret is in its log, and nothing that nobody can read. */
+function expectSparing({ log }: Service): void {
+  expect(log.join('\n')).not.toContain(PASSWORD)
+  const longest = log.reduce((one, other) => (one.length > other.length ? one : other), '')
+  expect(longest.length, longest.slice(0, 2_000)).toBeLessThan(10_000)
+}
