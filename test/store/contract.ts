@@ -6,7 +6,7 @@ import type { Outcome } from '../../src/core/task.ts'
 import { Sealer } from '../../src/secrets/sealing.ts'
 import type { Connection } from '../../src/store/connection.ts'
 import { SqlDeliveryStore } from '../../src/store/delivery-store.ts'
-import { SqlTaskStore } from '../../src/store/task-store.ts'
+import { type SharedQueue, SqlTaskStore } from '../../src/store/task-store.ts'
 
 export const SEALER = new Sealer(Buffer.alloc(32, 7))
 export const ORIGIN = 'https://receiver.example'
@@ -37,8 +37,8 @@ export function newTask(overrides: Partial<NewTask> = {}): NewTask {
   }
 }
 
-export function storesOver(connection: Connection, instance = 'here') {
-  const store = new SqlTaskStore(connection, SEALER, { instance })
+export function storesOver(connection: Connection, instance = 'here', queue?: SharedQueue) {
+  const store = new SqlTaskStore(connection, SEALER, { instance, queue })
   return { store, deliveries: new SqlDeliveryStore(connection, store) }
 }
 

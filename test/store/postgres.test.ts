@@ -1,7 +1,11 @@
-import { afterAll, beforeAll } from 'vitest'
+import pg from 'pg'
+import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import type { Connection } from '../../src/store/connection.ts'
 import { openPostgres } from '../../src/store/postgres.ts'
 import { type Postgres, startPostgres } from '../helpers/postgres.ts'
-import { describeStores } from './contract.ts'
+import { startTcpProxy, type TcpProxy } from '../helpers/tcp-proxy.ts'
+import { describeStores, end, newTask, ORIGIN, SUCCESS, storesOver } from './contract.ts'
+import { describeReleaseBefore } from './release-0.1.0.ts'
 
 let postgres: Postgres
 
@@ -10,6 +14,243 @@ beforeAll(async () => {
 }, 60_000)
 afterAll(() => postgres[Symbol.asyncDispose]())
 
-describeStores('Postgres', async () =>
-  openPostgres(await postgres.database(), { instance: 'here', poolSize: 10 }),
-)
+const open = async (url: string, poolSize = 10) => openPostgres(url, { instance: 'here', poolSize })
+
+describeStores('Postgres', async () => open(await postgres.database()))
+
+const named = new Map<string, string>()
+describeReleaseBefore('postgres', async (name) => {
+  const url = named.get(name) ?? (await postgres.database())
+  named.set(name, url)
+  return open(url)
+})
+
+describe('migrations', () => {
+  test('five instances that find an empty database at once all find their tables', async () => {
+    const url = await postgres.database()
+    const connections = await Promise.all(Array.from({ length: 5 }, () => open(url, 2)))
+    for (const connection of connections) {
+      expect(await storesOver(connection).store.insert(newTask())).toBe(true)
+      await connection.close()
+    }
+    expect(await migrationsOf(url)).toEqual(['0001-tasks-and-deliveries', '0002-instances'])
+  })
+
+  test('what a newer release has added to is used as it is', async () => {
+    const url = await postgres.database()
+    await (await open(url)).close()
+    await query(url, `alter table tasks add column colour text default 'red'`)
+    await query(url, `insert into kysely_migration values ('0003-colours', '2030-01-01')`)
+    const connection = await open(url)
+    const { store } = storesOver(connection)
+    const task = newTask()
+    await store.insert(task)
+    expect(await store.claim(task.taskId)).toMatchObject({ taskId: task.taskId })
+    await connection.close()
+    expect(await migrationsOf(url)).toHaveLength(3)
+  })
+})
+
+describe('a connection that fails', () => {
+  let url: string
+  let proxy: TcpProxy
+  let connection: Connection
+  /** Of the same database, by a way that does not fail. */
+  let safe: Connection
+
+  beforeAll(async () => {
+    url = await postgres.database()
+    proxy = await startTcpProxy(postgres.port)
+    connection = await open(url.replace(`:${postgres.port}/`, `:${proxy.port}/`), 2)
+    safe = await open(url)
+  })
+  afterAll(async () => {
+    await connection.close()
+    await safe.close()
+    await proxy[Symbol.asyncDispose]()
+  })
+
+  const stores = () => storesOver(connection)
+
+  async function claimed(overrides: Parameters<typeof newTask>[0] = {}) {
+    const { taskId } = newTask()
+    await stores().store.insert(newTask({ taskId, ...overrides }))
+    const task = await stores().store.claim(taskId)
+    if (!task) throw new Error('not claimed')
+    return task
+  }
+
+  const UNAVAILABLE = { code: 'store_unavailable', retryAfterSeconds: expect.any(Number) }
+
+  test('while nobody uses it is not noticed, whoever ends it', async () => {
+    const { store } = storesOver(connection, 'here', emptyQueue)
+    const terminate = `select pg_terminate_backend(pid) from pg_stat_activity where ${OURS}`
+    for (const end of [async () => proxy.cut(), () => query(url, terminate)]) {
+      const task = newTask()
+      // Both of the pool's are open.
+      await Promise.all([store.get('x'), store.get('y')])
+      await end()
+      expect(await store.get('x')).toBeUndefined()
+      await end()
+      expect(await store.insert(task)).toBe(true)
+      expect(await store.get(task.taskId)).toMatchObject({ taskId: task.taskId })
+    }
+  })
+
+  test('in the middle of many transactions leaves none half done, and the pool as large as it was', async () => {
+    const { store } = stores()
+    const tasks = await Promise.all(Array.from({ length: 10 }, () => claimed()))
+    const losses = tasks.map(() => proxy.lose('request', 'insert into "task_logs"'))
+    const answers = await Promise.allSettled(tasks.map((task) => store.finish(task, end())))
+    expect(losses.map(({ hits }) => hits)).toEqual(tasks.map(() => 1))
+    for (const answer of answers) {
+      expect(answer).toMatchObject({ status: 'rejected', reason: UNAVAILABLE })
+    }
+    for (const { taskId } of tasks) {
+      expect(await store.get(taskId)).toMatchObject({ status: 'provisioning' })
+    }
+    expect(await Promise.all(tasks.map((task) => store.finish(task, end())))).toEqual(
+      tasks.map(() => true),
+    )
+  })
+
+  describe.each(['answer', 'request'] as const)('when the %s of a commit is lost', (what) => {
+    const isDone = what === 'answer'
+
+    test('an insert is told as not done, and is found when it was', async () => {
+      const { store } = storesOver(connection, 'here', emptyQueue)
+      const task = newTask()
+      await losing(what, 'commit', async () => {
+        await expect(store.insert(task)).rejects.toMatchObject(UNAVAILABLE)
+      })
+      expect(await store.digestOf(task.taskId)).toEqual(
+        isDone ? { digest: task.digest, status: 'queued' } : undefined,
+      )
+      expect(await store.insert(task)).toBe(!isDone)
+    })
+
+    test('a claim is made again, and is the same', async () => {
+      const { store } = storesOver(connection, 'here', emptyQueue)
+      const { taskId } = newTask()
+      await store.insert(newTask({ taskId }))
+      await losing(what, 'commit', async () => {
+        await expect(store.claim(taskId)).rejects.toMatchObject(UNAVAILABLE)
+      })
+      expect(await store.claim(taskId)).toMatchObject({ claim: 1, status: 'provisioning' })
+    })
+
+    test('an outcome is set once: the repetition says yes, and changes nothing that was kept', async () => {
+      const { store, deliveries } = stores()
+      const task = await claimed({ callbackUrl: `${ORIGIN}/hook` })
+      const log = { content: Buffer.from('the log'), totalBytes: 7 }
+      const delivery = { webhookId: 'msg_once', origin: ORIGIN, leaseUntil: null }
+      const outcome = end({ log, logBytes: 7, delivery })
+      await losing(what, 'commit', async () => {
+        await expect(store.finish(task, outcome)).rejects.toMatchObject(UNAVAILABLE)
+      })
+      expect((await store.get(task.taskId))?.status).toBe(isDone ? 'succeeded' : 'provisioning')
+      expect(await store.finish(task, outcome)).toBe(true)
+      expect(await store.log(task.taskId)).toEqual(log)
+      expect(await deliveries.state(task.taskId)).toMatchObject({ webhookId: 'msg_once' })
+      // It is known to be done now.
+      expect(await store.finish(task, outcome)).toBe(false)
+    })
+
+    test('an outcome that another instance set meanwhile is not taken for ours', async () => {
+      const task = newTask({ callbackUrl: `${ORIGIN}/hook` })
+      const [here, there] = [stores().store, storesOver(safe, 'there')]
+      await here.insert(task)
+      const waiting = await here.get(task.taskId)
+      if (!waiting) throw new Error('not stored')
+      // Two that end it while it waits, as two requests to cancel it do: the same claim.
+      const ending = (webhookId: string) =>
+        end({
+          outcome: { ...SUCCESS, status: 'cancelled', reason: 'cancelled' },
+          delivery: { webhookId, origin: ORIGIN, leaseUntil: null },
+        })
+      await losing(what, 'commit', async () => {
+        await expect(here.finish(waiting, ending('msg_here'))).rejects.toMatchObject(UNAVAILABLE)
+      })
+      expect(await there.store.finish(waiting, ending('msg_there'))).toBe(!isDone)
+      expect(await here.finish(waiting, ending('msg_here'))).toBe(isDone)
+      expect(await there.deliveries.state(task.taskId)).toMatchObject({
+        webhookId: isDone ? 'msg_here' : 'msg_there',
+      })
+    })
+
+    test('an attempt is recorded once', async () => {
+      const { store, deliveries } = stores()
+      const task = await claimed({ callbackUrl: `${ORIGIN}/hook` })
+      const delivery = { webhookId: 'msg_attempt', origin: ORIGIN, leaseUntil: null }
+      await store.finish(task, end({ delivery }))
+      const attempt = { number: 1, startedAt: 1, durationMs: 1, statusCode: 200, error: null }
+      const recorded = () =>
+        deliveries.recordAttempt(task.taskId, attempt, { status: 'delivered', nextAttemptAt: null })
+      await losing(what, 'commit', async () => {
+        await expect(recorded()).rejects.toMatchObject(UNAVAILABLE)
+      })
+      const state = await deliveries.state(task.taskId)
+      expect(state).toMatchObject(
+        isDone ? { status: 'delivered', attempts: [attempt] } : { status: 'pending', attempts: [] },
+      )
+      await recorded()
+      expect(await deliveries.state(task.taskId)).toMatchObject({
+        ...{ status: 'delivered', attempts: [attempt] },
+      })
+    })
+  })
+
+  test('an outcome of which it cannot be told at once whether it was set is told later', async () => {
+    const { store } = stores()
+    const task = await claimed()
+    await losing('answer', 'commit', async () => {
+      await expect(store.finish(task, end())).rejects.toMatchObject(UNAVAILABLE)
+    })
+    // A question is asked once more by itself.
+    const first = proxy.lose('request', 'select "tasks"."claim"')
+    await losing('request', 'select "tasks"."claim"', async () => {
+      await expect(store.finish(task, end())).rejects.toMatchObject(UNAVAILABLE)
+    })
+    expect(first.hits).toBe(1)
+    expect(await store.finish(task, end())).toBe(true)
+  })
+
+  test('the answer to a single statement may be lost as well, and it may be sent again', async () => {
+    const { store } = stores()
+    const task = await claimed()
+    await losing('answer', 'update "tasks" set "status"', async () => {
+      await expect(store.markRunning(task, 4_000)).rejects.toMatchObject(UNAVAILABLE)
+    })
+    expect(await store.get(task.taskId)).toMatchObject({ status: 'running', startedAt: 4_000 })
+    expect(await store.markRunning(task, 4_000)).toBe(true)
+  })
+
+  async function losing(what: 'answer' | 'request', bytes: string, work: () => Promise<void>) {
+    const loss = proxy.lose(what, bytes)
+    await work()
+    expect(loss.hits).toBe(1)
+  }
+})
+
+const OURS = `application_name = 'task-runner here'`
+/** Makes transactions of what is a single statement without one. */
+const emptyQueue = {
+  add: () => async () => {},
+  taken: () => async () => {},
+  cancelRequested: () => async () => {},
+}
+
+async function query(url: string, text: string): Promise<pg.QueryResult> {
+  const client = new pg.Client(url)
+  await client.connect()
+  try {
+    return await client.query(text)
+  } finally {
+    await client.end()
+  }
+}
+
+async function migrationsOf(url: string): Promise<string[]> {
+  const { rows } = await query(url, 'select name from kysely_migration order by name')
+  return rows.map(({ name }) => name)
+}

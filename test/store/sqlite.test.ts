@@ -9,6 +9,7 @@ import { TaskRunnerError } from '../../src/core/errors.ts'
 import type { Connection } from '../../src/store/connection.ts'
 import { openSqlite } from '../../src/store/sqlite.ts'
 import { describeStores, end, newTask, ORIGIN, storesOver } from './contract.ts'
+import { describeReleaseBefore } from './release-0.1.0.ts'
 
 let contractFolder: string
 let files = 0
@@ -22,6 +23,8 @@ describeStores('SQLite', async () => {
   files += 1
   return openSqlite(join(contractFolder, `${files}.db`))
 })
+
+describeReleaseBefore('sqlite', (name) => openSqlite(join(contractFolder, `${name}.db`)))
 
 describe('the SQLite file', () => {
   let folder: string
