@@ -9,7 +9,7 @@ type Value = string | number | null
 type Stored = Value | { bytes: string }
 
 /**
- * Recorded from the stores of release 0.1.0 (commit a81e4ee), which were led through all their methods, on tables that
+ * Recorded from the stores of release 0.1.0, which were led through all their methods, on tables that
  * only its own migration had made. `postgres` only where the text differs.
  */
 interface Step {
