@@ -2,6 +2,7 @@ import { setTimeout as pause } from 'node:timers/promises'
 import type { CallbackDispatcher } from './callbacks.ts'
 import { TaskRunnerError } from './errors.ts'
 import { type Masker, maskedTail } from './masking.ts'
+import { Membership } from './membership.ts'
 import type {
   ClaimedTask,
   Cluster,
@@ -24,8 +25,6 @@ import type { WorkerSetup } from './worker-setup.ts'
 export const LOG_BYTES_KEPT = 5 * 1024 * 1024
 const RETRY_MS = 500
 const RETRY_MAX_MS = 15_000
-/** How often others hear that we live, and we look for what they left. */
-const BEAT_MS = 2_000
 
 export interface TaskRunnerOptions {
   store: TaskStore
@@ -71,12 +70,7 @@ export class TaskRunner {
   /** What goes on after a run's slot was given back: deliveries, terminations. */
   readonly #afterwards = new Set<Promise<void>>()
   readonly #closing = new AbortController()
-  /** Settles when others know that we live, and we know which tasks are still ours. */
-  #membership = Promise.withResolvers<void>()
-  /** Others may have taken tasks of ours since we last knew. */
-  #isUnsure = false
-  #beat: NodeJS.Timeout | undefined
-  #beating: Promise<void> = Promise.resolve()
+  readonly #membership: Membership | undefined
 
   constructor(options: TaskRunnerOptions) {
     this.#options = options
@@ -85,6 +79,7 @@ export class TaskRunner {
     this.#backend = options.backend
     this.#callbacks = options.callbacks
     this.#log = options.log
+    this.#membership = options.cluster && this.#memberOf(options.cluster)
   }
 
   /** Takes up what an earlier process left, then new work. */
@@ -100,7 +95,7 @@ export class TaskRunner {
       else if (task.cancelRequested) this.#background(this.cancel(task.taskId))
       else this.#queue.enqueue(task)
     }
-    if (this.#options.cluster) this.#keepMembership(this.#options.cluster)
+    this.#membership?.start()
     for (const left of leftWorkers) this.#background(this.#terminate(left))
     if (live.length > 0) this.#log.info({ tasks: live.length }, 'took up unfinished tasks')
   }
@@ -109,15 +104,12 @@ export class TaskRunner {
   async close(): Promise<void> {
     const stopped = this.#queue.stop()
     this.#closing.abort()
-    clearTimeout(this.#beat)
+    this.#membership?.stop()
     for (const run of this.#runs.values()) run.letGo.abort()
     await Promise.all([...this.#runs.values()].map((run) => run.done))
     await stopped
-    await this.#beating
     // Before the rest: others need not wait for receivers that we wait for.
-    await this.#options.cluster?.leave().catch((err: unknown) => {
-      this.#log.warn({ err }, 'leaving could not be told: others find out')
-    })
+    await this.#membership?.leave()
     await Promise.all(this.#afterwards)
   }
 
@@ -251,7 +243,7 @@ export class TaskRunner {
       await this.#persistently('keeping secret values', keeping, letGo)
       task.secretValues = known
     }
-    const sure = () => this.#sure(signal)
+    const sure = async () => this.#membership?.sure(signal)
     await sure()
     return this.#backend.provision(spec, signal, sure)
   }
@@ -272,7 +264,7 @@ export class TaskRunner {
     } catch (err) {
       if (!interrupted.aborted) throw err
       if (letGo.aborted) return undefined
-      await this.#sure(letGo)
+      await this.#membership?.sure(letGo)
       // It may have ended in time, with nobody here to see it.
       if (!cancelled.aborted && (await worker.status()) === 'Completed') {
         return this.#outcomeOf(await worker.completion(letGo), task)
@@ -411,58 +403,26 @@ export class TaskRunner {
     await this.#settle(task, failure('worker_lost', message))
   }
 
-  // ---------------------------------------------------------------- among other instances
-
-  /** What an instance does that may have been thought dead: nothing, until it knows. Throws when `signal` aborts. */
-  async #sure(signal: AbortSignal): Promise<void> {
-    if ((this.#options.cluster?.isMember() ?? true) && !this.#isUnsure) return
-    await until(this.#membership.promise, signal)
-  }
-
-  #keepMembership(cluster: Cluster): void {
-    const turn = async () => {
-      try {
-        await this.#confirm(cluster)
-      } catch (err) {
-        this.#log.error({ err }, 'talking to the other instances failed, trying again')
-      }
-      if (this.#closing.signal.aborted) return
-      this.#beat = setTimeout(() => {
-        this.#beating = turn()
-      }, BEAT_MS)
-    }
-    this.#beating = turn()
-  }
-
-  async #confirm(cluster: Cluster): Promise<void> {
-    if (!cluster.isMember()) this.#isUnsure = true
-    if (!(await cluster.beat())) this.#isUnsure = true
-    await this.#reconcile(cluster)
-    // The answer may have come late as well.
-    if (cluster.isMember()) {
-      this.#isUnsure = false
-      this.#membership.resolve()
-      this.#membership = Promise.withResolvers()
-    }
-    for (const taskId of await cluster.cancelRequests()) this.hearCancel(taskId)
-    for (const orphan of await cluster.orphans()) {
-      if (this.#closing.signal.aborted) return
-      if (orphan.isLost) await this.#giveUp(orphan)
-      else this.#queue.resume(orphan)
-    }
-  }
-
-  /**
-   * Others may have taken tasks of ours: those are let go. What is ours, and nobody runs, is taken up: it had been let go,
-   * or the answer to its claim was lost.
-   */
-  async #reconcile(cluster: Cluster): Promise<void> {
-    // What is claimed while we ask is not in the answer, and ours.
-    const held = [...this.#runs].filter(([, { claim }]) => claim !== undefined)
-    const ours = await cluster.ours()
-    const claims = new Map(ours.map(({ taskId, claim }) => [taskId, claim]))
-    for (const [taskId, run] of held) if (claims.get(taskId) !== run.claim) run.letGo.abort()
-    for (const task of ours) this.#queue.resume(task)
+  /** What is done here on behalf of all instances. */
+  #memberOf(cluster: Cluster): Membership {
+    const runs = this.#runs
+    return new Membership(
+      cluster,
+      {
+        held: () =>
+          new Map(
+            [...runs].flatMap(([id, { claim }]) => (claim === undefined ? [] : [[id, claim]])),
+          ),
+        letGo: (taskId, claim) => {
+          const run = runs.get(taskId)
+          if (run?.claim === claim) run.letGo.abort()
+        },
+        resume: (task) => this.#queue.resume(task),
+        giveUp: (orphan) => this.#giveUp(orphan),
+        cancel: (taskId) => this.hearCancel(taskId),
+      },
+      this.#log,
+    )
   }
 
   #background(work: Promise<unknown>): void {

@@ -102,6 +102,79 @@ describe('a service that cannot have its database', () => {
   }
 })
 
+test(
+  'a restart of the database amid a load: what was accepted runs once, all else is told to come again',
+  async () => {
+    await using server = await startPostgres()
+    await using instances = await startInstances(server, {
+      // An attempt that could not be recorded is made again when its lease is over: two of these, and ten seconds.
+      env: { MAX_CONCURRENT_TASKS: '4', CALLBACK_TIMEOUT_SECONDS: '1' },
+    })
+    const { stage } = instances
+    const services = await Promise.all([instances.start('a'), instances.start('b')])
+    const accepted: string[] = []
+    const refused: Answer[] = []
+    let slowestMs = 0
+    let isOver = false
+    const client = async (service: Service, name: string) => {
+      for (let count = 0; !isOver; count += 1) {
+        const taskId = `${name}-${count}`
+        await stage.open(taskId, 'open')
+        // As a careful client does: again, until it is taken.
+        for (let isTaken = false; !isTaken && !isOver; ) {
+          const startedAt = performance.now()
+          const answer = await post(service, '/task-runner', stage.request(taskId, 'r-count.sh'))
+          slowestMs = Math.max(slowestMs, performance.now() - startedAt)
+          isTaken = answer.status === 200
+          if (isTaken) accepted.push(taskId)
+          else refused.push(answer)
+        }
+      }
+    }
+    const clients = services.flatMap((service, at) =>
+      ['x', 'y'].map((name) => client(service, `restart-${at}-${name}`)),
+    )
+    await eventually(() => expect(accepted.length).toBeGreaterThan(10))
+    await server.stop()
+    await eventually(() => expect(refused.length).toBeGreaterThan(10))
+    for (const service of services) {
+      const { status, body } = await get(service, '/health/ready')
+      expect([status, body.message]).toEqual([503, 'not ready: store'])
+      expect((await get(service, '/health/live')).status).toBe(200)
+      expectUnavailable(await get(service, '/tasks'))
+    }
+    await server.start()
+    const before = accepted.length
+    await eventually(() => expect(accepted.length).toBeGreaterThan(before + 10))
+    isOver = true
+    await Promise.all(clients)
+
+    for (const answer of refused) expectUnavailable(answer)
+    expect(slowestMs).toBeLessThan(15_000)
+    const [one, other] = services as [Service, Service]
+    for (const taskId of accepted) {
+      await eventually(async () =>
+        expect(await taskOf(one, taskId)).toMatchObject({
+          ...{ status: 'succeeded', callback_status: 'delivered' },
+        }),
+      )
+    }
+    const ran = await Promise.all(
+      accepted.map((taskId) => readFile(join(stage.gateOf(taskId), 'runs'), 'utf8')),
+    )
+    expect(new Set(ran)).toEqual(new Set(['once\n']))
+    for (const [service, host] of [
+      [one, 'a'],
+      [other, 'b'],
+    ] as const) {
+      await expectNoWorkers(service, instances.dataDirOf(host))
+      expect((await get(service, '/health/ready')).status).toBe(200)
+      expectSparing(service)
+    }
+  },
+  TIMEOUT_MS,
+)
+
 describe('a network between a service and its database that fails', () => {
   test(
     'refuses for a while: what ended meanwhile keeps its outcome, and is told afterwards',
