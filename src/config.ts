@@ -110,7 +110,10 @@ const schema = z.object({
   TASKS_DIR: z.string().default('./tasks'),
   DATABASE_URL: z
     .string()
-    .regex(/^postgres(ql)?:\/\//, 'must be postgres://user:password@host/database')
+    .refine(
+      (url) => /^postgres(ql)?:\/\//.test(url) && URL.canParse(url),
+      'must be postgres://user:password@host/database',
+    )
     .optional(),
   DATABASE_POOL_SIZE: int(2, 200).default(10),
   HOST_GRACE_SECONDS: int(1, SECONDS_MAX).default(300),
