@@ -20,6 +20,17 @@ const IDLE_TIMEOUT_MS = 10_000
 /** Here, where a server that cannot be reached any more ends nothing. */
 const ANSWER_TIMEOUT_MS = 12_000
 
+/**
+ * A server that shuts down may end a session in the very breath in which it opens it, before whoever asked the pool for it
+ * can listen. Unheard that error would end the process; heard, it is told by the first statement.
+ */
+class HeardClient extends pg.Client {
+  constructor(config?: string | pg.ClientConfig) {
+    super(config)
+    this.on('error', () => {})
+  }
+}
+
 /** What every connection of ours to the database is made with. */
 export function connectionOptions(url: string, instance: string) {
   return {
@@ -28,6 +39,7 @@ export function connectionOptions(url: string, instance: string) {
     connectionTimeoutMillis: CONNECT_TIMEOUT_MS,
     idle_in_transaction_session_timeout: IDLE_TIMEOUT_MS,
     keepAlive: true,
+    Client: HeardClient,
   }
 }
 
@@ -154,7 +166,7 @@ class Borrowed {
     const canBeRepeated = this.#isFresh && (text === 'begin' || text.startsWith('select'))
     this.#isFresh = false
     try {
-      if (!this.#client) throw new Error('the connection was lost')
+      if (!this.#client || this.#isCut) throw new Error('the connection was lost')
       return await this.#client.query(text, [...parameters])
     } catch (err) {
       // A statement that was not answered leaves its connection unusable, too.

@@ -1,3 +1,5 @@
+import { once } from 'node:events'
+import { type AddressInfo, createServer } from 'node:net'
 import pg from 'pg'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import type { Connection } from '../../src/store/connection.ts'
@@ -49,6 +51,35 @@ describe('migrations', () => {
     await connection.close()
     expect(await migrationsOf(url)).toHaveLength(3)
   })
+})
+
+test('a server that ends a session in the breath in which it opens it ends nobody else', async () => {
+  const message = (type: string, body: Buffer) => {
+    const head = Buffer.alloc(5)
+    head.write(type)
+    head.writeInt32BE(body.length + 4, 1)
+    return Buffer.concat([head, body])
+  }
+  const shutdown =
+    'SFATAL\0VFATAL\0C57P01\0Mterminating connection due to administrator command\0\0'
+  const farewell = Buffer.concat([
+    message('R', Buffer.alloc(4)),
+    message('Z', Buffer.from('I')),
+    message('E', Buffer.from(shutdown)),
+  ])
+  const server = createServer((socket) => {
+    socket.on('error', () => {})
+    socket.once('data', () => socket.end(farewell))
+  }).listen(0, '127.0.0.1')
+  await once(server, 'listening')
+  const { port } = server.address() as AddressInfo
+  const uncaught: unknown[] = []
+  const onUncaught = (err: unknown) => uncaught.push(err)
+  process.prependListener('uncaughtException', onUncaught)
+  await expect(open(`postgres://user@127.0.0.1:${port}/any`)).rejects.toThrow()
+  process.off('uncaughtException', onUncaught)
+  expect(uncaught).toEqual([])
+  server.close()
 })
 
 describe('a connection that fails', () => {
