@@ -293,6 +293,7 @@ export class CallbackDispatcher {
     } catch (err) {
       // The lease runs out and the attempt is made again: at least once, never lost.
       this.#log.error({ err, taskId }, 'callback attempt could not be made or recorded')
+      this.#wakeIn(Math.max(due.leaseUntil - this.#now(), STORE_RETRY_MS))
     } finally {
       this.#dues.delete(taskId)
       this.#count(due.origin, -1)
