@@ -1,4 +1,5 @@
 import { mkdir } from 'node:fs/promises'
+import fastifyCookie from '@fastify/cookie'
 import Fastify, { type FastifyInstance, LogController } from 'fastify'
 import { serializerCompiler, type ZodTypeProvider } from 'fastify-type-provider-zod'
 import type { z } from 'zod'
@@ -16,12 +17,15 @@ import { TaskFiles } from './core/task-files.ts'
 import { TaskRunner } from './core/task-runner.ts'
 import { Metrics } from './metrics/metrics.ts'
 import { publishOpenApi } from './openapi.ts'
-import { requireToken } from './routes/authentication.ts'
+import { servePage } from './page.ts'
+import { Authentication, requireToken } from './routes/authentication.ts'
 import { installBodyParser } from './routes/body-parser.ts'
 import { answerBrokenHttp, answerError, installErrorHandler } from './routes/error-handler.ts'
 import { healthRoutes } from './routes/health.ts'
 import { metricsRoute } from './routes/metrics.ts'
 import { sampleCallbackRoutes } from './routes/sample-callbacks.ts'
+import { sessionRoutes } from './routes/session.ts'
+import { statisticsRoute } from './routes/statistics.ts'
 import { taskLogRoutes } from './routes/task-logs.ts'
 import { taskRunnerRoute } from './routes/task-runner-route.ts'
 import { taskRoutes } from './routes/tasks.ts'
@@ -76,7 +80,13 @@ export async function buildApp(options: AppOptions): Promise<App> {
   const http = Fastify({
     logger: {
       level: config.logLevel,
-      redact: ['req.headers.authorization', 'headers.authorization', '*.token'],
+      redact: [
+        'req.headers.authorization',
+        'headers.authorization',
+        'req.headers.cookie',
+        'headers.cookie',
+        '*.token',
+      ],
     },
     logController: new LogController({ disableRequestLogging: true }),
     bodyLimit: BODY_BYTES_MAX,
@@ -227,7 +237,14 @@ export async function buildApp(options: AppOptions): Promise<App> {
     http.setSerializerCompiler(serializerCompiler)
     installErrorHandler(http)
     installBodyParser(http)
-    await publishOpenApi(http, { basePath: config.basePath })
+    const { basePath } = config
+    await http.register(fastifyCookie)
+    await publishOpenApi(http, { basePath })
+    await servePage(http, { basePath })
+    const authentication = new Authentication({
+      tokens: config.apiTokens,
+      loopbackOnly: !config.authOff,
+    })
     await http.register(
       async (api) => {
         await api.register(healthRoutes, {
@@ -239,9 +256,10 @@ export async function buildApp(options: AppOptions): Promise<App> {
           warnings: () => files.warnings(),
           isDraining: () => isStopping,
         })
+        await api.register(sessionRoutes, { authentication, basePath })
         if (config.sampleCallbacks) await api.register(sampleCallbackRoutes)
         await api.register(async (secured) => {
-          requireToken(secured, { tokens: config.apiTokens, loopbackOnly: !config.authOff })
+          requireToken(secured, authentication)
           await secured.register(taskRunnerRoute, {
             submissions,
             timeoutSecondsMax: config.taskTimeoutSeconds,
@@ -250,10 +268,11 @@ export async function buildApp(options: AppOptions): Promise<App> {
           await secured.register(taskRoutes, { tasks, deliveries, runner, callbacks })
           await secured.register(taskLogRoutes, { tasks, backend, maskerFor, elsewhere })
           await secured.register(metricsRoute, { metrics })
+          await secured.register(statisticsRoute, { statistics: storage.statistics, tasks, now })
           await secured.register(workerRoutes, { tasks, backend, runner, reaper, maskerFor })
         })
       },
-      { prefix: config.basePath },
+      { prefix: basePath },
     )
     await http.ready()
     await runner.start()

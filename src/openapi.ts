@@ -40,6 +40,7 @@ export async function publishOpenApi(
         { name: 'Tasks', description: 'What was accepted, and how it went' },
         { name: 'Callbacks', description: 'Where outcomes are POSTed, attempt by attempt' },
         { name: 'Workers', description: 'Where tasks run' },
+        { name: 'Session', description: 'Signing in from a browser' },
         { name: 'Health', description: 'For load balancers and orchestrators' },
         { name: 'Samples', description: 'Receivers to try callbacks with' },
       ],

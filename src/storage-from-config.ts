@@ -5,10 +5,12 @@ import { hostname } from 'node:os'
 import { join } from 'node:path'
 import type { Config } from './config.ts'
 import type { Cluster, DeliveryStore, Logger, TaskQueue } from './core/ports.ts'
+import type { StatisticsStore } from './core/statistics.ts'
 import { EmbeddedQueue } from './queue/embedded.ts'
 import { SqlDeliveryStore } from './store/delivery-store.ts'
 import { lockFile } from './store/lock-file.ts'
 import { openSqlite } from './store/sqlite.ts'
+import { SqlStatistics } from './store/statistics.ts'
 import { type Seal, SqlTaskStore } from './store/task-store.ts'
 
 /** To install the queue's tables may take longer than other statements. */
@@ -19,6 +21,7 @@ export interface Storage {
   instance: string
   tasks: SqlTaskStore
   deliveries: DeliveryStore
+  statistics: StatisticsStore
   queue: TaskQueue
   /** Undefined: nobody else works on these tasks. */
   shared?: {
@@ -45,6 +48,7 @@ async function openEmbedded({ dataDir }: Config, seal: Seal): Promise<Storage> {
   return {
     ...{ instance, tasks },
     deliveries: new SqlDeliveryStore(connection, tasks),
+    statistics: new SqlStatistics(connection),
     queue: new EmbeddedQueue(),
     close: () => connection.close(),
   }
@@ -89,6 +93,7 @@ async function openShared(
     return {
       ...{ instance, tasks, queue, close },
       deliveries: new SqlDeliveryStore(connection, tasks),
+      statistics: new SqlStatistics(connection),
       shared: {
         cluster,
         now: cluster.now,

@@ -277,7 +277,7 @@ export interface TaskStore {
    * moves `queued` to `provisioning`. Without `seen`: one that nobody has claimed. Undefined: it is final, gone, or
    * someone else's. Safe to repeat.
    */
-  claim(taskId: string, seen?: number): Promise<ClaimedTask | undefined>
+  claim(taskId: string, at: number, seen?: number): Promise<ClaimedTask | undefined>
   /** Keeps, sealed, what must not show in the task's log, until the task ends. */
   keepSecretValues(task: Task, values: readonly string[]): Promise<void>
   /** False: the claim is not ours any more, or the task is final. */

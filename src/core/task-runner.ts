@@ -154,7 +154,7 @@ export class TaskRunner {
   /** The whole story. Never rejects. False: the task is final, or somebody else's. */
   async #run({ taskId, claim }: SeenTask, run: Run): Promise<boolean> {
     const letGo = run.letGo.signal
-    const claiming = () => this.#store.claim(taskId, claim)
+    const claiming = () => this.#store.claim(taskId, this.#options.now(), claim)
     const task = await this.#persistently('claiming a task', claiming, letGo)
     if (!task) return letGo.aborted
     await this.#seeTaskThrough(task, run)
@@ -396,7 +396,7 @@ export class TaskRunner {
    * a claim that got through unheard would leave the task ours, with nobody to look after it.
    */
   async #giveUp(orphan: OrphanedTask): Promise<void> {
-    const claiming = () => this.#store.claim(orphan.taskId, orphan.claim)
+    const claiming = () => this.#store.claim(orphan.taskId, this.#options.now(), orphan.claim)
     const task = await this.#persistently('claiming a task', claiming)
     if (!task) return
     const message = `The host of instance ${orphan.instance} has not come back, and the worker ran there`

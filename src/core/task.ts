@@ -89,6 +89,8 @@ export interface TaskSummary {
   /** Of the caller's trace (W3C Trace Context). */
   traceparent: string | null
   createdAt: number
+  /** When a worker was first asked for. */
+  claimedAt: number | null
   startedAt: number | null
   finishedAt: number | null
   callbackStatus: CallbackStatus

@@ -13,7 +13,6 @@ const AWAITED_MAX = 10_000
  */
 export class Metrics {
   readonly #registry = new Registry()
-  readonly #now: () => number
   /** When tasks ended whose first attempt is still to come, in epoch ms. */
   readonly #finishedAt = new Map<string, number>()
 
@@ -36,7 +35,6 @@ export class Metrics {
 
   constructor(options: { tasks: TaskStore; backend: WorkerBackend; now: () => number }) {
     const { tasks, backend, now } = options
-    this.#now = now
     collectDefaultMetrics({ register: this.#registry })
     const live = this.#gauge('tasks', 'Tasks that have not ended', ['status'])
     const oldest = this.#gauge('oldest_queued_seconds', 'How long the oldest waiting task waits')
@@ -74,9 +72,9 @@ export class Metrics {
   }
 
   tasks(store: TaskStore): TaskStore {
-    const claim: TaskStore['claim'] = async (taskId, seen) => {
-      const task = await store.claim(taskId, seen)
-      if (task?.claim === 1) this.#queueWait.observe((this.#now() - task.createdAt) / 1000)
+    const claim: TaskStore['claim'] = async (taskId, at, seen) => {
+      const task = await store.claim(taskId, at, seen)
+      if (task?.claim === 1) this.#queueWait.observe((at - task.createdAt) / 1000)
       return task
     }
     const finish: TaskStore['finish'] = async (task, end) => {

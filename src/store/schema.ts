@@ -33,6 +33,7 @@ export interface TasksTable {
   traceparent: string | null
   cancel_requested_at: number | null
   created_at: number
+  claimed_at: number | null
   started_at: number | null
   finished_at: number | null
   log_bytes: number | null

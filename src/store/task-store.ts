@@ -83,6 +83,7 @@ export class SqlTaskStore implements TaskStore {
         traceparent: task.traceparent,
         cancel_requested_at: null,
         created_at: task.createdAt,
+        claimed_at: null,
         started_at: null,
         finished_at: null,
         log_bytes: null,
@@ -139,12 +140,13 @@ export class SqlTaskStore implements TaskStore {
     return row && { content: await decodeLog(row), totalBytes: Number(row.total_bytes) }
   }
 
-  async claim(taskId: string, seen = 0): Promise<ClaimedTask | undefined> {
+  async claim(taskId: string, at: number, seen = 0): Promise<ClaimedTask | undefined> {
     const taken = this.#db
       .updateTable('tasks')
       .set({
         claim: seen + 1,
         instance: this.#instance,
+        claimed_at: sql<number>`coalesce(claimed_at, ${at})`,
         status: sql<
           'provisioning' | 'running'
         >`case when status = 'queued' then 'provisioning' else status end`,

@@ -186,7 +186,12 @@ describe('against a service in trouble', () => {
       traceparent: null,
       callback_status: 'none',
     },
-    ...{ created_at: '2026-01-05T08:00:00.000Z', started_at: null, worker_config: {} },
+    ...{
+      created_at: '2026-01-05T08:00:00.000Z',
+      claimed_at: null,
+      started_at: null,
+      worker_config: {},
+    },
     ...{ finished_at: '2026-01-05T08:00:00.000Z', callback_url: null, timeout_seconds: 1 },
     ...{ terminate_on_completion: true, log_bytes: 8 },
   }

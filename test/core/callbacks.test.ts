@@ -162,7 +162,7 @@ describe('CallbackDispatcher', () => {
       ...{ callbackUrlToken: 'a token', terminateOnCompletion: true, timeoutSeconds: 1 },
       ...{ digest: '', workerName: `worker-${ids}`, createdAt: 1, priority: 0, traceparent: null },
     })
-    const task = await tasks.claim(taskId)
+    const task = await tasks.claim(taskId, 0)
     if (!task) throw new Error('not claimed')
     const { origin } = new URL(url)
     await tasks.finish(task, {

@@ -74,7 +74,7 @@ describe('a sweep', () => {
     await stores.tasks.insert(newTask('queued'))
     for (const taskId of ['provisioning', 'running']) {
       await stores.tasks.insert(newTask(taskId))
-      const claimed = await stores.tasks.claim(taskId)
+      const claimed = await stores.tasks.claim(taskId, 0)
       if (claimed && taskId === 'running') await stores.tasks.markRunning(claimed, NOW)
     }
     await stores.finished('just-finished', { finishedAt: NOW - SECOND_MS })
@@ -100,7 +100,7 @@ describe('a sweep', () => {
     await using stores = await openStores()
     for (const taskId of ['stuck', 'slow', 'young']) {
       await stores.tasks.insert(newTask(taskId))
-      await stores.tasks.claim(taskId)
+      await stores.tasks.claim(taskId, 0)
     }
     const { backend, left } = fakeBackend([
       { taskId: 'stuck', status: 'Provisioning', createdAt: NOW - 60 * SECOND_MS },

@@ -585,7 +585,7 @@ describe('TaskRunner', () => {
 
     test('counts from the start of the task, not of the service', async () => {
       const task = await stored({ timeoutSeconds: 60 })
-      const claimed = await store.claim(task.taskId)
+      const claimed = await store.claim(task.taskId, 0)
       if (!claimed) throw new Error('not claimed')
       await store.markRunning(claimed, Date.now() - 61_000)
       backend.make({ name: task.workerName, taskId: task.taskId } as WorkerSpec)
@@ -615,7 +615,7 @@ describe('TaskRunner', () => {
 
     test('a worker that was begun before is taken up although what it was given is gone by now', async () => {
       const task = await stored({ workerConfig: { personalSecrets: ['gone'] } })
-      await store.claim(task.taskId)
+      await store.claim(task.taskId, 0)
       backend.make({ name: task.workerName, taskId: task.taskId } as WorkerSpec)
       await open().runner.start()
       const worker = await workerOf(task)
@@ -655,7 +655,7 @@ describe('TaskRunner', () => {
 
     test('a running task whose worker is gone is lost, and calls back', async () => {
       const task = await stored()
-      const claimed = await store.claim(task.taskId)
+      const claimed = await store.claim(task.taskId, 0)
       if (!claimed) throw new Error('not claimed')
       await store.markRunning(claimed, Date.now())
       const { runner } = open()
@@ -668,7 +668,7 @@ describe('TaskRunner', () => {
 
     test('a worker that a crash kept from its termination is terminated', async () => {
       const task = await stored({ callbackUrl: null })
-      const claimed = await store.claim(task.taskId)
+      const claimed = await store.claim(task.taskId, 0)
       if (!claimed) throw new Error('not claimed')
       await store.finish(claimed, {
         outcome: { ...DONE, status: 'succeeded' },
@@ -717,7 +717,9 @@ describe('TaskRunner', () => {
       const { task } = await started(
         {},
         {
-          claim: failing(1, (taskId: string, seen?: number) => store.claim(taskId, seen)),
+          claim: failing(1, (taskId: string, at: number, seen?: number) =>
+            store.claim(taskId, at, seen),
+          ),
           markRunning: failing(1, (...args: Parameters<TaskStore['markRunning']>) =>
             store.markRunning(...args),
           ),
@@ -756,7 +758,7 @@ describe('TaskRunner', () => {
       const { task } = await started()
       const worker = await workerOf(task)
       await isIn(task, 'running')
-      await store.claim(task.taskId, 1)
+      await store.claim(task.taskId, 0, 1)
       worker.ended.resolve(DONE)
       await expect.poll(() => events, WAIT).toContain('second')
       expect(await store.get(task.taskId)).toMatchObject({ status: 'running', claim: 2 })

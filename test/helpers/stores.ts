@@ -41,7 +41,7 @@ export async function openStores(): Promise<Stores> {
     deliveries: new SqlDeliveryStore(connection, tasks),
     async finished(taskId, { finishedAt, origin, status = 'succeeded', keepWorker = false }) {
       await tasks.insert(newTask(taskId, { callbackUrl: origin ? `${origin}/callback` : null }))
-      const task = await tasks.claim(taskId)
+      const task = await tasks.claim(taskId, 0)
       if (!task) throw new Error(`${taskId} could not be claimed`)
       await tasks.finish(task, {
         outcome: { status, reason: 'completed', message: null, exitCode: 0, signal: null },
@@ -140,6 +140,7 @@ function finishedRow(
     log_cursor: null,
     cancel_requested_at: null,
     created_at: finishedAt,
+    claimed_at: finishedAt,
     started_at: finishedAt,
     finished_at: finishedAt,
     log_bytes: 4,

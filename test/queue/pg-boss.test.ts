@@ -72,7 +72,7 @@ function scripted({ store }: Instance, { all = false } = {}) {
   const started: string[] = []
   const ends = new Map<string, () => void>()
   const handler = async ({ taskId, claim }: SeenTask) => {
-    const task = await store.claim(taskId, claim)
+    const task = await store.claim(taskId, 0, claim)
     if (!task) return false
     const ended = new Promise<void>((resolve) => ends.set(taskId, resolve))
     started.push(taskId)
@@ -134,7 +134,7 @@ describe('handing out', () => {
         handed.push(taskId)
         running += 1
         most.set(name, Math.max(most.get(name) ?? 0, running))
-        const task = await store.claim(taskId, claim)
+        const task = await store.claim(taskId, 0, claim)
         if (task) await store.finish(task, end())
         running -= 1
         return task !== undefined
@@ -166,7 +166,7 @@ describe('handing out', () => {
     const one = await instance('one')
     await submitted(one, 'r1')
     await submitted(one, 'r2')
-    for (const taskId of ['r1', 'r2']) expect(await one.store.claim(taskId)).toBeDefined()
+    for (const taskId of ['r1', 'r2']) expect(await one.store.claim(taskId, 0)).toBeDefined()
     await submitted(one, 'a')
     const { started, handler, end: endTask } = scripted(one)
     one.queue.work(1, handler)
@@ -200,7 +200,7 @@ describe('a limit over all instances', () => {
         running += 1
         most = Math.max(most, running)
         if (running === LIMIT) full.resolve()
-        const task = await store.claim(taskId, claim)
+        const task = await store.claim(taskId, 0, claim)
         // The first ones stay until there are as many as may be; whoever looks meanwhile gets none.
         await full.promise
         running -= 1
@@ -218,7 +218,7 @@ describe('a limit over all instances', () => {
       await instance('two', { runningMax: LIMIT }),
     ]
     for (const taskId of ['a', 'b', 'c', 'd', 'e']) await submitted(one, taskId)
-    expect(await one.store.claim('a')).toBeDefined()
+    expect(await one.store.claim('a', 0)).toBeDefined()
     const fetched: string[] = []
     one.queue.work(1, async ({ taskId }) => {
       fetched.push(taskId)
@@ -240,7 +240,7 @@ describe('what becomes of a job', () => {
     const one = await instance('one')
     for (const taskId of ['claimed', 'cancelled', 'waits']) await submitted(one, taskId)
     expect((await jobs()).map(({ id }) => id).sort()).toEqual(['cancelled', 'claimed', 'waits'])
-    await one.store.claim('claimed')
+    await one.store.claim('claimed', 0)
     await one.store.requestCancel('cancelled', 1)
     const cancelled = await one.store.get('cancelled')
     if (!cancelled) throw new Error('not stored')
@@ -252,7 +252,7 @@ describe('what becomes of a job', () => {
   test('a claim that comes too late leaves the job to the task that it belongs to', async () => {
     const one = await instance('one')
     await submitted(one, 'waits')
-    expect(await one.store.claim('waits', 1)).toBeUndefined()
+    expect(await one.store.claim('waits', 0, 1)).toBeUndefined()
     expect(await jobs()).toEqual([{ id: 'waits', state: 'created' }])
   })
 
@@ -327,7 +327,7 @@ describe('hints', () => {
       queue.onCancel((taskId) => heard.push(`${name} ${taskId}`))
     }
     await submitted(one, 'a')
-    await one.store.claim('a')
+    await one.store.claim('a', 0)
     await two.store.requestCancel('a', 1)
     await expect.poll(() => heard.sort(), WAIT).toEqual(['one a', 'two a'])
   })
@@ -369,10 +369,10 @@ describe('length', () => {
     for (const taskId of ['a', 'b', 'c', 'd']) await submitted(one, taskId)
     expect(one.queue.length).toBe(4)
     await expect.poll(() => two.queue.length, WAIT).toBe(4)
-    const task = await one.store.claim('a')
+    const task = await one.store.claim('a', 0)
     if (!task) throw new Error('not claimed')
     await one.store.finish(task, end())
-    await one.store.claim('b')
+    await one.store.claim('b', 0)
     await expect.poll(() => two.queue.length, WAIT).toBe(2)
     const late = await instance('late')
     expect(late.queue.length).toBe(2)

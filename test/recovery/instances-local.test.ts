@@ -275,8 +275,10 @@ test('of instances that race for an orphan one gets it; the others, and the one 
       Array.from({ length: ORPHANS }, async (_, index) => {
         const taskId = `orphan-${index}`
         await dead.insert(newTask(taskId))
-        const before = (await dead.claim(taskId)) as Task
-        const claimed = await Promise.all(others.map((store) => store.claim(taskId, before.claim)))
+        const before = (await dead.claim(taskId, 0)) as Task
+        const claimed = await Promise.all(
+          others.map((store) => store.claim(taskId, 0, before.claim)),
+        )
         const winners = claimed.flatMap((task) => (task ? [task] : []))
         expect(winners).toHaveLength(1)
         const winner = winners[0] as Task

@@ -20,6 +20,8 @@ const SECURED = [
   ['GET', '/workers/a/logs'],
   ['DELETE', '/workers/a'],
   ['POST', '/workers/cleanup'],
+  ['GET', '/statistics'],
+  ['GET', '/metrics'],
 ] as const
 const OPEN = ['/health/live', '/health/ready', '/docs', '/docs/json', '/docs/yaml'] as const
 

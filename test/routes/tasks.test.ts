@@ -49,6 +49,7 @@ describe('one task', () => {
       message: null,
       exit_code: 0,
       signal: null,
+      claimed_at: expect.any(String),
       created_at: expect.any(String),
       started_at: expect.any(String),
       finished_at: expect.any(String),
@@ -63,8 +64,8 @@ describe('one task', () => {
       timeout_seconds: 86_400,
       log_bytes: 3,
     })
-    const times = [body.created_at, body.started_at, body.finished_at].map((time) =>
-      Date.parse(String(time)),
+    const times = [body.created_at, body.claimed_at, body.started_at, body.finished_at].map(
+      (time) => Date.parse(String(time)),
     )
     expect([before, ...times, Date.now()]).toEqual([before, ...times, Date.now()].sort())
   })

@@ -6,6 +6,7 @@ import type { Outcome } from '../../src/core/task.ts'
 import { Sealer } from '../../src/secrets/sealing.ts'
 import type { Connection } from '../../src/store/connection.ts'
 import { SqlDeliveryStore } from '../../src/store/delivery-store.ts'
+import { SqlStatistics } from '../../src/store/statistics.ts'
 import { type SharedQueue, SqlTaskStore } from '../../src/store/task-store.ts'
 
 export const SEALER = new Sealer(Buffer.alloc(32, 7))
@@ -87,7 +88,7 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
 
     async function claimed(overrides: Partial<NewTask> = {}) {
       const { taskId } = await inserted(overrides)
-      const task = await store.claim(taskId)
+      const task = await store.claim(taskId, 0)
       if (!task) throw new Error('not claimed')
       return task
     }
@@ -109,6 +110,57 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
       )
     }
 
+    test('what ended is counted by the span it ended in', async () => {
+      const waited = async (claimedAt: number, how: Partial<End>, callbackAfter?: number) => {
+        const callbackUrl = callbackAfter === undefined ? null : `${ORIGIN}/hook`
+        const { taskId } = await inserted({ createdAt: 1_000, callbackUrl })
+        const task = await store.claim(taskId, claimedAt)
+        if (!task) throw new Error('not claimed')
+        // A claim that follows changes nothing of how long it waited.
+        const again = await store.claim(taskId, claimedAt + 500, task.claim)
+        const finishedAt = how.finishedAt ?? 0
+        const leaseUntil = finishedAt + 60_000
+        const delivery = callbackAfter === undefined ? undefined : newDelivery({ leaseUntil })
+        await store.finish(again ?? task, end({ ...how, delivery }))
+        if (callbackAfter === undefined) return
+        const startedAt = finishedAt + callbackAfter
+        await deliveries.recordAttempt(
+          taskId,
+          { number: 1, startedAt, durationMs: 5, statusCode: 200, error: null },
+          { status: 'delivered', nextAttemptAt: null },
+          leaseUntil,
+        )
+      }
+      const failed: Outcome = { ...SUCCESS, status: 'failed', reason: 'exit_code', exitCode: 3 }
+      await waited(1_100, { finishedAt: 9_999 })
+      await waited(1_100, { finishedAt: 10_000 }, 40)
+      await waited(1_300, { finishedAt: 10_999, outcome: failed }, 60)
+      await waited(3_000, { finishedAt: 12_000, outcome: failed })
+      await waited(1_000, { finishedAt: 13_000 })
+      await inserted({ createdAt: 10_000 })
+      const statistics = new SqlStatistics(connection)
+      const none = { mean: null, max: null }
+      const nothing = {
+        succeeded: 0,
+        failed: 0,
+        cancelled: 0,
+        queueWait: none,
+        callbackDelay: none,
+      }
+      expect(await statistics.ended({ from: 10_000, bucketMs: 1_000, count: 3 })).toEqual({
+        buckets: [
+          {
+            ...{ at: 10_000, succeeded: 1, failed: 1, cancelled: 0 },
+            queueWait: { mean: 0.2, max: 0.3 },
+            callbackDelay: { mean: 0.05, max: 0.06 },
+          },
+          { at: 11_000, ...nothing },
+          { ...nothing, at: 12_000, failed: 1, queueWait: { mean: 2, max: 2 } },
+        ],
+        reasons: [{ reason: 'exit_code', count: 2 }],
+      })
+    })
+
     describe('taking tasks in', () => {
       test('a task comes back as it went in', async () => {
         const task = await inserted({
@@ -127,7 +179,7 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
           callbackStatus: 'pending',
           secretValues: [],
           ...{ reason: null, message: null, exitCode: null, signal: null },
-          ...{ startedAt: null, finishedAt: null, logBytes: null },
+          ...{ claimedAt: null, startedAt: null, finishedAt: null, logBytes: null },
         })
       })
 
@@ -162,48 +214,48 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
       ])('the id %j is like any other', async (taskId) => {
         await inserted({ taskId })
         expect(await store.get(taskId)).toMatchObject({ taskId, status: 'queued' })
-        expect(await store.claim(taskId)).toMatchObject({ taskId, claim: 1 })
+        expect(await store.claim(taskId, 0)).toMatchObject({ taskId, claim: 1 })
       })
     })
 
     describe('claiming', () => {
       test('a claim moves a queued task to provisioning and raises its number', async () => {
         const { taskId } = await inserted({ callbackUrlToken: 'a token' })
-        expect(await store.claim(taskId)).toMatchObject({
+        expect(await store.claim(taskId, 0)).toMatchObject({
           ...{ taskId, status: 'provisioning', claim: 1 },
           ...{ cancelRequested: false, callbackUrlToken: 'a token' },
         })
-        expect(await store.claim(taskId, 1)).toMatchObject({ status: 'provisioning', claim: 2 })
+        expect(await store.claim(taskId, 0, 1)).toMatchObject({ status: 'provisioning', claim: 2 })
       })
 
       test('a claim whose answer was lost is given again, to the same instance only', async () => {
         const { taskId } = await inserted()
         const other = storesOver(connection, 'there').store
-        expect(await store.claim(taskId)).toMatchObject({ claim: 1, instance: 'here' })
-        expect(await store.claim(taskId)).toMatchObject({ claim: 1, instance: 'here' })
-        expect(await other.claim(taskId)).toBeUndefined()
-        expect(await other.claim(taskId, 1)).toMatchObject({ claim: 2, instance: 'there' })
-        expect(await store.claim(taskId)).toBeUndefined()
-        expect(await store.claim(taskId, 1)).toBeUndefined()
+        expect(await store.claim(taskId, 0)).toMatchObject({ claim: 1, instance: 'here' })
+        expect(await store.claim(taskId, 0)).toMatchObject({ claim: 1, instance: 'here' })
+        expect(await other.claim(taskId, 0)).toBeUndefined()
+        expect(await other.claim(taskId, 0, 1)).toMatchObject({ claim: 2, instance: 'there' })
+        expect(await store.claim(taskId, 0)).toBeUndefined()
+        expect(await store.claim(taskId, 0, 1)).toBeUndefined()
       })
 
       test('a claim leaves a running task running, and remembers since when', async () => {
         const task = await claimed()
         expect(await store.markRunning(task, 4_000)).toBe(true)
-        expect(await store.claim(task.taskId, 1)).toMatchObject({
+        expect(await store.claim(task.taskId, 0, 1)).toMatchObject({
           ...{ status: 'running', claim: 2, startedAt: 4_000 },
         })
       })
 
       test('a final or unknown task cannot be claimed', async () => {
-        expect(await store.claim(await finished())).toBeUndefined()
-        expect(await store.claim('unknown')).toBeUndefined()
+        expect(await store.claim(await finished(), 0)).toBeUndefined()
+        expect(await store.claim('unknown', 0)).toBeUndefined()
       })
 
       test('of many instances that claim a task at once one gets it', async () => {
         const { taskId } = await inserted()
         const stores = Array.from({ length: 10 }, (_, at) => storesOver(connection, `i${at}`).store)
-        const claims = await Promise.all(stores.map((each) => each.claim(taskId)))
+        const claims = await Promise.all(stores.map((each) => each.claim(taskId, 0)))
         expect(claims.filter((task) => task !== undefined)).toEqual([
           expect.objectContaining({ claim: 1 }),
         ])
@@ -213,7 +265,7 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
     describe('an instance whose claim was taken over', () => {
       test('does not mark the task running', async () => {
         const stale = await claimed()
-        await store.claim(stale.taskId, stale.claim)
+        await store.claim(stale.taskId, 0, stale.claim)
         expect(await store.markRunning(stale, 4_000)).toBe(false)
         expect(await store.get(stale.taskId)).toMatchObject({
           ...{ status: 'provisioning', startedAt: null },
@@ -222,7 +274,7 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
 
       test('does not finish it: no outcome, no log, no delivery', async () => {
         const stale = await claimed({ callbackUrl: `${ORIGIN}/hook` })
-        const task = await store.claim(stale.taskId, stale.claim)
+        const task = await store.claim(stale.taskId, 0, stale.claim)
         const log = { content: Buffer.from('stale'), totalBytes: 5 }
         expect(await store.finish(stale, end({ log, delivery: newDelivery() }))).toBe(false)
         expect(await store.get(stale.taskId)).toMatchObject({ status: 'provisioning' })
@@ -331,7 +383,7 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
         const { taskId } = await inserted()
         expect(await store.requestCancel(taskId, 2_000)).toMatchObject({ taskId, status: 'queued' })
         expect(await store.requestCancel(taskId, 3_000)).toMatchObject({ taskId })
-        expect(await store.claim(taskId)).toMatchObject({ cancelRequested: true })
+        expect(await store.claim(taskId, 0)).toMatchObject({ cancelRequested: true })
       })
 
       test('a final or unknown task has nothing to cancel', async () => {

@@ -66,7 +66,7 @@ async function silentFor(name: string, ms: number): Promise<void> {
 async function running(store: TaskStore): Promise<string> {
   const { taskId } = newTask()
   await store.insert(newTask({ taskId }))
-  expect(await store.claim(taskId)).toMatchObject({ claim: 1 })
+  expect(await store.claim(taskId, 0)).toMatchObject({ claim: 1 })
   return taskId
 }
 
@@ -128,10 +128,10 @@ describe('what is ours', () => {
     const b = member('b')
     const first = await running(a.store)
     const second = await running(b.store)
-    expect(await a.store.claim(second, 1)).toMatchObject({ claim: 2 })
+    expect(await a.store.claim(second, 0, 1)).toMatchObject({ claim: 2 })
     await running(b.store)
     await a.store.insert(newTask())
-    const ended = await a.store.claim(await running(a.store), 1)
+    const ended = await a.store.claim(await running(a.store), 0, 1)
     if (!ended) throw new Error('not claimed')
     await a.store.finish(ended, end())
     const seen = await a.cluster.ours()
@@ -159,7 +159,7 @@ describe('tasks of the dead', () => {
     await dead.cluster.beat()
     const taskId = await running(dead.store)
     const claimedAgain = await running(dead.store)
-    await dead.store.claim(claimedAgain, 1)
+    await dead.store.claim(claimedAgain, 0, 1)
     await alive.cluster.beat()
     await running(alive.store)
     await lives(heir, SILENT_MS + 1)
@@ -177,7 +177,7 @@ describe('tasks of the dead', () => {
     const [dead, heir] = [member('dead'), member('heir')]
     await dead.cluster.beat()
     await dead.store.insert(newTask())
-    const ended = await dead.store.claim(await running(dead.store), 1)
+    const ended = await dead.store.claim(await running(dead.store), 0, 1)
     if (!ended) throw new Error('not claimed')
     await dead.store.finish(ended, end())
     await lives(heir, SILENT_MS + 1)
@@ -242,7 +242,7 @@ describe('tasks of the dead', () => {
     await dead.cluster.beat()
     const template = newTask()
     await dead.store.insert(template)
-    await dead.store.claim(template.taskId)
+    await dead.store.claim(template.taskId, 0)
     const { seq: _, ...row } = await connection.db
       .selectFrom('tasks')
       .selectAll()

@@ -47,7 +47,7 @@ describe('migrations', () => {
     const { store } = storesOver(connection)
     const task = newTask()
     await store.insert(task)
-    expect(await store.claim(task.taskId)).toMatchObject({ taskId: task.taskId })
+    expect(await store.claim(task.taskId, 0)).toMatchObject({ taskId: task.taskId })
     await connection.close()
     expect(await migrationsOf(url)).toHaveLength(3)
   })
@@ -106,7 +106,7 @@ describe('a connection that fails', () => {
   async function claimed(overrides: Parameters<typeof newTask>[0] = {}) {
     const { taskId } = newTask()
     await stores().store.insert(newTask({ taskId, ...overrides }))
-    const task = await stores().store.claim(taskId)
+    const task = await stores().store.claim(taskId, 0)
     if (!task) throw new Error('not claimed')
     return task
   }
@@ -165,9 +165,9 @@ describe('a connection that fails', () => {
       const { taskId } = newTask()
       await store.insert(newTask({ taskId }))
       await losing(what, 'commit', async () => {
-        await expect(store.claim(taskId)).rejects.toMatchObject(UNAVAILABLE)
+        await expect(store.claim(taskId, 0)).rejects.toMatchObject(UNAVAILABLE)
       })
-      expect(await store.claim(taskId)).toMatchObject({ claim: 1, status: 'provisioning' })
+      expect(await store.claim(taskId, 0)).toMatchObject({ claim: 1, status: 'provisioning' })
     })
 
     test('an outcome is set once: the repetition says yes, and changes nothing that was kept', async () => {

@@ -90,7 +90,7 @@ export function describeReleaseBefore(
 const BACK = [
   'drop table instances',
   'drop index tasks_running',
-  ...['priority', 'instance', 'log_cursor', 'traceparent'].map(
+  ...['priority', 'instance', 'log_cursor', 'traceparent', 'claimed_at'].map(
     (name) => `alter table tasks drop column ${name}`,
   ),
   `delete from kysely_migration where name <> '0001-tasks-and-deliveries'`,

@@ -87,7 +87,7 @@ describe('the SQLite file', () => {
     const first = await open()
     const task = newTask({ callbackUrl: `${ORIGIN}/hook` })
     await first.store.insert(task)
-    const claimed = await first.store.claim(task.taskId)
+    const claimed = await first.store.claim(task.taskId, 0)
     if (!claimed) throw new Error('not claimed')
     const delivery = { webhookId: 'msg_1', origin: ORIGIN, leaseUntil: 1e15 }
     await first.store.finish(claimed, end({ delivery }))
@@ -157,7 +157,7 @@ describe('the SQLite file', () => {
       },
     })
     await store.insert(task)
-    const claimed = await store.claim(task.taskId)
+    const claimed = await store.claim(task.taskId, 0)
     if (!claimed) throw new Error('not claimed')
     await store.finish(
       claimed,
@@ -180,7 +180,7 @@ describe('the SQLite file', () => {
     const { connection, store } = await open()
     const taken = newTask()
     await store.insert(taken)
-    const claimed = await store.claim(taken.taskId)
+    const claimed = await store.claim(taken.taskId, 0)
     if (!claimed) throw new Error('not claimed')
     const log = (taskId: string) =>
       connection.db.insertInto('task_logs').values({

@@ -10,6 +10,7 @@ export async function up(db: Kysely<unknown>): Promise<void> {
   await addColumn.addColumn('instance', 'text').execute()
   await addColumn.addColumn('log_cursor', 'text').execute()
   await addColumn.addColumn('traceparent', 'text').execute()
+  await addColumn.addColumn('claimed_at', 'bigint').execute()
   await sql`create index tasks_running on tasks (instance) where status in ('provisioning', 'running')`.execute(
     db,
   )

@@ -1,0 +1,90 @@
+import type { FastifyPluginAsyncZod } from 'fastify-type-provider-zod'
+import { z } from 'zod'
+import { TaskRunnerError } from '../core/errors.ts'
+import { doneSchema } from '../wire/responses.ts'
+import { type Authentication, TOKEN_COOKIE } from './authentication.ts'
+import { answer, errorResponses } from './responses.ts'
+
+const SIGNED_IN_SECONDS = 7 * 86_400
+
+const sessionSchema = z
+  .object({
+    needed: z.boolean().describe('False: the service wants no token'),
+    signed_in: z.boolean(),
+  })
+  .meta({ id: 'Session', examples: [{ needed: true, signed_in: false }] })
+
+const signInSchema = z
+  .strictObject({ token: z.string().min(1).max(4096) })
+  .meta({ id: 'SignInRequest', examples: [{ token: 'one of API_TOKENS' }] })
+
+/** Signing in from a browser: the token lies in a cookie that no script can read, and that no other site can use. */
+export const sessionRoutes: FastifyPluginAsyncZod<{
+  authentication: Authentication
+  basePath: string
+}> = async (app, { authentication, basePath }) => {
+  const path = `${basePath}/`
+
+  app.get(
+    '/session',
+    {
+      schema: {
+        tags: ['Session'],
+        operationId: 'getSession',
+        summary: 'Is one signed in?',
+        security: [],
+        response: { ...answer('The session', sessionSchema) },
+      },
+    },
+    async ({ cookies }) => {
+      const needed = authentication.needsToken
+      return { needed, signed_in: !needed || authentication.knows(cookies[TOKEN_COOKIE] ?? '') }
+    },
+  )
+
+  app.post(
+    '/session',
+    {
+      schema: {
+        tags: ['Session'],
+        operationId: 'signIn',
+        summary: 'Sign in',
+        description: 'From now on the cookie that comes with the answer stands for the token.',
+        security: [],
+        body: signInSchema,
+        response: { ...answer('Signed in', doneSchema), ...errorResponses(401, 413, 415, 422) },
+      },
+    },
+    async ({ body, headers }, reply) => {
+      if (!authentication.knows(body.token)) {
+        throw new TaskRunnerError('unauthorized', 'The token is wrong')
+      }
+      reply.setCookie(TOKEN_COOKIE, body.token, {
+        path,
+        httpOnly: true,
+        sameSite: 'strict',
+        // TLS ends in front of us, where there is any.
+        secure: headers['x-forwarded-proto'] === 'https',
+        maxAge: SIGNED_IN_SECONDS,
+      })
+      return { success: true as const, message: 'Signed in' }
+    },
+  )
+
+  app.delete(
+    '/session',
+    {
+      schema: {
+        tags: ['Session'],
+        operationId: 'signOut',
+        summary: 'Sign out',
+        security: [],
+        response: { ...answer('Signed out', doneSchema) },
+      },
+    },
+    async (_, reply) => {
+      reply.clearCookie(TOKEN_COOKIE, { path })
+      return { success: true as const, message: 'Signed out' }
+    },
+  )
+}

@@ -1,0 +1,90 @@
+import { z } from 'zod'
+import type { Durations, Statistics } from '../core/statistics.ts'
+import { REASONS, type TaskStatus } from '../core/task.ts'
+
+const durationsSchema = z.object({
+  mean: z.number().nullable(),
+  max: z.number().nullable(),
+})
+const none = { mean: null, max: null }
+const at = '2026-01-05T08:00:00.000Z'
+
+/** Buckets are told with the counts of what ended in them; durations are null where nothing was measured. */
+export const statisticsSchema = z
+  .object({
+    from: z.iso.datetime(),
+    to: z.iso.datetime(),
+    bucket_seconds: z.number(),
+    buckets: z.array(
+      z.object({
+        at: z.iso.datetime(),
+        succeeded: z.int(),
+        failed: z.int(),
+        cancelled: z.int(),
+        queue_wait_seconds: durationsSchema.describe('From accepted to claimed'),
+        callback_delay_seconds: durationsSchema.describe('From the end to the first attempt'),
+      }),
+    ),
+    reasons: z
+      .array(z.object({ reason: z.enum(REASONS), count: z.int() }))
+      .describe('Of tasks that did not succeed, the most frequent first'),
+    live: z.object({ queued: z.int(), provisioning: z.int(), running: z.int() }),
+    oldest_queued_seconds: z.number().nullable(),
+  })
+  .meta({
+    id: 'Statistics',
+    examples: [
+      {
+        from: at,
+        to: '2026-01-05T09:00:00.000Z',
+        bucket_seconds: 60,
+        buckets: [
+          {
+            ...{ at, succeeded: 12, failed: 1, cancelled: 0 },
+            queue_wait_seconds: { mean: 0.004, max: 0.02 },
+            callback_delay_seconds: none,
+          },
+        ],
+        reasons: [{ reason: 'exit_code', count: 1 }],
+        live: { queued: 0, provisioning: 0, running: 3 },
+        oldest_queued_seconds: null,
+      },
+    ],
+  })
+
+export function fromStatistics(
+  { buckets, reasons }: Statistics,
+  live: Array<{ status: TaskStatus; count: number; oldestCreatedAt: number }>,
+  { bucketMs, now }: { bucketMs: number; now: number },
+): z.input<typeof statisticsSchema> {
+  const first = buckets[0]?.at ?? now
+  const count = (wanted: TaskStatus) => live.find(({ status }) => status === wanted)?.count ?? 0
+  const oldest = live.find(({ status }) => status === 'queued')?.oldestCreatedAt
+  return {
+    from: iso(first),
+    to: iso(first + buckets.length * bucketMs),
+    bucket_seconds: bucketMs / 1000,
+    buckets: buckets.map(({ at, queueWait, callbackDelay, ...ended }) => ({
+      at: iso(at),
+      ...ended,
+      queue_wait_seconds: rounded(queueWait),
+      callback_delay_seconds: rounded(callbackDelay),
+    })),
+    reasons,
+    live: {
+      queued: count('queued'),
+      provisioning: count('provisioning'),
+      running: count('running'),
+    },
+    oldest_queued_seconds: oldest === undefined ? null : Math.max(0, (now - oldest) / 1000),
+  }
+}
+
+/** To the millisecond, which is how exact they are. */
+function rounded({ mean, max }: Durations): Durations {
+  return { mean: mean === null ? null : Math.round(mean * 1000) / 1000, max }
+}
+
+function iso(ms: number): string {
+  return new Date(ms).toISOString()
+}
