@@ -11,6 +11,7 @@ import { InvalidRequestError } from './core/errors.ts'
 import { Masker } from './core/masking.ts'
 import type { CallbackSender, DeliveryStore, TaskStore, WorkerBackend } from './core/ports.ts'
 import { Reaper } from './core/reaper.ts'
+import { Statistics } from './core/statistics.ts'
 import { Submissions } from './core/submissions.ts'
 import type { Task } from './core/task.ts'
 import { TaskFiles } from './core/task-files.ts'
@@ -163,6 +164,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
       isClockOurs: !shared,
       log,
     })
+    const statistics = new Statistics(storage.statistics, now)
     const isHostBound = config.workerBackend === 'local'
     /** The instance that alone can read the log of a task that runs. */
     const elsewhere = ({ instance }: Task) =>
@@ -268,7 +270,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
           await secured.register(taskRoutes, { tasks, deliveries, runner, callbacks })
           await secured.register(taskLogRoutes, { tasks, backend, maskerFor, elsewhere })
           await secured.register(metricsRoute, { metrics })
-          await secured.register(statisticsRoute, { statistics: storage.statistics, tasks, now })
+          await secured.register(statisticsRoute, { statistics, tasks, now })
           await secured.register(workerRoutes, { tasks, backend, runner, reaper, maskerFor })
         })
       },

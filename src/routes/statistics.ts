@@ -1,35 +1,19 @@
 import type { FastifyPluginAsyncZod } from 'fastify-type-provider-zod'
 import { z } from 'zod'
 import type { TaskStore } from '../core/ports.ts'
-import type { Statistics, StatisticsStore } from '../core/statistics.ts'
+import type { Statistics } from '../core/statistics.ts'
 import { fromStatistics, statisticsSchema } from '../wire/statistics.ts'
 import { answer, errorResponses } from './responses.ts'
 
 const BUCKETS = 60
 const MINUTES_DEFAULT = 60
 const MINUTES_MAX = 1440
-/** Many may look at once, and each look reads every task of the span. */
-const KEPT_MS = 5_000
 
 export const statisticsRoute: FastifyPluginAsyncZod<{
-  statistics: StatisticsStore
+  statistics: Statistics
   tasks: Pick<TaskStore, 'countLive'>
   now: () => number
 }> = async (app, { statistics, tasks, now }) => {
-  const known = new Map<number, { until: number; ended: Promise<Statistics> }>()
-
-  /** Asks the store again only when what is known is older than a few seconds, or a part of a bucket. */
-  function ended(bucketMs: number): Promise<Statistics> {
-    const kept = known.get(bucketMs)
-    if (kept && kept.until > now()) return kept.ended
-    const from = (Math.floor(now() / bucketMs) + 1 - BUCKETS) * bucketMs
-    const asked = statistics.ended({ from, bucketMs, count: BUCKETS })
-    const until = now() + Math.max(KEPT_MS, bucketMs / 12)
-    known.set(bucketMs, { until, ended: asked })
-    asked.catch(() => known.delete(bucketMs))
-    return asked
-  }
-
   app.get(
     '/statistics',
     {
@@ -55,8 +39,11 @@ export const statisticsRoute: FastifyPluginAsyncZod<{
     },
     async ({ query }) => {
       const bucketMs = ((query.minutes ?? MINUTES_DEFAULT) * 60_000) / BUCKETS
-      const [known, live] = await Promise.all([ended(bucketMs), tasks.countLive()])
-      return fromStatistics(known, live, { bucketMs, now: now() })
+      const [buckets, live] = await Promise.all([
+        statistics.last(BUCKETS, bucketMs),
+        tasks.countLive(),
+      ])
+      return fromStatistics(buckets, live, { bucketMs, now: now() })
     },
   )
 }

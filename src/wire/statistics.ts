@@ -1,6 +1,6 @@
 import { z } from 'zod'
-import type { Durations, Statistics } from '../core/statistics.ts'
-import { REASONS, type TaskStatus } from '../core/task.ts'
+import type { Bucket, Durations } from '../core/statistics.ts'
+import { REASONS, type Reason, type TaskStatus } from '../core/task.ts'
 
 const durationsSchema = z.object({
   mean: z.number().nullable(),
@@ -53,24 +53,24 @@ export const statisticsSchema = z
   })
 
 export function fromStatistics(
-  { buckets, reasons }: Statistics,
+  buckets: Bucket[],
   live: Array<{ status: TaskStatus; count: number; oldestCreatedAt: number }>,
   { bucketMs, now }: { bucketMs: number; now: number },
 ): z.input<typeof statisticsSchema> {
-  const first = buckets[0]?.at ?? now
+  const from = buckets[0]?.at ?? now
   const count = (wanted: TaskStatus) => live.find(({ status }) => status === wanted)?.count ?? 0
   const oldest = live.find(({ status }) => status === 'queued')?.oldestCreatedAt
   return {
-    from: iso(first),
-    to: iso(first + buckets.length * bucketMs),
+    from: iso(from),
+    to: iso(from + buckets.length * bucketMs),
     bucket_seconds: bucketMs / 1000,
-    buckets: buckets.map(({ at, queueWait, callbackDelay, ...ended }) => ({
+    buckets: buckets.map(({ at, succeeded, failed, cancelled, queueWait, callbackDelay }) => ({
       at: iso(at),
-      ...ended,
+      ...{ succeeded, failed, cancelled },
       queue_wait_seconds: rounded(queueWait),
       callback_delay_seconds: rounded(callbackDelay),
     })),
-    reasons,
+    reasons: summed(buckets.flatMap(({ reasons }) => reasons)),
     live: {
       queued: count('queued'),
       provisioning: count('provisioning'),
@@ -78,6 +78,14 @@ export function fromStatistics(
     },
     oldest_queued_seconds: oldest === undefined ? null : Math.max(0, (now - oldest) / 1000),
   }
+}
+
+function summed(counts: Array<{ reason: Reason; count: number }>) {
+  const sums = new Map<Reason, number>()
+  for (const { reason, count } of counts) sums.set(reason, (sums.get(reason) ?? 0) + count)
+  return [...sums]
+    .map(([reason, count]) => ({ reason, count }))
+    .sort((one, other) => other.count - one.count)
 }
 
 /** To the millisecond, which is how exact they are. */
