@@ -269,6 +269,96 @@ describe('a network between a service and its database that fails', () => {
   )
 })
 
+test(
+  'what waits is limited over all instances: one whose own queue is empty refuses as well',
+  async () => {
+    await using instances = await startInstances(postgres, {
+      env: { MAX_CONCURRENT_TASKS: '1', MAX_QUEUED_TASKS: '2' },
+    })
+    const { stage } = instances
+    const one = await instances.start('a')
+    await stage.submit(one, 'runs', 'r-story.sh')
+    await eventually(async () => expect((await taskOf(one, 'runs')).status).toBe('running'))
+    for (const taskId of ['waits-1', 'waits-2']) await stage.submit(one, taskId, 'r-story.sh')
+    const refused = async (service: Service, taskId: string) => {
+      const answer = await post(service, '/task-runner', stage.request(taskId, 'r-story.sh'))
+      expect(answer).toMatchObject({ status: 429, body: { success: false } })
+      expect(Number(answer.headers.get('retry-after'))).toBeGreaterThan(0)
+    }
+    await refused(one, 'more')
+    // Takes none of those that wait, as it has no room: it came to a full queue.
+    const other = await instances.start('b', { MAX_CLUSTER_TASKS: '1' })
+    await refused(other, 'more')
+    // A repeated request is not one more.
+    const again = await post(other, '/task-runner', stage.request('waits-1', 'r-story.sh'))
+    expect(again).toMatchObject({ status: 200, body: { success: true } })
+    await post(one, '/tasks/waits-1/cancel')
+    await eventually(async () => {
+      const answer = await post(other, '/task-runner', stage.request('more', 'r-story.sh'))
+      expect(answer.status).toBe(200)
+    }, 5_000)
+    for (const taskId of ['more', 'waits-2', 'runs']) await post(one, `/tasks/${taskId}/cancel`)
+    for (const taskId of ['more', 'waits-2', 'runs']) await finalTask(one, taskId)
+  },
+  TIMEOUT_MS,
+)
+
+describe('hosts whose clocks are two minutes apart', () => {
+  const shifted = (ms: number) => ({
+    NODE_OPTIONS: `--import ${new URL('../helpers/shifted-clock.ts', import.meta.url).pathname}`,
+    CLOCK_SHIFT_MS: String(ms),
+  })
+  const SKEW_MS = 120_000
+
+  test(
+    'go by the database’s: times that are listed, time limits, callbacks that are due',
+    async () => {
+      await using instances = await startInstances(postgres, {
+        env: { MAX_CONCURRENT_TASKS: '3', CALLBACK_RETRY_SECONDS: '1,1,1' },
+        answer: (_, response, count) => response.writeHead(count === 1 ? 500 : 200).end('{}'),
+      })
+      const { stage } = instances
+      const services = {
+        slow: await instances.start('slow', shifted(-SKEW_MS)),
+        fast: await instances.start('fast', shifted(SKEW_MS)),
+      }
+      const runs: Array<{ taskId: string; from: number; to: number }> = []
+      for (const [name, service] of Object.entries(services)) {
+        for (const taskId of [`${name}-1`, `${name}-2`]) {
+          await stage.open(taskId, 'before', 'during', 'after')
+          const from = Date.now()
+          await stage.submit(service, taskId, 'r-story.sh')
+          await finalTask(service, taskId)
+          runs.push({ taskId, from, to: Date.now() })
+        }
+        await stage.submit(service, `${name}-limited`, 'r-story.sh', { timeout_seconds: 2 })
+      }
+      for (const { taskId, from, to } of runs) {
+        const task = await taskOf(services.fast, taskId)
+        for (const at of ['created_at', 'started_at', 'finished_at']) {
+          const time = Date.parse(String(task[at]))
+          expect(time, `${taskId} ${at}`).toBeGreaterThan(from - 1_000)
+          expect(time, `${taskId} ${at}`).toBeLessThan(to + 1_000)
+        }
+      }
+      for (const name of ['slow', 'fast']) {
+        const task = await finalTask(services.slow, `${name}-limited`)
+        expect(task).toMatchObject({ reason: 'timed_out' })
+        const ranMs = Date.parse(String(task.finished_at)) - Date.parse(String(task.started_at))
+        expect(ranMs).toBeGreaterThan(1_900)
+        expect(ranMs).toBeLessThan(12_000)
+      }
+      // The first attempt of all failed, and is made again soon, by whichever instance.
+      await eventually(async () => {
+        const { body } = await get(services.slow, '/tasks?callback_status=pending')
+        expect(body.tasks).toEqual([])
+      })
+      expect(stage.receiver.received.length).toBeGreaterThan(6)
+    },
+    TIMEOUT_MS,
+  )
+})
+
 /** Nothing secret is in its log, and nothing that nobody can read. */
 function expectSparing({ log }: Service): void {
   expect(log.join('\n')).not.toContain(PASSWORD)
