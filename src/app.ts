@@ -195,6 +195,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
       keptWorkerMs: config.keptWorkerMs,
       provisioningTimeoutMs: config.provisioningTimeoutMs,
       retentionMs: config.retentionMs,
+      instance: shared && isHostBound ? storage.instance : undefined,
       intervalMs: SWEEP_MS,
       onLeaked: (workers) => metrics.leaked(workers),
       now,

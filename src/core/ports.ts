@@ -311,6 +311,11 @@ export interface TaskStore {
   /** Finished tasks of this instance whose worker is still to be terminated. */
   workersToTerminate(): Promise<Array<{ taskId: string; workerName: string }>>
   workerTerminated(taskId: string): Promise<void>
+  /**
+   * Tasks that ended before `at` and whose worker nobody has noted as gone. With `instance`, only those of its host, and
+   * of hosts that are forgotten.
+   */
+  workersRemembered(at: number, instance?: string): Promise<string[]>
   /** Removes finished tasks with their logs, never one whose delivery is pending. Returns how many. */
   removeFinishedBefore(at: number): Promise<number>
   /** Throws `store_unavailable` when the store cannot be read. */

@@ -9,6 +9,8 @@ export interface ReaperOptions {
   /** Workers in Provisioning for longer than this are stuck. */
   provisioningTimeoutMs: number
   retentionMs: number
+  /** Whose workers alone can be seen here; undefined: all. */
+  instance?: string | undefined
   intervalMs: number
   /** So many workers were found that no task knew. */
   onLeaked?: (workers: number) => void
@@ -70,7 +72,9 @@ export class Reaper {
   async sweepWorkers(): Promise<number> {
     const { store, backend, keptWorkerMs, now, log } = this.#options
     let leaked = 0
-    for (const worker of await backend.list()) {
+    const workers = await backend.list()
+    await this.#noteGone(workers)
+    for (const worker of workers) {
       const owner = await store.workerOwner(worker.taskId)
       if (owner && !isFinal(owner.status)) continue
       if (owner?.kept && (owner.finishedAt ?? 0) + keptWorkerMs > now()) continue
@@ -87,6 +91,15 @@ export class Reaper {
     log[level]({ leaked }, 'workers leaked')
     await this.cleanUpStuck()
     return leaked
+  }
+
+  /** Whoever removed a worker may have been killed before it was noted, and its task would stay past its retention. */
+  async #noteGone(workers: readonly Worker[]): Promise<void> {
+    const { store, retentionMs, instance, now } = this.#options
+    const there = new Set(workers.map(({ taskId }) => taskId))
+    for (const taskId of await store.workersRemembered(now() - retentionMs, instance)) {
+      if (!there.has(taskId)) await store.workerTerminated(taskId)
+    }
   }
 
   /** Ends workers stuck in Provisioning, at once instead of at the next sweep. Never rejects. */

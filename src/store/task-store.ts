@@ -339,6 +339,24 @@ export class SqlTaskStore implements TaskStore {
       .execute()
   }
 
+  async workersRemembered(at: number, instance?: string): Promise<string[]> {
+    const rows = await this.#db
+      .selectFrom('tasks')
+      .select('task_id')
+      .where('finished_at', '<', at)
+      .where('worker_state', 'in', ['live', 'kept'])
+      .$if(instance !== undefined, (query) =>
+        query.where((eb) =>
+          eb.or([
+            eb('instance', '=', instance ?? ''),
+            eb('instance', 'not in', eb.selectFrom('instances').select('name')),
+          ]),
+        ),
+      )
+      .execute()
+    return rows.map((row) => row.task_id)
+  }
+
   async logCursor(taskId: string): Promise<string | undefined> {
     const row = await this.#db
       .selectFrom('tasks')

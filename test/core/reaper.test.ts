@@ -151,7 +151,11 @@ describe('a sweep', () => {
       { ...attempt, statusCode: 410 },
       { status: 'given_up', nextAttemptAt: null },
     )
-    const { backend } = fakeBackend([])
+    const { backend } = fakeBackend(
+      ['kept', 'worker-there'].map((taskId) => {
+        return { taskId, status: 'Completed', createdAt: old, stuck: true }
+      }),
+    )
     await reaperOf(stores, backend, NOW).sweep()
 
     const rows = async (table: 'tasks' | 'task_logs' | 'deliveries' | 'delivery_attempts') =>
@@ -163,6 +167,19 @@ describe('a sweep', () => {
     expect(await rows('task_logs')).toEqual(stay)
     expect(await rows('deliveries')).toEqual(['pending'])
     expect(await rows('delivery_attempts')).toEqual([])
+  })
+
+  test('notes workers that are gone though nobody told: their tasks do not outlast their retention', async () => {
+    await using stores = await openStores()
+    const old = NOW - 31 * DAY_MS
+    await stores.finished('removed-and-killed', { finishedAt: old })
+    await stores.finished('kept-and-removed', { finishedAt: old, keepWorker: true })
+    await stores.finished('there', { finishedAt: old })
+    const { backend } = fakeBackend([
+      { taskId: 'there', status: 'Completed', createdAt: old, stuck: true },
+    ])
+    await reaperOf(stores, backend, NOW).sweep()
+    expect((await stores.tasks.list({ limit: 9 })).map(({ taskId }) => taskId)).toEqual(['there'])
   })
 })
 

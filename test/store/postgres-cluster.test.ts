@@ -278,6 +278,23 @@ describe('leaving', () => {
   })
 })
 
+test('workers that a host alone can see are for it to look after, until it is forgotten', async () => {
+  const [here, there] = [member('here', { hostBound: true }), member('there', { hostBound: true })]
+  const ids: string[] = []
+  for (const { cluster, store } of [here, there]) {
+    await cluster.beat()
+    const task = await store.claim(await running(store), 1)
+    if (!task) throw new Error('not claimed')
+    await store.finish(task, end({ finishedAt: 5_000 }))
+    ids.push(task.taskId)
+  }
+  expect(await here.store.workersRemembered(5_000, 'here')).toEqual([])
+  expect(await here.store.workersRemembered(5_001, 'here')).toEqual([ids[0]])
+  expect((await here.store.workersRemembered(5_001)).sort()).toEqual([...ids].sort())
+  await connection.db.deleteFrom('instances').where('name', '=', 'there').execute()
+  expect((await here.store.workersRemembered(5_001, 'here')).sort()).toEqual([...ids].sort())
+})
+
 describe('instances that are gone', () => {
   test('are forgotten a day later, or once they left, unless they have tasks still', async () => {
     const heir = member('heir')
