@@ -12,8 +12,8 @@ export interface Runs {
   letGo(taskId: string, claim: number): void
   /** Takes a running task on; one that is run here already stays as it is. */
   resume(task: SeenTask): void
-  /** Ends a task whose worker is out of reach for good. */
-  giveUp(orphan: OrphanedTask): Promise<void>
+  /** Ends a task whose worker is out of reach for good, however long that takes; one that is being ended stays as it is. */
+  giveUp(orphan: OrphanedTask): void
   /** Someone wants the task ended. */
   cancel(taskId: string): void
 }
@@ -88,7 +88,7 @@ export class Membership {
     for (const taskId of await cluster.cancelRequests()) this.#runs.cancel(taskId)
     for (const orphan of await cluster.orphans()) {
       if (this.#isClosed) return
-      if (orphan.isLost) await this.#runs.giveUp(orphan)
+      if (orphan.isLost) this.#runs.giveUp(orphan)
       else this.#runs.resume(orphan)
     }
   }

@@ -135,8 +135,12 @@ export class TaskRunner {
 
   /** False: there is nothing to run. */
   async #runOnce(seen: SeenTask): Promise<boolean> {
-    const { taskId } = seen
-    if (this.#runs.has(taskId)) return true
+    return (await this.#once(seen.taskId, (run) => this.#run(seen, run))) ?? true
+  }
+
+  /** Undefined: the task is in hand already. `work` never rejects. */
+  async #once<T>(taskId: string, work: (run: Run) => Promise<T>): Promise<T | undefined> {
+    if (this.#runs.has(taskId)) return undefined
     const done = Promise.withResolvers<void>()
     const run: Run = {
       claim: undefined,
@@ -145,10 +149,10 @@ export class TaskRunner {
       done: done.promise,
     }
     this.#runs.set(taskId, run)
-    const wasThere = await this.#run(seen, run)
+    const answer = await work(run)
     this.#runs.delete(taskId)
     done.resolve()
-    return wasThere
+    return answer
   }
 
   /** The whole story. Never rejects. False: the task is final, or somebody else's. */
@@ -395,10 +399,10 @@ export class TaskRunner {
    * Ends a task whose worker is out of reach with the host of the instance that has died. Claimed until it is answered:
    * a claim that got through unheard would leave the task ours, with nobody to look after it.
    */
-  async #giveUp(orphan: OrphanedTask): Promise<void> {
     const claiming = () => this.#store.claim(orphan.taskId, this.#options.now(), orphan.claim)
-    const task = await this.#persistently('claiming a task', claiming)
+    const task = await this.#persistently('claiming a task', claiming, run.letGo.signal)
     if (!task) return
+    run.claim = task.claim
     const message = `The host of instance ${orphan.instance} has not come back, and the worker ran there`
     await this.#settle(task, failure('worker_lost', message))
   }
@@ -418,7 +422,9 @@ export class TaskRunner {
           if (run?.claim === claim) run.letGo.abort()
         },
         resume: (task) => this.#queue.resume(task),
-        giveUp: (orphan) => this.#giveUp(orphan),
+        giveUp: (orphan) => {
+          this.#background(this.#once(orphan.taskId, (run) => this.#giveUp(orphan, run)))
+        },
         cancel: (taskId) => this.hearCancel(taskId),
       },
       this.#log,

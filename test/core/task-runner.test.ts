@@ -7,6 +7,7 @@ import { Masker } from '../../src/core/masking.ts'
 import {
   type AttemptResult,
   type CallbackSender,
+  type Cluster,
   type Completion,
   type Logger,
   type NewTask,
@@ -176,7 +177,7 @@ describe('TaskRunner', () => {
     await rm(folder, { recursive: true, force: true })
   })
 
-  function open(overrides: Partial<TaskStore> = {}, concurrency = 4) {
+  function open(overrides: Partial<TaskStore> = {}, concurrency = 4, cluster?: Cluster) {
     const queue = new EmbeddedQueue()
     const callbacks = new CallbackDispatcher({
       store: deliveries,
@@ -201,6 +202,7 @@ describe('TaskRunner', () => {
       queue,
       backend,
       callbacks,
+      cluster,
       concurrency,
       provisioningTimeoutMs: PROVISIONING_MS,
       setup: new WorkerSetup({
@@ -702,6 +704,44 @@ describe('TaskRunner', () => {
       await closing
       expect(await store.get(task.taskId)).toMatchObject({ status: 'succeeded' })
     })
+  })
+
+  test('a task that is given up holds up no beat, and nobody takes it for one to resume', async () => {
+    const task = await stored()
+    await new SqlTaskStore(connection, new Sealer(Buffer.alloc(32)), { instance: 'dead' }).claim(
+      task.taskId,
+    )
+    const orphan = { taskId: task.taskId, claim: 1, instance: 'dead', isLost: true }
+    let beats = 0
+    const cluster: Cluster = {
+      isMember: () => true,
+      async beat() {
+        beats += 1
+        return true
+      },
+      async ours() {
+        const { instance, claim, status } = (await store.get(task.taskId)) as Task
+        return instance === 'here' && !isFinal(status) ? [{ taskId: task.taskId, claim }] : []
+      },
+      // As one that another beat has just seen: it says so once more.
+      orphans: async () => (beats < 5 ? [orphan] : []),
+      cancelRequests: async () => [],
+      async leave() {},
+    }
+    const released = Promise.withResolvers<void>()
+    const finish: TaskStore['finish'] = async (...args) => {
+      await released.promise
+      return store.finish(...args)
+    }
+    const { runner } = open({ finish, live: async () => [] }, 4, cluster)
+    await runner.start()
+    await expect.poll(() => beats, WAIT).toBe(4)
+    released.resolve()
+    expect(await finalOf(task)).toMatchObject({
+      ...{ reason: 'worker_lost', message: expect.stringContaining('dead'), claim: 2 },
+    })
+    await delivered(task)
+    expect(events).toEqual(['commit', 'attempt'])
   })
 
   describe('what fails is tried again', () => {
