@@ -13,9 +13,6 @@ import { openSqlite } from './store/sqlite.ts'
 import { SqlStatistics } from './store/statistics.ts'
 import { type Seal, SqlTaskStore } from './store/task-store.ts'
 
-/** To install the queue's tables may take longer than other statements. */
-const QUEUE_ANSWER_MS = 60_000
-
 export interface Storage {
   /** The name of this instance, as tasks show it. */
   instance: string
@@ -83,7 +80,7 @@ async function openShared(
     })
     await cluster.beat()
     const queue = await PgBossQueue.open({
-      connection: { ...connectionOptions(url, instance), query_timeout: QUEUE_ANSWER_MS },
+      connection: connectionOptions(url, instance),
       runningMax: config.clusterConcurrency,
       queuedMax: config.queuedMax,
       log,

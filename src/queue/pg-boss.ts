@@ -3,6 +3,7 @@ import { setTimeout as pause } from 'node:timers/promises'
 import { fromKysely, type KyselyTransactionLike, PgBoss } from 'pg-boss'
 import type { Handler, Logger, SeenTask, TaskQueue, WaitingTask } from '../core/ports.ts'
 import { queuePosition } from '../core/task.ts'
+import { until } from '../core/until.ts'
 
 const TASKS = 'task'
 const SWEEP = 'sweep'
@@ -12,6 +13,12 @@ const EVERY_MINUTE = '* * * * *'
 /** A hint may get lost: how often the queue is looked at all the same. */
 const POLL_MS = 2_000
 const RETRY_MS = 1_000
+/** For an answer, where a server that cannot be reached any more gives none. */
+const ANSWER_MS = 12_000
+/** For the end of a connection. */
+const FAREWELL_MS = 1_000
+/** To install the tables may take longer. */
+const INSTALL_ANSWER_MS = 60_000
 /** Of many hints at once one is followed. */
 const HINT_MS = 10
 /** Instances that hear of many tasks at once share them. */
@@ -35,7 +42,7 @@ type Listening = Awaited<ReturnType<NonNullable<Database['listen']>>>
 
 export interface PgBossQueueOptions {
   /** Of its own connections. */
-  connection: { connectionString: string; application_name: string; query_timeout: number }
+  connection: { connectionString: string; application_name: string }
   /** Of all instances together. */
   runningMax: number | undefined
   queuedMax: number
@@ -65,7 +72,7 @@ export class PgBossQueue implements TaskQueue {
   private constructor(options: PgBossQueueOptions) {
     this.#options = options
     this.#boss = new PgBoss({
-      ...options.connection,
+      ...{ ...options.connection, query_timeout: ANSWER_MS },
       max: 4,
       superviseIntervalSeconds: SUPERVISE_SECONDS,
       monitorIntervalSeconds: SUPERVISE_SECONDS,
@@ -76,6 +83,7 @@ export class PgBossQueue implements TaskQueue {
 
   /** Installs the engine's tables, or brings them up to date, one instance at a time. */
   static async open(options: PgBossQueueOptions): Promise<PgBossQueue> {
+    await install(options.connection)
     const queue = new PgBossQueue(options)
     try {
       await queue.#open()
@@ -184,7 +192,9 @@ export class PgBossQueue implements TaskQueue {
   /** Lets go of the database. */
   async close(): Promise<void> {
     await this.stop()
-    await this.#listener?.close()
+    // One whose connection has died would be waited for as long as the system tries to reach the server.
+    const late = AbortSignal.timeout(FAREWELL_MS)
+    if (this.#listener) await until(this.#listener.close(), late).catch(() => {})
     await this.#boss.stop()
   }
 
@@ -293,6 +303,16 @@ export class PgBossQueue implements TaskQueue {
     this.#hint = undefined
     this.#look()
   }
+}
+
+async function install(connection: PgBossQueueOptions['connection']): Promise<void> {
+  const boss = new PgBoss({
+    ...connection,
+    ...{ query_timeout: INSTALL_ANSWER_MS, max: 2, supervise: false, schedule: false },
+  })
+  // Told by the start as well.
+  boss.on('error', () => {})
+  await boss.start().finally(() => boss.stop())
 }
 
 async function numberOf(db: Database, text: string, values: unknown[]): Promise<number> {

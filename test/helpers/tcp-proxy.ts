@@ -15,6 +15,8 @@ export interface TcpProxy extends AsyncDisposable {
   set(mode: ProxyMode): Promise<void>
   /** Ends all connections, as a server that goes away does; new ones work. */
   cut(): void
+  /** Nothing passes any more on the connections of now, and nobody is told, as when a firewall forgets them; new ones work. */
+  deaden(): void
   /**
    * Of the next connection on which these bytes come from a client (in one piece): `answer` passes them on, waits for
    * what the server says, and cuts instead of telling; `request` cuts before the server has them.
@@ -61,6 +63,9 @@ export async function startTcpProxy(targetPort: number): Promise<TcpProxy> {
       }
     },
     cut,
+    deaden() {
+      for (const pair of pairs) pair.deaden()
+    },
     lose(what, bytes) {
       const loss: Loss = { what, bytes: Buffer.from(bytes), hits: 0 }
       losses.push(loss)
@@ -84,6 +89,7 @@ class Pair {
   readonly #client: Socket
   readonly #server: Socket
   #losesAnswer = false
+  #isDead = false
 
   constructor(client: Socket, targetPort: number, losses: Loss[]) {
     this.#client = client
@@ -113,7 +119,13 @@ class Pair {
     this.#server.pause()
   }
 
+  deaden(): void {
+    this.#isDead = true
+    this.stall()
+  }
+
   resume(): void {
+    if (this.#isDead) return
     this.#client.resume()
     this.#server.resume()
   }

@@ -7,6 +7,7 @@ import { connectionOptions, openPostgres } from '../../src/store/postgres.ts'
 import { SqlTaskStore } from '../../src/store/task-store.ts'
 import { type Postgres, startPostgres } from '../helpers/postgres.ts'
 import { QUIET } from '../helpers/stores.ts'
+import { startTcpProxy } from '../helpers/tcp-proxy.ts'
 import { end, newTask, SEALER, SUCCESS } from '../store/contract.ts'
 
 const MINUTE_MS = 60_000
@@ -50,7 +51,7 @@ async function instance(
   const connection = await openPostgres(url, { instance: name, poolSize: 5 })
   closing.push(() => connection.close())
   const queue = await PgBossQueue.open({
-    connection: { ...connectionOptions(url, name), query_timeout: 10_000 },
+    connection: connectionOptions(url, name),
     runningMax: undefined,
     queuedMax: 1_000,
     log: QUIET,
@@ -319,6 +320,23 @@ describe('what becomes of a job', () => {
   })
 })
 
+test('connections that died in silence hold up neither what waits nor the end for long', async () => {
+  await using proxy = await startTcpProxy(postgres.port)
+  const connection = connectionOptions(url.replace(`:${postgres.port}/`, `:${proxy.port}/`), 'one')
+  const [one, two] = [await instance('one', { connection }), await instance('two')]
+  const { started, handler } = scripted(one)
+  one.queue.work(5, handler)
+  await submitted(two, 'before')
+  await expect.poll(() => started, WAIT).toEqual(['before'])
+  proxy.deaden()
+  await submitted(two, 'after')
+  await expect.poll(() => started, { ...WAIT, timeout: 20_000 }).toEqual(['before', 'after'])
+  proxy.deaden()
+  const endsAt = performance.now()
+  await one.queue.close()
+  expect(performance.now() - endsAt).toBeLessThan(20_000)
+}, 60_000)
+
 describe('hints', () => {
   test('a cancel is heard by every instance', async () => {
     const [one, two] = [await instance('one'), await instance('two')]
@@ -406,7 +424,7 @@ describe('closing', () => {
 
   test('an opening that fails lets go of it as well', async () => {
     const empty = await postgres.database()
-    const connection = { ...connectionOptions(empty, 'failing'), query_timeout: 10_000 }
+    const connection = connectionOptions(empty, 'failing')
     const options = { connection, runningMax: undefined, queuedMax: 10, log: QUIET }
     // The tables that it counts in are not there.
     await expect(PgBossQueue.open(options)).rejects.toThrow('"tasks" does not exist')
