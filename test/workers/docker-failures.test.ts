@@ -8,6 +8,7 @@ import { setTimeout as pause } from 'node:timers/promises'
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest'
 import type { Completion, Worker, WorkerSpec } from '../../src/core/ports.ts'
 import { WorkerError } from '../../src/core/ports.ts'
+import { DockerBackend } from '../../src/workers/docker/docker-backend.ts'
 import {
   busyboxRoot,
   containers,
@@ -597,6 +598,32 @@ except OSError as err:
     const { end } = await run(wanted)
     expect(end).toMatchObject({ reason: 'exit_code', exitCode: 5 })
     expect(await text(runs)).toBe('ran\n')
+  })
+
+  test('who is held up while it makes a worker leaves the one alone that others have made since', async () => {
+    const wanted = spec('exit 5')
+    const heldUp = Promise.withResolvers<void>()
+    const isThere = Promise.withResolvers<void>()
+    const isOthers = Promise.withResolvers<void>()
+    const goesOn = Promise.withResolvers<void>()
+    const first = harness.backend.provision(wanted, NEVER, () => {
+      isThere.resolve()
+      return heldUp.promise
+    })
+    await isThere.promise
+    const other = new DockerBackend(harness.settings)
+    const second = other.provision(wanted, NEVER, async () => {
+      isOthers.resolve()
+      await goesOn.promise
+    })
+    await isOthers.promise
+    heldUp.reject(new Error('not ours any more'))
+    await expect(first).rejects.toThrow('not ours any more')
+    const late = async () => Promise.reject(new Error('nor now'))
+    await expect(harness.backend.provision(wanted, NEVER, late)).rejects.toThrow('nor now')
+    goesOn.resolve()
+    expect(await (await second).completion(NEVER)).toMatchObject({ exitCode: 5 })
+    await other.close()
   })
 
   test('a worker that is not wanted any more while it is made leaves nothing', async () => {

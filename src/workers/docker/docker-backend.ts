@@ -107,7 +107,10 @@ export class DockerBackend implements WorkerBackend {
     const existing = await this.#answered(() => this.#inspect(spec.name), signal)
     if (existing && existing.State.Status !== 'created') return this.#worker(existing)
     // One that was never started was being made when the service was killed: nothing has run in it.
-    if (existing) await this.#remove(existing.Id)
+    if (existing) {
+      await mayStart()
+      await this.#remove(existing.Id)
+    }
     const image = imageFor(spec.image, this.#settings.images)
     const notes = [...spec.notes]
     const pulledMs = await this.#answered(
@@ -115,9 +118,13 @@ export class DockerBackend implements WorkerBackend {
       signal,
     )
     if (pulledMs !== undefined) notes.push(`pulled ${image} in ${Math.ceil(pulledMs / 1000)} s`)
+    let madeId: string | undefined
+    const onMade = (id: string) => {
+      madeId = id
+    }
     try {
       const container = await this.#answered(
-        () => this.#create({ ...spec, notes }, image, signal),
+        () => this.#create({ ...spec, notes }, image, { signal, onMade }),
         signal,
       )
       signal.throwIfAborted()
@@ -127,14 +134,19 @@ export class DockerBackend implements WorkerBackend {
       this.#watched.set(spec.name, watched)
       return this.#worker(container)
     } catch (err) {
-      const begun = await this.#inspect(spec.name).catch(() => undefined)
+      // By its id: of that name there may be one by now that another instance has made.
+      const begun = madeId && (await this.#inspect(madeId).catch(() => undefined))
       // Started is started: it is found again. What never ran goes.
-      if (begun?.State.Status === 'created') await this.#remove(begun.Id)
+      if (begun && begun.State.Status === 'created') await this.#remove(begun.Id)
       throw err
     }
   }
 
-  async #create(spec: WorkerSpec, image: string, signal: AbortSignal): Promise<Inspected> {
+  async #create(
+    spec: WorkerSpec,
+    image: string,
+    { signal, onMade }: { signal: AbortSignal; onMade: (id: string) => void },
+  ): Promise<Inspected> {
     const { cpus, isPodman } = await this.#machineOnce()
     const createdAt = Date.now()
     const { instance, network, mounts, tasksDir } = this.#settings
@@ -144,7 +156,8 @@ export class DockerBackend implements WorkerBackend {
       logDriver: isPodman ? 'json-file' : 'local',
     })
     try {
-      await this.#engine.json('POST', '/containers/create', { query: { name: spec.name }, body })
+      const call = { query: { name: spec.name }, body }
+      onMade((await this.#engine.json<{ Id: string }>('POST', '/containers/create', call)).Id)
     } catch (err) {
       // Its answer to an earlier attempt may have got lost.
       if (!(err instanceof EngineError && err.status === 409)) throw workerErrorOf(err)
