@@ -600,6 +600,21 @@ except OSError as err:
     expect(await text(runs)).toBe('ran\n')
   })
 
+  test('who only read a log forgets it with its worker: another one of that name is another', async () => {
+    const reader = new DockerBackend(harness.settings)
+    const wanted = spec('echo first; exec sleep 1000')
+    const first = await provision(wanted)
+    const read = async () => {
+      const worker = await reader.find(wanted.name)
+      return worker && (await logOf(worker))
+    }
+    await expect.poll(read).toBe('first\n')
+    await first.terminate()
+    await provision({ ...wanted, environment: { ...wanted.environment, SCRIPT: 'echo second' } })
+    await expect.poll(read).toBe('second\n')
+    await reader.close()
+  })
+
   test('who is held up while it makes a worker leaves the one alone that others have made since', async () => {
     const wanted = spec('exit 5')
     const heldUp = Promise.withResolvers<void>()

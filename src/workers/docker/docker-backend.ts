@@ -130,8 +130,7 @@ export class DockerBackend implements WorkerBackend {
       signal.throwIfAborted()
       // Should we be held up from here on, whoever takes over removes what never ran.
       await mayStart()
-      const watched = await this.#started(container, signal)
-      this.#watched.set(spec.name, watched)
+      await this.#started(container, signal)
       return this.#worker(container)
     } catch (err) {
       // By its id: of that name there may be one by now that another instance has made.
@@ -175,9 +174,9 @@ export class DockerBackend implements WorkerBackend {
     return container
   }
 
-  async #started(container: Inspected, signal: AbortSignal): Promise<ContainerWatch> {
+  async #started(container: Inspected, signal: AbortSignal): Promise<void> {
     let isAgain = false
-    return this.#answered(async () => {
+    await this.#answered(async () => {
       // An earlier attempt may have got through, with its answer lost.
       const begun = isAgain ? await this.#inspect(container.Id) : undefined
       isAgain = true
@@ -207,13 +206,16 @@ export class DockerBackend implements WorkerBackend {
   #worker(container: Pick<Inspected, 'Id' | 'Name'> & { Config: Inspected['Config'] }): Worker {
     const name = container.Name.replace(/^\//, '')
     const labels = container.Config.Labels
+    let held = this.#watched.get(name)
     const watched = async () => {
-      const known = this.#watched.get(name)
-      if (known) return known
+      held ??= this.#watched.get(name)
+      if (held) return held
       const found = await this.#inspect(name)
       // Another look may have been faster.
-      return this.#watched.get(name) ?? (found && this.#watchAgain(found))
+      held = this.#watched.get(name) ?? (found && this.#watch(found, undefined))
+      return held
     }
+    const status = async () => (held?.completion ? 'Completed' : this.#status(name))
     return {
       name,
       taskId: labels[LABELS.taskId] ?? '',
@@ -221,7 +223,7 @@ export class DockerBackend implements WorkerBackend {
       image: container.Config.Image,
       size: labels[LABELS.size] || null,
       createdAt: Number(labels[LABELS.createdAt]),
-      status: () => this.#status(name),
+      status,
       completion: async (signal) => {
         const found = await until(this.#answered(watched, signal), signal)
         return found ? until(found.ended, signal) : lost(REMOVED)
@@ -234,7 +236,7 @@ export class DockerBackend implements WorkerBackend {
         const found = await watched()
         if (!found) throw new Error('the container is gone')
         // A task that has ended may still have output on its way, or all of it when we have just come back.
-        if (found.completion ?? (await this.#status(name)) !== 'Running') await found.ended
+        if ((await status()) !== 'Running') await found.ended
         else await found.begun()
         return found.ring.tail(maxBytes)
       },
@@ -242,7 +244,10 @@ export class DockerBackend implements WorkerBackend {
         const found = await watched()
         if (found) yield* found.ring.follow(from, signal)
       },
-      terminate: () => this.#terminate(name),
+      terminate: async () => {
+        await this.#terminate(name, held)
+        held = undefined
+      },
     }
   }
 
@@ -257,34 +262,37 @@ export class DockerBackend implements WorkerBackend {
     return isOver ? 'Completed' : 'Running'
   }
 
-  /** A worker of before: its log is read again from its beginning, as far as the engine has kept it. */
-  #watchAgain(container: Inspected): ContainerWatch {
-    const watched = this.#watch(container, undefined)
-    this.#watched.set(watched.name, watched)
-    return watched
-  }
-
+  /**
+   * Until its task has ended; whoever needs it for longer has hold of it. Without `output`, as for a worker of before, its
+   * log is read again from its beginning, as far as the engine has kept it.
+   */
   #watch(container: Inspected, output: AsyncIterable<Buffer> | undefined): ContainerWatch {
     const { terminationGraceMs, logBytesKept, log } = this.#settings
-    return new ContainerWatch(container, output, {
+    const watched = new ContainerWatch(container, output, {
       engine: this.#engine,
       inspect: (name) => this.#inspect(name),
       ...{ terminationGraceMs, logBytesKept, log },
       closing: this.#closing.signal,
     })
+    const { name } = watched
+    this.#watched.set(name, watched)
+    const forget = () => {
+      if (this.#watched.get(name) === watched) this.#watched.delete(name)
+    }
+    watched.ended.then(forget, forget)
+    return watched
   }
 
-  async #terminate(name: string): Promise<void> {
+  async #terminate(name: string, held?: ContainerWatch): Promise<void> {
     // One that is being made would be there after we have looked.
     await this.#making.get(name)?.catch(() => {})
     const container = await this.#inspect(name)
     if (container) {
       if (container.State.Status === 'running') {
-        await (this.#watched.get(name) ?? this.#watchAgain(container)).stop()
+        await (held ?? this.#watched.get(name) ?? this.#watch(container, undefined)).stop()
       }
       await this.#remove(container.Id)
     }
-    this.#watched.delete(name)
   }
 
   async #remove(id: string): Promise<void> {

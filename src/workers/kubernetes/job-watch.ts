@@ -33,6 +33,8 @@ export interface JobWatchOptions {
   logCursorMs?: number | undefined
   /** Ends the task's pod. */
   end: () => Promise<void>
+  /** The task's completion is known. */
+  onEnded: () => void
   closing: AbortSignal
   log: Logger
 }
@@ -166,6 +168,7 @@ export class JobWatch {
         this.ring.append(Buffer.from(note))
         this.ring.end()
         this.#completion = this.#completionOf(seen, pod)
+        this.#options.onEnded()
         return this.#completion
       }
       await view.change(this.uid, closing)

@@ -116,12 +116,7 @@ export class KubernetesBackend implements WorkerBackend {
       log: settings.log,
       lookMs: waits.lookMs,
       watchIdleMs: waits.watchIdleMs,
-      // Kept ones go by themselves; who still reads the log of one has hold of its watch.
-      onJobGone: (uid) => {
-        if (!this.#watches.get(uid)?.completion) return
-        this.#watches.delete(uid)
-        this.#view.forget(uid)
-      },
+      onJobGone: (uid) => this.#forgetIfGone(uid),
     })
   }
 
@@ -338,7 +333,7 @@ export class KubernetesBackend implements WorkerBackend {
       createdAt: Number(annotations[ANNOTATIONS.createdAt]),
       status: async () => {
         await this.#view.synced()
-        if (this.#watches.get(uid)?.completion) return 'Completed'
+        if ((held ?? this.#watches.get(uid))?.completion) return 'Completed'
         const now = await this.#view.namedJob(name, this.#closing.signal).catch((err: unknown) => {
           // The watches' word is the last that was heard.
           if (err instanceof ApiUnreachableError) return this.#view.job(uid)
@@ -362,7 +357,10 @@ export class KubernetesBackend implements WorkerBackend {
         void watch.ended()
         yield* watch.ring.follow(from, signal)
       },
-      terminate: async () => this.#terminate(await watched()),
+      terminate: async () => {
+        await this.#terminate(await watched())
+        held = undefined
+      },
     }
   }
 
@@ -379,9 +377,20 @@ export class KubernetesBackend implements WorkerBackend {
       logSilentMs: waits.logSilentMs,
       logCursorMs: waits.logCursorMs,
       end: () => this.#delete(watch),
+      onEnded: () => this.#forgetIfGone(uid),
     })
     this.#watches.set(uid, watch)
     return watch
+  }
+
+  /**
+   * Kept ones go by themselves, and others are ended by other instances; who still reads the log of one has hold of its
+   * watch. A task may be seen to have ended before its Job is seen to have gone, or after.
+   */
+  #forgetIfGone(uid: string): void {
+    if (!this.#watches.get(uid)?.completion || this.#view.job(uid)) return
+    this.#watches.delete(uid)
+    this.#view.forget(uid)
   }
 
   /** Ends the task with its pod; its log was read by then, and what the pod ended with is told before it goes. */
