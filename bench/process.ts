@@ -1,4 +1,4 @@
-/** A Node process that writes into files instead of pipes: reading its log must not cost the bench any time. */
+/** A process, of Node unless told otherwise, that writes into files instead of pipes: reading its log must not cost the bench any time. */
 import { type ChildProcess, spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { closeSync, openSync } from 'node:fs'
@@ -19,11 +19,15 @@ export class NodeProcess implements AsyncDisposable {
   readonly #stderr: string
 
   /** `folder`: where its output goes. */
-  constructor(args: string[], options: { folder: string; env: Record<string, string> }) {
+  constructor(
+    args: string[],
+    options: { folder: string; env: Record<string, string>; command?: string | undefined },
+  ) {
     this.#stdout = join(options.folder, 'stdout')
     this.#stderr = join(options.folder, 'stderr')
     const files = [openSync(this.#stdout, 'w'), openSync(this.#stderr, 'w')] as const
-    this.#child = spawn(process.execPath, args, { env: options.env, stdio: ['ignore', ...files] })
+    const { command = process.execPath, env } = options
+    this.#child = spawn(command, args, { env, stdio: ['ignore', ...files] })
     for (const file of files) closeSync(file)
     open.add(this)
   }
@@ -53,6 +57,13 @@ export class NodeProcess implements AsyncDisposable {
   async residentMb(): Promise<number> {
     const status = await readFile(`/proc/${this.pid}/status`, 'utf8')
     return Number(/VmRSS:\s+(\d+) kB/.exec(status)?.[1]) / 1024
+  }
+
+  /** As the kernel does it to whoever takes too much memory. */
+  async kill(): Promise<void> {
+    const exited = once(this.#child, 'exit')
+    this.#child.kill('SIGKILL')
+    await exited
   }
 
   async [Symbol.asyncDispose](): Promise<void> {

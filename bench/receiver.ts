@@ -1,12 +1,20 @@
 import { createServer } from 'node:http'
 import type { AddressInfo } from 'node:net'
 
-/** Takes callbacks, answers at once, counts each delivery once, and knows which failed. */
+export interface Arrival {
+  taskId: string
+  logs: string
+  /** Epoch ms, when its request had come whole. */
+  at: number
+}
+
+/** Takes callbacks, answers at once, counts each task's once, and knows which failed. */
 export class Receiver implements AsyncDisposable {
   readonly #server
   readonly #seen = new Set<string>()
   readonly #waiting = new Set<{ count: number; reached: () => void }>()
   failed = 0
+  onArrival: ((arrival: Arrival) => void) | undefined
 
   private constructor() {
     this.#server = createServer((request, response) => {
@@ -14,10 +22,17 @@ export class Receiver implements AsyncDisposable {
       request.on('data', (chunk: Buffer) => chunks.push(chunk))
       request.on('end', () => {
         response.end('{}')
-        const id = String(request.headers['webhook-id'])
-        if (this.#seen.has(id)) return
-        this.#seen.add(id)
-        if (!Buffer.concat(chunks).includes('"success":true')) this.failed += 1
+        const at = Date.now()
+        // Holds: so the API calls back.
+        const outcome = JSON.parse(Buffer.concat(chunks).toString()) as {
+          task_id: string
+          success: boolean
+          logs: string
+        }
+        if (this.#seen.has(outcome.task_id)) return
+        this.#seen.add(outcome.task_id)
+        if (!outcome.success) this.failed += 1
+        this.onArrival?.({ taskId: outcome.task_id, logs: outcome.logs, at })
         for (const waiting of this.#waiting) {
           if (this.#seen.size >= waiting.count) waiting.reached()
         }

@@ -5,6 +5,7 @@ export interface Row {
   unit: string
   /** One figure per round. */
   measured: number[]
+  /** Without figures: left out, and the name says why. */
   yardstick: { name: string; figures: number[] }
   /** `ratio` and `value` say which of the two the limit is for. */
   aim?: { of: 'ratio' | 'value'; limit: number; better: 'more' | 'less' }
@@ -29,8 +30,10 @@ export function table(rows: readonly Row[]): string {
     ...rows.map((row) => [
       row.what,
       `${spread(row.measured)} ${row.unit}`,
-      `${spread(row.yardstick.figures)} ${row.unit}: ${row.yardstick.name}`,
-      spread(ratios(row)),
+      row.yardstick.figures.length === 0
+        ? row.yardstick.name
+        : `${spread(row.yardstick.figures)} ${row.unit}: ${row.yardstick.name}`,
+      row.yardstick.figures.length === 0 ? '' : spread(ratios(row)),
       aimText(row),
     ]),
   ]
@@ -52,6 +55,7 @@ function ratios(row: Row): number[] {
 function aimText(row: Row): string {
   if (!row.aim) return ''
   const { of, limit, better } = row.aim
+  if (of === 'ratio' && row.yardstick.figures.length === 0) return 'not measured'
   const figure = median(of === 'ratio' ? ratios(row) : row.measured)
   const met = better === 'more' ? figure >= limit : figure < limit
   const unit = of === 'ratio' ? '' : ` ${row.unit}`

@@ -6,7 +6,10 @@ import { open } from './open.ts'
 import { NodeProcess } from './process.ts'
 
 const MAIN = new URL('../src/main.ts', import.meta.url).pathname
-const CONNECTIONS = 8
+/** Of those that wait for an answer before they send the next request. */
+const CLIENTS = 8
+/** Enough that a request sent on a beat waits for no other one. */
+const CONNECTIONS_MAX = 128
 /** What tasks see of the environment, on both sides of a comparison. */
 export const ENVIRONMENT = { PATH: '/usr/local/bin:/usr/bin:/bin', LANG: 'C.UTF-8' }
 export const PYTHON = '/usr/bin/python3'
@@ -20,6 +23,7 @@ export interface Accepted {
 export class Service implements AsyncDisposable {
   readonly process: NodeProcess
   readonly folder: string
+  readonly address: string
   readonly #pool: Pool
   readonly #callbackUrl: string | null
   readonly #idPrefix: string
@@ -37,7 +41,8 @@ export class Service implements AsyncDisposable {
   ) {
     this.folder = folder
     this.process = options.process
-    this.#pool = new Pool(options.address, { connections: CONNECTIONS })
+    this.address = options.address
+    this.#pool = new Pool(options.address, { connections: CONNECTIONS_MAX })
     this.#callbackUrl = options.callbackUrl
     this.#idPrefix = options.idPrefix
     open.add(this)
@@ -51,17 +56,22 @@ export class Service implements AsyncDisposable {
     nodeOptions?: readonly string[]
     /** Instead of the service's own. */
     main?: string
+    /** What runs `main`; default: Node. */
+    command?: string
+    /** Of a service that was killed: the next one goes on with what it left. Ends with this one. */
+    folder?: string
     /** Where several share their tasks. */
     idPrefix?: string
   }): Promise<Service> {
-    const folder = await mkdtemp(join(tmpdir(), 'task-runner-bench-'))
+    const folder = options.folder ?? (await mkdtemp(join(tmpdir(), 'task-runner-bench-')))
     const tasksDir = join(folder, 'tasks')
-    await mkdir(tasksDir)
+    await mkdir(tasksDir, { recursive: true })
     for (const [name, text] of Object.entries(options.tasks)) {
       await writeFile(join(tasksDir, name), text)
     }
     const process = new NodeProcess([...(options.nodeOptions ?? []), options.main ?? MAIN], {
       folder,
+      command: options.command,
       env: {
         ...ENVIRONMENT,
         PORT: '0',
@@ -116,7 +126,7 @@ export class Service implements AsyncDisposable {
         await this.submit(taskFileName)
       }
     }
-    await Promise.all(Array.from({ length: CONNECTIONS }, client))
+    await Promise.all(Array.from({ length: CLIENTS }, client))
   }
 
   /** The cheapest answer the service can give: a round trip that touches neither store nor workers. */
@@ -132,10 +142,24 @@ export class Service implements AsyncDisposable {
     return ((await body.json()) as { tasks: unknown[] }).tasks.length
   }
 
-  async task(taskId: string): Promise<Record<string, unknown>> {
-    const { body } = await this.#pool.request({ method: 'GET', path: `/tasks/${taskId}` })
+  task(taskId: string): Promise<Record<string, unknown>> {
+    return this.get(`/tasks/${taskId}`)
+  }
+
+  async get(path: string): Promise<Record<string, unknown>> {
+    const { statusCode, body } = await this.#pool.request({ method: 'GET', path })
+    if (statusCode !== 200) throw new Error(`${path}: ${statusCode} ${await body.text()}`)
     // Holds: every answer of the API is a JSON object.
     return (await body.json()) as Record<string, unknown>
+  }
+
+  /** Ends it and its tasks without a word; its folder stays. */
+  async kill(): Promise<void> {
+    this.#closed ??= Promise.resolve()
+    open.delete(this)
+    await this.#pool.destroy()
+    await this.process.kill()
+    await this.#endTasks()
   }
 
   [Symbol.asyncDispose](): Promise<void> {
