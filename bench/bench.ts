@@ -1,14 +1,17 @@
 /** `npm run bench -- [--quick] [--only <name>]`. README.md beside this says what each row means. */
 import { cpus, release, totalmem } from 'node:os'
 import { parseArgs } from 'node:util'
+import { finished } from './finished.ts'
 import { instances, waiting } from './instances.ts'
 import { idleLatency, saturatedLatency } from './latency.ts'
 import { logThroughput } from './logs.ts'
 import { memory } from './memory.ts'
 import { closeAll } from './open.ts'
 import { OtherLoad } from './other-load.ts'
+import { acceptIntoQueue, longQueue, restart } from './queue.ts'
 import { median, type Row, table } from './report.ts'
 import type { Scenario } from './scenario.ts'
+import { sideBySide } from './side-by-side.ts'
 import { throughput } from './throughput.ts'
 
 const PATIENCE_MS = 60_000
@@ -17,6 +20,11 @@ const SCENARIOS: Record<string, Scenario> = {
   'throughput-py': (context) => throughput('py', context),
   'latency-idle': idleLatency,
   'latency-saturated': saturatedLatency,
+  'side-by-side': sideBySide,
+  'accept-into-queue': acceptIntoQueue,
+  'long-queue': longQueue,
+  restart,
+  finished,
   logs: logThroughput,
   memory,
   instances,

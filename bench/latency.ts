@@ -4,7 +4,7 @@ import { Receiver } from './receiver.ts'
 import { quantile, type Row } from './report.ts'
 import type { Context } from './scenario.ts'
 import { Service } from './service.ts'
-import { DurableWriter } from './yardsticks.ts'
+import { BARE_ACCEPT, bareAccept, DurableWriter } from './yardsticks.ts'
 
 const FILE = 'echo.sh'
 const TASKS = { [FILE]: 'echo hi\n' }
@@ -12,7 +12,6 @@ const TASKS = { [FILE]: 'echo hi\n' }
 const PACE_MS = 10
 /** More than a round can work off. */
 const QUEUED = 2_000
-const YARDSTICK = 'GET /health/live plus one durable 4 KB write'
 
 /** Per round. */
 interface Samples {
@@ -47,7 +46,7 @@ export async function idleLatency(context: Context): Promise<Row[]> {
     all.push(samples)
     whole.push(ends)
   }
-  const bare = { name: YARDSTICK, figures: all.map((round) => quantile(round.bare, 0.5)) }
+  const bare = { name: BARE_ACCEPT, figures: all.map((round) => quantile(round.bare, 0.5)) }
   return [
     ...acceptRows('idle', all),
     {
@@ -123,19 +122,12 @@ async function probe(service: Service, disk: DurableWriter, ms: number): Promise
   return samples
 }
 
-/** The least that any durable accept over HTTP costs. */
-async function bareAccept(service: Service, disk: DurableWriter): Promise<number> {
-  const startedAt = performance.now()
-  await service.ping()
-  return performance.now() - startedAt + (await disk.write())
-}
-
 function acceptRows(state: 'idle' | 'saturated', rounds: Samples[]): Row[] {
   return [0.5, 0.99].map((q) => ({
     what: `accept, ${state}, p${q * 100}`,
     unit: 'ms',
     measured: rounds.map((round) => quantile(round.accept, q)),
-    yardstick: { name: YARDSTICK, figures: rounds.map((round) => quantile(round.bare, q)) },
+    yardstick: { name: BARE_ACCEPT, figures: rounds.map((round) => quantile(round.bare, q)) },
     ...(state === 'saturated' && q === 0.99
       ? { aim: { of: 'value', limit: 50, better: 'less' } as const }
       : {}),

@@ -59,7 +59,7 @@ function aimText(row: Row): string {
   const figure = median(of === 'ratio' ? ratios(row) : row.measured)
   const met = better === 'more' ? figure >= limit : figure < limit
   const unit = of === 'ratio' ? '' : ` ${row.unit}`
-  return `${better === 'more' ? '>=' : '<'} ${limit}${unit}: ${met ? 'met' : 'missed'}`
+  return `${better === 'more' ? '>=' : '<'} ${Number(limit.toPrecision(2))}${unit}: ${met ? 'met' : 'missed'}`
 }
 
 /** Median, and the smallest and largest round. */

@@ -153,13 +153,14 @@ export class Service implements AsyncDisposable {
     return (await body.json()) as Record<string, unknown>
   }
 
-  /** Ends it and its tasks without a word; its folder stays. */
+  /** Ends it and its tasks, by a signal that the service does not hear; its folder stays. */
   async kill(): Promise<void> {
-    this.#closed ??= Promise.resolve()
-    open.delete(this)
-    await this.#pool.destroy()
-    await this.process.kill()
-    await this.#endTasks()
+    await this.#leave(() => this.process.kill())
+  }
+
+  /** Ends it in its own way; its folder stays. */
+  async stop(): Promise<void> {
+    await this.#leave(() => this.process[Symbol.asyncDispose]())
   }
 
   [Symbol.asyncDispose](): Promise<void> {
@@ -167,11 +168,16 @@ export class Service implements AsyncDisposable {
     return this.#closed
   }
 
-  async #close(): Promise<void> {
+  async #leave(end: () => Promise<void>): Promise<void> {
+    this.#closed ??= Promise.resolve()
     open.delete(this)
     await this.#pool.destroy()
-    await this.process[Symbol.asyncDispose]()
+    await end()
     await this.#endTasks()
+  }
+
+  async #close(): Promise<void> {
+    await this.#leave(() => this.process[Symbol.asyncDispose]())
     await rm(this.folder, { recursive: true, force: true, maxRetries: 5 })
   }
 

@@ -5,7 +5,7 @@ import { type FileHandle, mkdtemp, open as openFile, rm } from 'node:fs/promises
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { open } from './open.ts'
-import { ENVIRONMENT, PYTHON } from './service.ts'
+import { ENVIRONMENT, PYTHON, type Service } from './service.ts'
 
 const INTERPRETERS: Record<string, string> = { sh: '/usr/bin/bash', py: `${PYTHON} -u` }
 const WRITE_BYTES = 4096
@@ -47,6 +47,15 @@ function interpreter(file: string): string {
   const command = INTERPRETERS[file.slice(file.lastIndexOf('.') + 1)]
   if (command === undefined) throw new Error(`no interpreter for ${file}`)
   return command
+}
+
+export const BARE_ACCEPT = 'GET /health/live plus one durable 4 KB write'
+
+/** The least that any durable accept over HTTP costs. */
+export async function bareAccept(service: Service, disk: DurableWriter): Promise<number> {
+  const startedAt = performance.now()
+  await service.ping()
+  return performance.now() - startedAt + (await disk.write())
 }
 
 /** Appends and waits for the disk, as any durable accept must. Returns the milliseconds each took. */
