@@ -35,6 +35,7 @@ export async function finished(context: Context): Promise<Row[]> {
     'GET /tasks, of a file': () => '/tasks?task_file_name=seldom.sh',
     'GET /tasks, failed of a file (none)': () => '/tasks?status=failed&task_file_name=seldom.sh',
     'GET /tasks, callback given up (none)': () => '/tasks?callback_status=given_up',
+    'GET /tasks, callback delivered': () => '/tasks?callback_status=delivered',
     'GET /tasks, callback pending (none)': () => '/tasks?callback_status=pending',
     'GET /tasks, without a callback (none)': () => '/tasks?callback_status=none',
     'GET /tasks, half way through': (of) => `/tasks?cursor=${cursor(of / 2)}`,

@@ -22,6 +22,7 @@ import {
 
 /** Rows removed in one transaction: a long one would hold up everybody else's. */
 const REMOVED_AT_ONCE = 500
+const PENDING = sql.lit('pending' as const)
 
 export interface Seal {
   seal(text: string, context: string): Uint8Array
@@ -119,14 +120,12 @@ export class SqlTaskStore implements TaskStore {
     }
     const { callbackStatus } = filter
     if (callbackStatus === 'none') query = query.where('tasks.has_callback', '=', 0)
-    else if (callbackStatus === 'pending') {
-      // Also of tasks that have not ended: their delivery is still to be made.
+    else if (callbackStatus === 'delivered') {
+      // By way of the tasks, whose order this follows: not so plain that the planner would start from the deliveries.
       query = query
         .where('tasks.has_callback', '=', 1)
-        .where((eb) =>
-          eb.or([eb('deliveries.status', 'is', null), eb('deliveries.status', '=', 'pending')]),
-        )
-    } else if (callbackStatus) query = query.where('deliveries.status', '=', callbackStatus)
+        .where((eb) => eb(eb.fn.coalesce('deliveries.status', PENDING), '=', callbackStatus))
+    } else if (callbackStatus) query = query.where('tasks.task_id', 'in', this.#of(callbackStatus))
     if (filter.before !== undefined) query = query.where('tasks.seq', '<', filter.before)
     return (await query.execute()).map(summaryFromRow)
   }
@@ -412,6 +411,24 @@ export class SqlTaskStore implements TaskStore {
 
   async check(): Promise<void> {
     await this.#db.selectFrom('tasks').select('seq').limit(1).execute()
+  }
+
+  /** Of the few tasks whose callback is in such a state. Written out, not a parameter: only then are partial indices used. */
+  #of(status: 'pending' | 'given_up') {
+    const deliveries = this.#db
+      .selectFrom('deliveries')
+      .select('task_id')
+      .where('status', '=', sql.lit(status))
+    if (status === 'given_up') return deliveries
+    // Also of tasks that have not ended: their delivery is still to be made.
+    return deliveries.unionAll(
+      this.#db
+        .selectFrom('tasks as live')
+        .select('live.task_id')
+        .where('live.status', 'in', LIVE_STATUSES)
+        // As a sum: the index of the status is the one to use.
+        .where(sql<number>`live.has_callback + 0`, '=', 1),
+    )
   }
 
   #summaries() {

@@ -89,7 +89,12 @@ export function describeReleaseBefore(
 /** What takes our tables back to those of 0.1.0: there was only one migration then. */
 const BACK = [
   'drop table instances',
-  'drop index tasks_running',
+  ...[
+    'tasks_running',
+    'tasks_task_file_name_status',
+    'tasks_has_callback',
+    'deliveries_given_up',
+  ].map((name) => `drop index ${name}`),
   ...['priority', 'instance', 'log_cursor', 'traceparent', 'claimed_at'].map(
     (name) => `alter table tasks drop column ${name}`,
   ),
