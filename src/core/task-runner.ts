@@ -399,6 +399,7 @@ export class TaskRunner {
    * Ends a task whose worker is out of reach with the host of the instance that has died. Claimed until it is answered:
    * a claim that got through unheard would leave the task ours, with nobody to look after it.
    */
+  async #giveUp(orphan: OrphanedTask, run: Run): Promise<void> {
     const claiming = () => this.#store.claim(orphan.taskId, this.#options.now(), orphan.claim)
     const task = await this.#persistently('claiming a task', claiming, run.letGo.signal)
     if (!task) return

@@ -710,6 +710,7 @@ describe('TaskRunner', () => {
     const task = await stored()
     await new SqlTaskStore(connection, new Sealer(Buffer.alloc(32)), { instance: 'dead' }).claim(
       task.taskId,
+      0,
     )
     const orphan = { taskId: task.taskId, claim: 1, instance: 'dead', isLost: true }
     let beats = 0
