@@ -1,0 +1,90 @@
+import { useCallback, useEffect, useState } from 'preact/hooks'
+import { messageOf } from './api.ts'
+
+export interface Live<T> {
+  data: T | undefined
+  /** Why the last look failed; what was seen before is still there. */
+  problem: string | undefined
+  reload: () => void
+}
+
+/**
+ * What `load` gives, looked at again every `everyMs` while the tab is visible, until `isDone`. A new `key` starts over.
+ */
+export function useLive<T>(
+  key: string,
+  load: (signal: AbortSignal) => Promise<T>,
+  options: { everyMs: number; isDone?: (data: T) => boolean },
+): Live<T> {
+  const [seen, setSeen] = useState<{ key: string; data?: T; problem?: string }>({ key })
+  const [round, setRound] = useState(0)
+  const reload = useCallback(() => setRound((count) => count + 1), [])
+
+  // Not with `load` and `options`, which are made anew by each rendering: `key` names them.
+  useEffect(() => {
+    const gone = new AbortController()
+    let timer: number | undefined
+    let isLoading = false
+    const look = async () => {
+      clearTimeout(timer)
+      if (isLoading || document.hidden) return
+      isLoading = true
+      let isDone = false
+      try {
+        const data = await load(gone.signal)
+        if (gone.signal.aborted) return
+        isDone = options.isDone?.(data) ?? false
+        setSeen({ key, data })
+      } catch (err) {
+        if (gone.signal.aborted) return
+        setSeen((before) => ({
+          ...(before.key === key ? before : { key }),
+          problem: messageOf(err),
+        }))
+      }
+      isLoading = false
+      if (!isDone) timer = window.setTimeout(look, options.everyMs)
+    }
+    void look()
+    document.addEventListener('visibilitychange', look, { signal: gone.signal })
+    return () => {
+      clearTimeout(timer)
+      gone.abort()
+    }
+  }, [key, round])
+
+  const current = seen.key === key ? seen : undefined
+  return { data: current?.data, problem: current?.problem, reload }
+}
+
+/** The time, told anew every second while `isTicking`. */
+export function useNow(isTicking: boolean): number {
+  const [now, setNow] = useState(Date.now)
+  useEffect(() => {
+    if (!isTicking) return
+    const timer = setInterval(() => setNow(Date.now()), 1000)
+    return () => clearInterval(timer)
+  }, [isTicking])
+  return now
+}
+
+/** Something a person asked for: runs it, and tells how it went. */
+export function useAction() {
+  const [state, setState] = useState<{ isBusy: boolean; told: string; isError: boolean }>({
+    isBusy: false,
+    told: '',
+    isError: false,
+  })
+  const run = async (work: () => Promise<{ message: string }>): Promise<boolean> => {
+    setState({ isBusy: true, told: '', isError: false })
+    try {
+      const { message } = await work()
+      setState({ isBusy: false, told: message, isError: false })
+      return true
+    } catch (err) {
+      setState({ isBusy: false, told: messageOf(err), isError: true })
+      return false
+    }
+  }
+  return { ...state, run }
+}

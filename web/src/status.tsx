@@ -1,0 +1,41 @@
+import { words } from './text.ts'
+
+/** Each state by colour, by shape, and by its word: drawn in a box of 16 by 16. */
+const SHAPES: Record<string, { tone: string; path: string }> = {
+  queued: { tone: 'waiting', path: 'M8 2.5a5.5 5.5 0 1 0 0 11a5.5 5.5 0 1 0 0-11' },
+  provisioning: {
+    tone: 'waiting',
+    path: 'M8 2.5a5.5 5.5 0 1 0 0 11a5.5 5.5 0 1 0 0-11M8 5v3.2l2 1.3',
+  },
+  running: { tone: 'active', path: 'M5 3.2v9.6L13 8z' },
+  succeeded: { tone: 'good', path: 'M3 8.6l3.4 3.4L13 4.8' },
+  failed: { tone: 'bad', path: 'M4 4l8 8M12 4l-8 8' },
+  cancelled: {
+    tone: 'quiet',
+    path: 'M8 2.5a5.5 5.5 0 1 0 0 11a5.5 5.5 0 1 0 0-11M4.2 4.2l7.6 7.6',
+  },
+  none: { tone: 'quiet', path: 'M5 8h6' },
+  pending: { tone: 'waiting', path: 'M3.5 8h.1M8 8h.1M12.5 8h.1' },
+  delivered: { tone: 'good', path: 'M3 8.6l3.4 3.4L13 4.8' },
+  given_up: { tone: 'bad', path: 'M8 3v6.2M8 12.8v.1' },
+}
+
+/** Workers speak of themselves in other words. */
+const WORKER_SHAPES: Record<string, string> = {
+  Provisioning: 'provisioning',
+  Running: 'running',
+  Completed: 'succeeded',
+  Terminating: 'cancelled',
+}
+
+export function Status({ of, word }: { of: string; word?: string | undefined }) {
+  const { tone, path } = SHAPES[WORKER_SHAPES[of] ?? of] ?? { tone: 'quiet', path: '' }
+  return (
+    <span class={`status ${tone}`}>
+      <svg viewBox="0 0 16 16" aria-hidden="true" class={of === 'running' ? 'filled' : ''}>
+        <path d={path} />
+      </svg>
+      {word ?? words(of)}
+    </span>
+  )
+}

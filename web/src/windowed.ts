@@ -1,0 +1,49 @@
+import type { RefObject } from 'preact'
+import { useEffect, useState } from 'preact/hooks'
+
+/** Rows kept on either side of what is seen, so that scrolling finds them there. */
+const SPARE_ROWS = 12
+
+/** Which of many rows of one height are to be in the document: `first` up to and without `end`. */
+export function useWindow(
+  scroller: RefObject<HTMLElement | null>,
+  rows: { count: number; height: number },
+): { first: number; end: number } {
+  const { count, height } = rows
+  const [{ top, seen }, setPlace] = useState({ top: 0, seen: 40 })
+  useEffect(() => {
+    const element = scroller.current
+    if (!element) return
+    const look = () => {
+      const place = {
+        // In steps, so that not every pixel renders.
+        top: Math.floor(element.scrollTop / height / 4) * 4,
+        seen: Math.ceil(element.clientHeight / height),
+      }
+      setPlace((before) =>
+        before.top === place.top && before.seen === place.seen ? before : place,
+      )
+    }
+    look()
+    const resized = new ResizeObserver(look)
+    resized.observe(element)
+    element.addEventListener('scroll', look, { passive: true })
+    return () => {
+      resized.disconnect()
+      element.removeEventListener('scroll', look)
+    }
+  }, [scroller, height])
+  const first = Math.max(0, Math.min(top, count - seen) - SPARE_ROWS)
+  return { first, end: Math.min(count, Math.max(top, 0) + seen + 4 + SPARE_ROWS) }
+}
+
+export function useMedia(query: string): boolean {
+  const [matches, setMatches] = useState(() => matchMedia(query).matches)
+  useEffect(() => {
+    const media = matchMedia(query)
+    const follow = () => setMatches(media.matches)
+    media.addEventListener('change', follow)
+    return () => media.removeEventListener('change', follow)
+  }, [query])
+  return matches
+}
