@@ -59,7 +59,7 @@ export function App() {
 
 function Navigation({ route }: { route: Route }) {
   const link = (page: Route['page'], href: string, label: string) => (
-    <a href={href} aria-current={route.page === page ? 'page' : undefined}>
+    <a href={href} class={page} aria-current={route.page === page ? 'page' : undefined}>
       {label}
     </a>
   )

@@ -129,15 +129,21 @@ export function spansOf(row: Row): Span[] {
     return [{ text: row.text, className: '', color: undefined, background: undefined }]
   }
   return Anser.ansiToJson(row.ansi, { json: true, use_classes: true, remove_empty: true }).map(
-    (entry) => ({
-      text: visible(entry.content),
-      className: entry.decorations.map((name) => `ansi-${name}`).join(' '),
-      color: colour(entry.fg, entry.fg_truecolor, FOREGROUNDS),
-      background: colour(entry.bg, entry.bg_truecolor, BACKGROUNDS),
-    }),
+    ({ content, decorations, fg, bg, fg_truecolor, bg_truecolor }) => {
+      const isDarkOnBright = fg === 'ansi-black' && bg !== null
+      const grounds = isDarkOnBright ? FOREGROUNDS : BACKGROUNDS
+      return {
+        text: visible(content),
+        className: decorations.map((name) => `ansi-${name}`).join(' '),
+        color: isDarkOnBright ? GROUND : colour(fg, fg_truecolor, FOREGROUNDS),
+        background: colour(bg, bg_truecolor, grounds),
+      }
+    },
   )
 }
 
+/** Of the log itself, as in style.css. */
+const GROUND = '#14171d'
 const NAMES = ['black', 'red', 'green', 'yellow', 'blue', 'magenta', 'cyan', 'white']
 /** The named colours and their bright ones, such that text stays readable on the log's dark ground, and on these. */
 const FOREGROUNDS = [

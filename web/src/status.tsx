@@ -32,8 +32,8 @@ export function Status({ of, word }: { of: string; word?: string | undefined }) 
   const { tone, path } = SHAPES[WORKER_SHAPES[of] ?? of] ?? { tone: 'quiet', path: '' }
   return (
     <span class={`status ${tone}`}>
-      <svg viewBox="0 0 16 16" aria-hidden="true" class={of === 'running' ? 'filled' : ''}>
-        <path d={path} />
+      <svg viewBox="0 0 16 16" aria-hidden="true">
+        <path d={path} class={of === 'running' ? 'filled' : undefined} />
       </svg>
       {word ?? words(of)}
     </span>

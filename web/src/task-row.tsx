@@ -16,7 +16,7 @@ export function TaskHead() {
   return (
     <div role="row" class="row head">
       {['Status', 'Task', 'File', 'Reason', 'Took', 'Accepted', 'Callback'].map((name) => (
-        <span role="columnheader" class={name.toLowerCase()} key={name}>
+        <span role="columnheader" class={name === 'Took' ? 'took' : ''} key={name}>
           {name}
         </span>
       ))}

@@ -7,26 +7,34 @@ import { duration, visible, words } from './text.ts'
 /** A task from its acceptance to the last attempt of its callback. */
 export function Timeline(props: { task: Task; callback: CallbackState; now: number }) {
   const { task, callback, now } = props
-  const spent = (from: string, until: string | null) =>
-    duration((until === null ? now : Date.parse(until)) - Date.parse(from))
+  const created = Date.parse(task.created_at)
+  const end = task.finished_at === null ? now : Date.parse(task.finished_at)
+  const phase = (shape: string, at: string | null, until: string | null) => {
+    if (at === null) return null
+    const from = Date.parse(at)
+    const to = until === null ? Math.max(now, from) : Date.parse(until)
+    const scale = 100 / Math.max(1, end - created)
+    const width = Math.max(0.6, (to - from) * scale)
+    return (
+      <Step shape={shape} at={at}>
+        <span class="spent">{duration(to - from)}</span>
+        <svg viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true" class={shape}>
+          <rect x={Math.min(100 - width, (from - created) * scale)} width={width} height={8} />
+        </svg>
+      </Step>
+    )
+  }
   const next = callback.next_attempt_at
-  const isAttemptDue = next !== null && Date.parse(next) <= now
+  const pendingWords = () => {
+    if (!hasEnded(task)) return 'once the task has ended'
+    if (next === null || Date.parse(next) <= now) return 'under way'
+    return `next attempt in ${duration(Date.parse(next) - now)}`
+  }
   return (
     <ol class="timeline">
-      <Step shape="queued" at={task.created_at}>
-        {spent(task.created_at, task.claimed_at ?? task.started_at ?? task.finished_at)}
-        {task.priority > 0 && ` · priority ${task.priority}`}
-      </Step>
-      {task.claimed_at !== null && (
-        <Step shape="provisioning" at={task.claimed_at}>
-          {spent(task.claimed_at, task.started_at ?? task.finished_at)}
-        </Step>
-      )}
-      {task.started_at !== null && (
-        <Step shape="running" at={task.started_at}>
-          {spent(task.started_at, task.finished_at)}
-        </Step>
-      )}
+      {phase('queued', task.created_at, task.claimed_at ?? task.started_at ?? task.finished_at)}
+      {phase('provisioning', task.claimed_at, task.started_at ?? task.finished_at)}
+      {phase('running', task.started_at, task.finished_at)}
       {hasEnded(task) && task.finished_at !== null && (
         <Step shape={task.status} at={task.finished_at}>
           {outcome(task)}
@@ -51,9 +59,7 @@ export function Timeline(props: { task: Task; callback: CallbackState; now: numb
       })}
       {callback.status === 'pending' && (
         <Step shape="pending" word="callback" {...(next === null ? {} : { at: next })}>
-          {next === null || isAttemptDue
-            ? 'under way'
-            : `next attempt in ${duration(Date.parse(next) - now)}`}
+          {pendingWords()}
         </Step>
       )}
       {callback.status === 'given_up' && <Step shape="given_up">no further attempt is made</Step>}

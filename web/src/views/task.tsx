@@ -26,13 +26,12 @@ export function TaskView({ id }: { id: string }) {
 
   return (
     <>
-      <Heading title={visible(id)}>
-        <span class="id">{visible(id)}</span>
-        {data && <Status of={data.task.status} />}
-      </Heading>
-      <Problem text={problem} />
-      {data && (
-        <>
+      <div class="title">
+        <Heading title={visible(id)}>
+          <span class="id">{visible(id)}</span>
+          {data && <Status of={data.task.status} />}
+        </Heading>
+        {data && (
           <div class="actions">
             {!hasEnded(data.task) && (
               <ConfirmButton
@@ -54,19 +53,22 @@ export function TaskView({ id }: { id: string }) {
             <a class="button" href={runAgainHref(id)}>
               Run again
             </a>
-            <Told told={action.told} isError={action.isError} />
           </div>
-          <div class="columns">
-            <section class="card" aria-labelledby="timeline-heading">
-              <h2 id="timeline-heading">Timeline</h2>
-              <Timeline task={data.task} callback={data.callback} now={now} />
-            </section>
-            <section class="card" aria-labelledby="parameters-heading">
-              <h2 id="parameters-heading">Parameters</h2>
-              <Parameters task={data.task} />
-            </section>
-          </div>
-        </>
+        )}
+      </div>
+      <Problem text={problem} />
+      <Told told={action.told} isError={action.isError} />
+      {data && (
+        <div class="columns">
+          <section class="card" aria-labelledby="timeline-heading">
+            <h2 id="timeline-heading">Timeline</h2>
+            <Timeline task={data.task} callback={data.callback} now={now} />
+          </section>
+          <section class="card" aria-labelledby="parameters-heading">
+            <h2 id="parameters-heading">Parameters</h2>
+            <Parameters task={data.task} />
+          </section>
+        </div>
       )}
       {data && <Log taskId={id} onEnd={reload} />}
     </>
