@@ -156,24 +156,33 @@ const BACKGROUNDS = [
 ]
 
 function colour(name: string | null, truecolor: string | null, named: string[]) {
-  if (name === 'ansi-truecolor' && truecolor) return `rgb(${truecolor})`
+  const isText = named === FOREGROUNDS
+  if (name === 'ansi-truecolor' && truecolor) return rgb(truecolor.split(', ').map(Number), isText)
   const [, bright, word = ''] = /^ansi-(bright-)?(\w+)$/.exec(name ?? '') ?? []
   if (NAMES.includes(word)) return named[NAMES.indexOf(word) + (bright ? NAMES.length : 0)]
   const index = Number(/^ansi-palette-(\d+)$/.exec(name ?? '')?.[1] ?? -1)
-  return index < 0 ? undefined : paletteColour(index)
+  return index < 0 ? undefined : rgb(paletteColour(index), isText)
 }
 
 /** The 216 colours of a cube, then greys. */
-function paletteColour(index: number): string {
+function paletteColour(index: number): number[] {
   if (index >= 232) {
     const grey = 8 + (index - 232) * 10
-    return `rgb(${grey}, ${grey}, ${grey})`
+    return [grey, grey, grey]
   }
   const part = (divisor: number) => {
     const level = Math.floor((index - 16) / divisor) % 6
     return level === 0 ? 0 : 55 + level * 40
   }
-  return `rgb(${part(36)}, ${part(6)}, ${part(1)})`
+  return [part(36), part(6), part(1)]
+}
+
+/** Text is made bright enough to be seen on the log's ground: no task hides what it prints. */
+function rgb(parts: number[], isText: boolean): string {
+  const [red = 0, green = 0, blue = 0] = parts
+  const brightness = red * 0.3 + green * 0.59 + blue * 0.11
+  const lift = isText ? Math.max(0, (130 - brightness) / (255 - brightness)) : 0
+  return `rgb(${parts.map((part) => Math.round(part + (255 - part) * lift)).join(', ')})`
 }
 
 /** Indexes of the rows that hold `words`, in any case. */

@@ -151,7 +151,7 @@ function marked(spans: Span[], text: string, sought: string): Span[] {
     return cuts.slice(0, -1).map((from, index) => ({
       ...span,
       text: span.text.slice(from - start, (cuts[index + 1] ?? end) - start),
-      className: isHit(from) ? `${span.className} hit` : span.className,
+      className: isHit(from) ? `${span.className} match` : span.className,
     }))
   })
 }

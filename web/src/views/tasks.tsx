@@ -96,6 +96,7 @@ function Filters(props: {
           }}
         />
       </label>
+      <button type="submit">Open</button>
       {choice('status', 'Status', STATUSES)}
       {choice('callback_status', 'Callback', CALLBACKS)}
       <label>

@@ -51,8 +51,8 @@ export function WorkersView() {
       {workers.length > 0 && (
         <div class="table workers" role="table" aria-label="Workers">
           <div role="row" class="row head">
-            {['Status', 'Worker', 'Task', 'Kind', 'Age', ''].map((name) => (
-              <span role="columnheader" key={name}>
+            {['Status', 'Worker', 'Task', 'Kind', 'Age', 'Action'].map((name) => (
+              <span role="columnheader" class={name === 'Age' ? 'took' : ''} key={name}>
                 {name}
               </span>
             ))}
