@@ -1,5 +1,13 @@
 # Any image with Node 26 and apt-get.
 ARG BASE=node:26-slim
+
+FROM ${BASE} AS page
+WORKDIR /app
+COPY package.json package-lock.json .npmrc tsconfig.json ./
+RUN npm ci --ignore-scripts
+COPY web ./web
+RUN node_modules/.bin/vite build --config web/vite.config.ts
+
 FROM ${BASE}
 
 RUN apt-get update \
@@ -12,6 +20,7 @@ COPY package.json package-lock.json .npmrc ./
 RUN npm ci --omit=dev --ignore-scripts && npm cache clean --force
 COPY src ./src
 COPY tasks ./tasks
+COPY --from=page /app/dist/web ./dist/web
 
 RUN mkdir /data && chown node:node /data
 USER node

@@ -46,6 +46,7 @@ try {
   await show()
   if (process.argv.includes('--once')) await end(0)
   console.log(`
+Web page:   ${base}/
 Swagger UI: ${base}/docs
 The task:   ${base}/tasks/${TASK.task_id}
 Its log:    ${base}/tasks/${TASK.task_id}/logs

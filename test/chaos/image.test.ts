@@ -1,7 +1,19 @@
 /** The service's own image: its Dockerfile, on a stand-in for its base, since there is no registry. */
 import { execFile } from 'node:child_process'
 import { once } from 'node:events'
-import { chmod, copyFile, cp, mkdir, mkdtemp, rm, stat, writeFile } from 'node:fs/promises'
+import { existsSync } from 'node:fs'
+import {
+  chmod,
+  copyFile,
+  cp,
+  mkdir,
+  mkdtemp,
+  readFile,
+  rm,
+  stat,
+  symlink,
+  writeFile,
+} from 'node:fs/promises'
 import { createServer } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join, relative } from 'node:path'
@@ -42,6 +54,23 @@ async function freePort(): Promise<number> {
   return address.port
 }
 
+/** What the web page is built with and from. */
+const PAGE_MODULES = ['vite', 'preact', 'anser', '@tsconfig/node24', '@tsconfig/node-ts']
+
+/** These modules of ours, and all that they need. */
+async function withDependencies(names: string[], found = new Set<string>()): Promise<Set<string>> {
+  for (const name of names) {
+    const path = join(ROOT, 'node_modules', name)
+    if (found.has(path) || !existsSync(path)) continue
+    found.add(path)
+    const { dependencies, optionalDependencies } = JSON.parse(
+      await readFile(join(path, 'package.json'), 'utf8'),
+    )
+    await withDependencies(Object.keys({ ...dependencies, ...optionalDependencies }), found)
+  }
+  return found
+}
+
 /** The programs and modules of the stand-in. */
 async function fillStandIn(folder: string): Promise<void> {
   const bin = join(folder, 'bin')
@@ -59,9 +88,12 @@ async function fillStandIn(folder: string): Promise<void> {
   const list = ['ls', '--omit=dev', '--all', '--parseable']
   const { stdout } = await promisify(execFile)('npm', list, { cwd: ROOT })
   await mkdir(join(folder, 'node_modules'))
-  for (const path of stdout.trim().split('\n').slice(1)) {
+  const modules = await withDependencies(PAGE_MODULES, new Set(stdout.trim().split('\n').slice(1)))
+  for (const path of modules) {
     await cp(path, join(folder, relative(ROOT, path)), { recursive: true })
   }
+  await mkdir(join(folder, 'node_modules/.bin'))
+  await symlink('../vite/bin/vite.js', join(folder, 'node_modules/.bin/vite'))
 }
 
 function tests(): void {
@@ -129,6 +161,7 @@ function tests(): void {
       const data = ['--volume', `${volume}:/data`]
       const { name, url, get, submit, isReady } = await start(data)
       expect(await docker('exec', name, 'id', '-u')).toBe('1000\n')
+      expect(await (await fetch(url)).text()).toContain('<title>Task runner</title>')
       const accepted = await submit({
         task_id: 'first',
         task_file_name: 'hello.py',

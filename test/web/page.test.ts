@@ -309,6 +309,10 @@ function tests(): void {
     expect(await places()).toEqual(before)
     await fresh.click()
     await page.getByRole('row', { name: 'comes-later' }).waitFor()
+
+    // One that no longer fits stays, and tells so.
+    await page.getByLabel('Status').selectOption('running')
+    await row.getByText('running').waitFor()
     await fetch(`${service.url}/tasks/comes-alive/cancel`, { method: 'POST' })
     await row.getByText('cancelled').first().waitFor()
   })

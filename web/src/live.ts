@@ -1,4 +1,4 @@
-import { useCallback, useEffect, useState } from 'preact/hooks'
+import { useCallback, useEffect, useRef, useState } from 'preact/hooks'
 import { messageOf } from './api.ts'
 
 export interface Live<T> {
@@ -19,8 +19,10 @@ export function useLive<T>(
   const [seen, setSeen] = useState<{ key: string; data?: T; problem?: string }>({ key })
   const [round, setRound] = useState(0)
   const reload = useCallback(() => setRound((count) => count + 1), [])
+  // Made anew by each rendering: a look is to see what the newest of them sees.
+  const latest = useRef({ load, ...options })
+  latest.current = { load, ...options }
 
-  // Not with `load` and `options`, which are made anew by each rendering: `key` names them.
   useEffect(() => {
     const gone = new AbortController()
     let timer: number | undefined
@@ -31,9 +33,9 @@ export function useLive<T>(
       isLoading = true
       let isDone = false
       try {
-        const data = await load(gone.signal)
+        const data = await latest.current.load(gone.signal)
         if (gone.signal.aborted) return
-        isDone = options.isDone?.(data) ?? false
+        isDone = latest.current.isDone?.(data) ?? false
         setSeen({ key, data })
       } catch (err) {
         if (gone.signal.aborted) return
@@ -43,7 +45,7 @@ export function useLive<T>(
         }))
       }
       isLoading = false
-      if (!isDone) timer = window.setTimeout(look, options.everyMs)
+      if (!isDone) timer = window.setTimeout(look, latest.current.everyMs)
     }
     void look()
     document.addEventListener('visibilitychange', look, { signal: gone.signal })

@@ -154,7 +154,8 @@ function List({ filter, typed }: { filter: Filter; typed: string }) {
       const page = await api.tasks({ ...filter, limit: NEXT_PAGE, cursor: list.cursor })
       setList((before) => before && withNextPage(before, page))
     } catch {
-      // Told by the look at the first page, which goes on.
+      // Told by the look at the first page, which goes on; this one is tried again as well.
+      await new Promise((resolve) => setTimeout(resolve, LOOK_MS))
     }
     setLoading(false)
   }
