@@ -1,5 +1,5 @@
 import { useCallback, useEffect, useRef, useState } from 'preact/hooks'
-import { messageOf } from './api.ts'
+import { ApiError, messageOf } from './api.ts'
 
 export interface Live<T> {
   data: T | undefined
@@ -39,10 +39,10 @@ export function useLive<T>(
         setSeen({ key, data })
       } catch (err) {
         if (gone.signal.aborted) return
-        setSeen((before) => ({
-          ...(before.key === key ? before : { key }),
-          problem: messageOf(err),
-        }))
+        // What is not there will not come by itself.
+        isDone = err instanceof ApiError && err.status === 404
+        const problem = `${messageOf(err)}.${isDone ? '' : ' Trying again.'}`
+        setSeen((before) => ({ ...(before.key === key ? before : { key }), problem }))
       }
       isLoading = false
       if (!isDone) timer = window.setTimeout(look, latest.current.everyMs)

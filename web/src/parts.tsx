@@ -66,7 +66,7 @@ export function Told({ told, isError }: { told: string; isError: boolean }) {
 export function Problem({ text }: { text: string | undefined }) {
   return (
     <p role="status" class={text === undefined ? 'told' : 'told error'}>
-      {text === undefined ? '' : `${text}. Trying again.`}
+      {text}
     </p>
   )
 }
