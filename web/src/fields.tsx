@@ -215,9 +215,13 @@ function MapField(props: Of<'map'>) {
 
 function Hint({ field, path, errors }: Omit<FieldProps, 'onChange'>) {
   const error = errors.get(path)
+  if (error === undefined && field.description === '') return null
   return (
     <p class="hint" id={`${path}-hint`}>
-      {error && <strong class="error">{error}</strong>} {field.description}
+      {error && <strong class="error">{error}</strong>}{' '}
+      {field.description
+        .split('`')
+        .map((part, index) => (index % 2 === 1 ? <code key={part}>{part}</code> : part))}
     </p>
   )
 }

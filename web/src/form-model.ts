@@ -73,7 +73,7 @@ export function fieldOf(
 
 function fieldsOf(schema: JsonSchema, schemas: Schemas): Field[] {
   const example = schema.examples?.[0]
-  const usual = new Set(isObject(example) ? Object.keys(example) : [])
+  const usual = new Set(Object.keys(isObject(example) ? example : (schema.properties ?? {})))
   return Object.entries(schema.properties ?? {}).flatMap(([name, each]) => {
     const isRequired = schema.required?.includes(name) ?? false
     const isUsual = isRequired || usual.has(name)

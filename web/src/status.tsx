@@ -29,11 +29,12 @@ const WORKER_SHAPES: Record<string, string> = {
 }
 
 export function Status({ of, word }: { of: string; word?: string | undefined }) {
-  const { tone, path } = SHAPES[WORKER_SHAPES[of] ?? of] ?? { tone: 'quiet', path: '' }
+  const name = WORKER_SHAPES[of] ?? of
+  const { tone, path } = SHAPES[name] ?? { tone: 'quiet', path: '' }
   return (
     <span class={`status ${tone}`}>
       <svg viewBox="0 0 16 16" aria-hidden="true">
-        <path d={path} class={of === 'running' ? 'filled' : undefined} />
+        <path d={path} class={name === 'running' ? 'filled' : undefined} />
       </svg>
       {word ?? words(of)}
     </span>

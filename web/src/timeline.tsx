@@ -79,11 +79,13 @@ function Step(props: { shape: string; word?: string; at?: string; children?: Com
   )
 }
 
+/** In the service's words, and with what these leave out. */
 function outcome(task: Task): string {
-  return [
-    ...(task.reason === null || task.reason === task.status ? [] : [words(task.reason)]),
+  const sentence = visible(task.message ?? words(task.reason ?? task.status))
+  const facts = [
     ...(task.exit_code === null ? [] : [`exit code ${task.exit_code}`]),
     ...(task.signal === null ? [] : [task.signal]),
-    ...(task.message === null ? [] : [visible(task.message)]),
-  ].join(' · ')
+  ]
+  const told = sentence.toLowerCase()
+  return [sentence, ...facts.filter((fact) => !told.includes(fact.toLowerCase()))].join(' · ')
 }

@@ -28,7 +28,7 @@ export function RunView({ like }: { like: string | undefined }) {
     }
     prepare().catch((err: unknown) => setProblem(messageOf(err)))
   }, [like])
-  const title = like === undefined ? 'Run a task' : `Run ${visible(like)} again`
+  const title = like === undefined ? 'Run a task' : `Run again: ${visible(like)}`
   return (
     <>
       <Heading title={title}>{title}</Heading>

@@ -83,7 +83,7 @@ function WorkerRow(props: {
   const kind = [worker.backend, worker.size, worker.image].filter((each) => each !== null)
   return (
     <div role="row" class="row">
-      <span role="cell">
+      <span role="cell" class="state">
         <Status of={worker.status} />
       </span>
       <span role="cell" class="name">
@@ -92,7 +92,9 @@ function WorkerRow(props: {
       <span role="cell" class="task">
         <a href={taskHref(worker.task_id)}>{visible(worker.task_id)}</a>
       </span>
-      <span role="cell">{visible(kind.join(' · '))}</span>
+      <span role="cell" class="kind">
+        {visible(kind.join(' · '))}
+      </span>
       <span role="cell" class="took">
         {duration(now - Date.parse(worker.creation_time))}
       </span>
