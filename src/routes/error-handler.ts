@@ -24,6 +24,9 @@ export const STATUS_OF = {
   workers_unavailable: 503,
 } as const satisfies Record<ErrorCode, number>
 
+/** Where who refused knows nothing better. */
+const RETRY_AFTER_SECONDS = 5
+
 /** What the framework itself refuses, in our words. */
 const FRAMEWORK_ERRORS: Record<string, [ErrorCode, string]> = {
   FST_ERR_CTP_BODY_TOO_LARGE: ['request_too_large', 'The request body is too large'],
@@ -56,7 +59,8 @@ export function answerError(
   const known = asTaskRunnerError(err)
   const status = STATUS_OF[known.code]
   if (status >= 500) request.log.error({ err }, 'request failed')
-  if (known.retryAfterSeconds !== undefined) reply.header('retry-after', known.retryAfterSeconds)
+  const retryAfter = known.retryAfterSeconds ?? (status === 503 ? RETRY_AFTER_SECONDS : undefined)
+  if (retryAfter !== undefined) reply.header('retry-after', retryAfter)
   if (known.code === 'unauthorized') reply.header('www-authenticate', 'Bearer')
   // Already text: these answers have no schema on routes that do not declare their status.
   reply
