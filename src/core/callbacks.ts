@@ -254,8 +254,10 @@ export class CallbackDispatcher {
       const content = known ?? (await this.#store.content(taskId))
       if (!content) return
       const startedAt = this.#now()
-      // We were held up, and it may be another instance's by now.
-      if (startedAt + this.#attemptTimeoutMs > due.leaseUntil) return
+      // We were held up, and it may be another instance's by now: whoever looks when the lease is over has it.
+      if (startedAt + this.#attemptTimeoutMs > due.leaseUntil) {
+        return this.#wakeIn(Math.max(due.leaseUntil - startedAt, 0))
+      }
       const steadyStart = performance.now()
       const result = await this.#sender.send(
         { ...content, webhookId: due.webhookId, timestamp: Math.floor(startedAt / 1000) },

@@ -231,6 +231,18 @@ describe('CallbackDispatcher', () => {
     expect(sender.sent).toHaveLength(1)
   })
 
+  test('a delivery whose commit took longer than its lease is sent all the same, at once', async () => {
+    sender.answer = () => OK
+    const dispatcher = open()
+    dispatcher.start()
+    const delivery = dispatcher.prepare(A)
+    movedMs += LEASE_MS
+    const taskId = await commit(A, delivery)
+    await dispatcher.attemptNow(taskId, delivery, contentOf(taskId, A))
+    await statusOf(taskId, 'delivered')
+    expect(sender.sent).toHaveLength(1)
+  })
+
   test('a failed attempt is made again when its time has come, under the same id, and not before', async () => {
     sender.answer = () => REFUSED
     const dispatcher = open()
