@@ -3,7 +3,7 @@ import { mkdtemp, readFile, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
-import { startInstances, taskOf } from '../helpers/instances.ts'
+import { attemptsFor, expectCounted, startInstances, taskOf } from '../helpers/instances.ts'
 import { type Postgres, startPostgres } from '../helpers/postgres.ts'
 import {
   type Answer,
@@ -264,6 +264,145 @@ describe('a network between a service and its database that fails', () => {
       expect(await taskOf(second, 'goes-on')).toMatchObject({ status: 'running' })
       await stage.open('goes-on', 'before', 'during', 'after')
       expect(await finalTask(second, 'goes-on')).toMatchObject({ status: 'succeeded' })
+    },
+    TIMEOUT_MS,
+  )
+
+  test(
+    'swallows everything for half a minute: nobody waits for long, and nothing is lost or doubled',
+    async () => {
+      await using proxy = await startTcpProxy(postgres.port)
+      const url = by(proxy, await postgres.database())
+      await using instances = await startInstances(postgres, {
+        env: { DATABASE_URL: url, CALLBACK_TIMEOUT_SECONDS: '1', MAX_CONCURRENT_TASKS: '2' },
+      })
+      const { stage } = instances
+      const services = await Promise.all(['a', 'b'].map((host) => instances.start(host)))
+      const [one, other] = services as [Service, Service]
+      const before = ['ends-1', 'ends-2', 'stays-1', 'stays-2']
+      for (const taskId of before) await stage.submit(one, taskId, 'r-count.sh')
+      for (const taskId of before) await stage.made(taskId, 'runs')
+      await stage.open('waits', 'open')
+      await stage.submit(one, 'waits', 'r-count.sh')
+      await proxy.set('stalled')
+      const stalledAt = performance.now()
+      for (const taskId of ['ends-1', 'ends-2']) await stage.open(taskId, 'open')
+      const refused: string[] = []
+      while (performance.now() - stalledAt < 30_000) {
+        const ids = services.map((_, at) => `refused-${refused.length + at}`)
+        const askedAt = performance.now()
+        const answers = await Promise.all(
+          services.map((service, at) => {
+            const request = stage.request(ids[at] ?? '', 'r-count.sh')
+            return post(service, '/task-runner', request)
+          }),
+        )
+        for (const answer of answers) expectUnavailable(answer)
+        expect(performance.now() - askedAt).toBeLessThan(20_000)
+        refused.push(...ids)
+        for (const service of services) {
+          expect((await get(service, '/health/live')).status).toBe(200)
+        }
+      }
+      expect(stage.receiver.received).toEqual([])
+      await proxy.set('open')
+
+      for (const taskId of refused) {
+        await stage.open(taskId, 'open')
+        await eventually(async () => {
+          const request = stage.request(taskId, 'r-count.sh')
+          expect((await post(other, '/task-runner', request)).status).toBe(200)
+        })
+      }
+      for (const taskId of ['stays-1', 'stays-2']) {
+        expect(await taskOf(other, taskId)).toMatchObject({ status: 'running' })
+        await stage.open(taskId, 'open')
+      }
+      for (const taskId of [...before, 'waits', ...refused]) {
+        await expectCounted(other, stage, taskId)
+        expect(attemptsFor(stage, taskId), taskId).toBe(1)
+      }
+      await expectNoWorkers(one, instances.dataDirOf('a'))
+      await expectNoWorkers(other, instances.dataDirOf('b'))
+      for (const service of services) {
+        expect((await get(service, '/health/ready')).status).toBe(200)
+        expectSparing(service)
+      }
+    },
+    2 * TIMEOUT_MS,
+  )
+
+  test.each([
+    ['accepted', 'pg_notify'],
+    ['claimed', 'RETURNING id, state, completed_on'],
+    ['ended', 'insert into "task_logs"'],
+  ])(
+    'goes silent amid the transaction in which a task is %s: it runs once, and is told once',
+    async (_, statement) => {
+      await using proxy = await startTcpProxy(postgres.port)
+      const url = by(proxy, await postgres.database())
+      await using instances = await startInstances(postgres, { env: { DATABASE_URL: url } })
+      const { stage } = instances
+      const service = await instances.start('a')
+      await stage.open('once', 'open')
+      const loss = proxy.lose('silently', statement)
+      // As a careful client does: again, until it is taken.
+      await eventually(async () => {
+        const answer = await post(service, '/task-runner', stage.request('once', 'r-count.sh'))
+        if (answer.status !== 200) expectUnavailable(answer)
+        expect(answer.status).toBe(200)
+      }, 30_000)
+      await eventually(() => finalTask(service, 'once'), 40_000)
+      expect(loss.hits).toBe(1)
+      await expectCounted(service, stage, 'once')
+      expect(attemptsFor(stage, 'once')).toBe(1)
+      await expectNoWorkers(service, instances.dataDirOf('a'))
+    },
+    TIMEOUT_MS,
+  )
+
+  test(
+    'lets the connection die that hears of tasks: they start soon all the same, and it is made anew',
+    async () => {
+      await using proxy = await startTcpProxy(postgres.port)
+      await using instances = await startInstances(postgres)
+      const { stage, sql, databaseUrl } = instances
+      const full = await instances.start('a', { MAX_CONCURRENT_TASKS: '1' })
+      await stage.submit(full, 'fills', 'r-story.sh')
+      const filled = await eventually(async () => {
+        const task = await taskOf(full, 'fills')
+        expect(task.status).toBe('running')
+        return task
+      })
+      await instances.start('b', { DATABASE_URL: by(proxy, databaseUrl) })
+      const listening = () =>
+        sql(
+          `select pid from pg_stat_activity where datname = current_database()
+             and application_name like 'task-runner %' and application_name not like $1
+             and (query like 'LISTEN%' or query like '%pg_listening_channels%')`,
+          [`%${filled.instance}`],
+        )
+      // Asked every ten seconds by who listens; the server goes on telling a connection that is none any more.
+      const dead = proxy.lose('silently', 'pg_listening_channels')
+      await eventually(() => expect(dead.hits).toBe(1))
+      const before = (await listening()).map(({ pid }) => pid)
+      expect(before).toHaveLength(1)
+      for (const taskId of ['deaf-1', 'deaf-2', 'deaf-3']) {
+        await stage.open(taskId, 'before', 'during', 'after')
+        await stage.submit(full, taskId, 'r-story.sh')
+        await eventually(
+          async () => expect((await taskOf(full, taskId)).status).toMatch(/running|succeeded/),
+          5_000,
+        )
+      }
+      await eventually(async () => {
+        const now = (await listening()).map(({ pid }) => pid)
+        expect(now.filter((pid) => !before.includes(pid))).toHaveLength(1)
+      }, 40_000)
+      await stage.open('fills', 'before', 'during', 'after')
+      for (const taskId of ['fills', 'deaf-1', 'deaf-2', 'deaf-3']) {
+        expect(await finalTask(full, taskId)).toMatchObject({ status: 'succeeded' })
+      }
     },
     TIMEOUT_MS,
   )

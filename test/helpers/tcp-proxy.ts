@@ -19,9 +19,10 @@ export interface TcpProxy extends AsyncDisposable {
   deaden(): void
   /**
    * Of the next connection on which these bytes come from a client (in one piece): `answer` passes them on, waits for
-   * what the server says, and cuts instead of telling; `request` cuts before the server has them.
+   * what the server says, and cuts instead of telling; `request` cuts before the server has them; `silently` keeps them
+   * to itself, and all that comes later.
    */
-  lose(what: 'request' | 'answer', bytes: string): { hits: number }
+  lose(what: Loss['what'], bytes: string): { hits: number }
 }
 
 export async function startTcpProxy(targetPort: number): Promise<TcpProxy> {
@@ -79,7 +80,7 @@ export async function startTcpProxy(targetPort: number): Promise<TcpProxy> {
 }
 
 interface Loss {
-  what: 'request' | 'answer'
+  what: 'request' | 'answer' | 'silently'
   bytes: Buffer
   hits: number
 }
@@ -104,6 +105,7 @@ class Pair {
       if (loss) {
         loss.hits += 1
         if (loss.what === 'request') return this.cut()
+        if (loss.what === 'silently') return this.deaden()
         this.#losesAnswer = true
       }
       this.#server.write(chunk)
