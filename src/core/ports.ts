@@ -216,7 +216,10 @@ export interface Cluster {
   isMember(): boolean
   /** Tasks that this instance has claimed and not ended. */
   ours(): Promise<SeenTask[]>
-  /** Running tasks of instances that have died, some of them: there may be many, and others to take them. */
+  /**
+   * Running tasks of instances that have died, some of them: there may be many, and others to take their share. Asked
+   * again, also for what others have not taken.
+   */
   orphans(): Promise<OrphanedTask[]>
   /** Tasks of ours that someone wants ended. */
   cancelRequests(): Promise<string[]>

@@ -6,6 +6,8 @@ import type { Connection } from './connection.ts'
 export const SILENT_MS = 15_000
 const CLOCK_TOLERANCE_MS = 1_000
 const ORPHANS_AT_ONCE = 100
+/** So many times an instance leaves to others what is more than its share; then whoever looks takes what is left. */
+const SHARED_LOOKS = 2
 const FORGOTTEN_AFTER_MS = 24 * 60 * 60 * 1000
 /** Written out, as the index of running tasks is. */
 const RUNNING = sql<boolean>`tasks.status in ('provisioning', 'running')`
@@ -26,6 +28,8 @@ export class PostgresCluster implements Cluster {
   #lastBeatAt = 0
   #memberSince = Number.POSITIVE_INFINITY
   #clock = { database: 0, steady: 0 }
+  /** How often in a row orphans were found. */
+  #looks = 0
 
   constructor(
     connection: Connection,
@@ -107,6 +111,7 @@ export class PostgresCluster implements Cluster {
       .orderBy(sql`random()`)
       .limit(ORPHANS_AT_ONCE)
       .execute()
+    this.#looks = rows.length === 0 ? 0 : this.#looks + 1
     if (rows.length === 0) {
       await db
         .deleteFrom('instances')
@@ -114,12 +119,34 @@ export class PostgresCluster implements Cluster {
         .where(sql<boolean>`not exists (select 1 from tasks where instance = name and ${RUNNING})`)
         .execute()
     }
-    return rows.map((row) => ({
+    const orphans = rows.map((row) => ({
       taskId: row.task_id,
       claim: row.claim,
       instance: row.instance ?? '',
       isLost: row.host_bound === 1,
     }))
+    if (orphans.length === 0 || this.#looks > SHARED_LOOKS) return orphans
+    // To give tasks up is no load.
+    const share = await this.#share()
+    return orphans.filter(({ isLost }, index) => isLost || index < share)
+  }
+
+  /** How many more tasks this instance may run until it has as many as all that live have on average. */
+  async #share(): Promise<number> {
+    const { db } = this.#connection
+    const running = db.selectFrom('tasks').where(RUNNING)
+    const row = await db
+      .selectNoFrom((eb) => [
+        running.select(eb.fn.countAll().as('count')).as('all'),
+        this.#ofThisInstance().select(eb.fn.countAll().as('count')).as('ours'),
+        db
+          .selectFrom('instances')
+          .where(sql<boolean>`seen_at >= ${CLOCK} - ${SILENT_MS}::bigint`)
+          .select(eb.fn.countAll().as('count'))
+          .as('living'),
+      ])
+      .executeTakeFirstOrThrow()
+    return Math.ceil(Number(row.all) / Math.max(Number(row.living), 1)) - Number(row.ours)
   }
 
   async cancelRequests(): Promise<string[]> {

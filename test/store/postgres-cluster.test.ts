@@ -258,6 +258,27 @@ describe('tasks of the dead', () => {
   })
 })
 
+test('those who live share what the dead have left; what one does not take, others do soon', async () => {
+  const [dead, one, other] = [member('dead'), member('one'), member('other')]
+  await dead.cluster.beat()
+  for (let count = 0; count < 12; count += 1) await running(dead.store)
+  for (let count = 0; count < 4; count += 1) await running(one.store)
+  await lives(one, SILENT_MS + 1)
+  await lives(other, SILENT_MS + 1)
+  await silentFor('dead', SILENT_MS + 1)
+  const take = async ({ cluster, store }: typeof one) => {
+    const orphans = await cluster.orphans()
+    for (const { taskId, claim } of orphans) await store.claim(taskId, claim)
+    return orphans.length
+  }
+  // Both have eight then.
+  expect(await take(one)).toBe(4)
+  expect(await one.cluster.orphans()).toEqual([])
+  expect(await other.cluster.orphans()).toHaveLength(8)
+  expect(await take(one)).toBe(8)
+  expect(await one.cluster.orphans()).toEqual([])
+})
+
 describe('leaving', () => {
   test('what an instance with container workers leaves is for others at once', async () => {
     const [leaving, heir] = [member('leaving'), member('heir')]
