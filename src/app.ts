@@ -138,6 +138,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
           read: (taskId) => storage.tasks.logCursor(taskId),
           write: (taskId, cursor) => storage.tasks.keepLogCursor(taskId, cursor),
         },
+        now,
         log,
       }),
       sender: new HttpCallbackSender({

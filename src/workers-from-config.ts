@@ -38,12 +38,14 @@ export function openBackend(
     /** Tells this service's workers from those of others. */
     instance: string
     logCursors: LogCursors
+    /** By which the age of workers is judged: that of all instances together. */
+    now: () => number
     log: Logger
   },
 ): Promise<WorkerBackend> {
-  const { instance, logCursors, log } = options
+  const { instance, logCursors, now, log } = options
   const common = {
-    ...{ instance, log, tasksDir: config.tasksDir },
+    ...{ instance, now, log, tasksDir: config.tasksDir },
     images: { default: config.workerImage, prefix: config.workerImagePrefix },
     terminationGraceMs: config.terminationGraceMs,
     logBytesKept: LOG_BYTES_KEPT + MASKING_OVERLAP_BYTES,

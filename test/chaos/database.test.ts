@@ -3,7 +3,18 @@ import { mkdtemp, readFile, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
-import { attemptsFor, expectCounted, startInstances, taskOf } from '../helpers/instances.ts'
+import { workerNameFor } from '../../src/core/task.ts'
+import { presets } from '../fakes/kubernetes/presets.ts'
+import {
+  attemptsFor,
+  expectCounted,
+  runnerOf,
+  startInstances,
+  startKubernetesInstances,
+  takenFrom,
+  taskOf,
+} from '../helpers/instances.ts'
+import { podOf } from '../helpers/kubernetes.ts'
 import { type Postgres, startPostgres } from '../helpers/postgres.ts'
 import {
   type Answer,
@@ -18,6 +29,7 @@ import { type Service, startService } from '../helpers/service.ts'
 import { startTcpProxy, type TcpProxy } from '../helpers/tcp-proxy.ts'
 
 const TIMEOUT_MS = 90_000
+const DAY_MS = 86_400_000
 const PASSWORD = 'not-a-secret'
 const KEY = randomBytes(32).toString('base64')
 
@@ -495,6 +507,52 @@ describe('hosts whose clocks are two minutes apart', () => {
       expect(stage.receiver.received.length).toBeGreaterThan(6)
     },
     TIMEOUT_MS,
+  )
+
+  test(
+    'judge by it alone: whose worker is stuck, who is dead, which task is old',
+    async () => {
+      await using instances = await startKubernetesInstances(postgres, {
+        env: { RETENTION_DAYS: '1', PROVISIONING_TIMEOUT_SECONDS: '600' },
+        fake: { runProcesses: false, behave: () => presets.creating() },
+      })
+      const { stage, fake, sql } = instances
+      const slow = await instances.start('slow', shifted(-SKEW_MS))
+      for (const taskId of ['old', 'young', 'taken-over']) {
+        await stage.submit(slow, taskId, 'r-nap.sh')
+      }
+      const pods = new Map<string, string>()
+      for (const taskId of ['old', 'young', 'taken-over']) {
+        pods.set(taskId, await podOf(fake, workerNameFor(taskId)))
+      }
+      const fast = await instances.start('fast', shifted(SKEW_MS))
+      const { body } = await post(fast, '/workers/cleanup', { older_than_seconds: 59 })
+      expect(body.workers).toEqual([])
+      for (const taskId of ['old', 'young']) {
+        fake.kubelet.play(pods.get(taskId) ?? '', presets.exits(0, { message: 'task 0\n' }))
+        expect(await finalTask(slow, taskId)).toMatchObject({ status: 'succeeded' })
+      }
+      fake.kubelet.play(pods.get('taken-over') ?? '', presets.runs())
+      const owner = await runnerOf(slow, 'taken-over')
+      await slow.kill('SIGKILL')
+      await takenFrom(owner, fast, 'taken-over', 30_000)
+      // By either host's clock both would be on the same side.
+      for (const [taskId, olderMs] of [
+        ['old', SKEW_MS / 2],
+        ['young', -SKEW_MS / 2],
+      ] as const) {
+        const finishedAt = Date.now() - DAY_MS - olderMs
+        await sql('update tasks set finished_at = $1 where task_id = $2', [finishedAt, taskId])
+      }
+      await eventually(async () => {
+        expect((await get(fast, '/tasks/old')).status).toBe(404)
+      }, TIMEOUT_MS)
+      expect((await get(fast, '/tasks/young')).status).toBe(200)
+      await post(fast, '/tasks/taken-over/cancel')
+      expect(await finalTask(fast, 'taken-over')).toMatchObject({ status: 'cancelled' })
+      await instances.expectNothingLeft(30_000)
+    },
+    3 * TIMEOUT_MS,
   )
 })
 

@@ -71,6 +71,7 @@ export async function openDocker(overrides: Partial<DockerSettings> = {}): Promi
     mounts: [`${sharedDir}:${sharedDir}`],
     terminationGraceMs: 400,
     logBytesKept: 6 * 1024 * 1024,
+    now: Date.now,
     log: QUIET,
     ...overrides,
   }

@@ -45,6 +45,7 @@ export function kubernetesSettings(
     terminationGraceMs: 1_000,
     keptWorkerMs: 3_600_000,
     logBytesKept: 6 * 1024 * 1024,
+    now: Date.now,
     log: QUIET,
     callsPerSecond: 1_000,
     callsAtOnce: 1_000,

@@ -35,6 +35,8 @@ export interface DockerSettings {
   terminationGraceMs: number
   /** Bytes of each log that are kept here, to be read at once. */
   logBytesKept: number
+  /** The clock by which the age of workers is judged. */
+  now: () => number
   log: Logger
 }
 
@@ -147,7 +149,7 @@ export class DockerBackend implements WorkerBackend {
     { signal, onMade }: { signal: AbortSignal; onMade: (id: string) => void },
   ): Promise<Inspected> {
     const { cpus, isPodman } = await this.#machineOnce()
-    const createdAt = Date.now()
+    const createdAt = this.#settings.now()
     const { instance, network, mounts, tasksDir } = this.#settings
     const options = { instance, image, network, mounts, cpusMax: cpus, createdAt }
     const body = containerRequest(spec, {

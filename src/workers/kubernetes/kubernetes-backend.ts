@@ -46,6 +46,8 @@ export interface KubernetesSettings {
   logBytesKept: number
   /** How far logs were read, for after a restart. */
   logCursors?: LogCursors | undefined
+  /** The clock by which the age of workers is judged. */
+  now: () => number
   log: Logger
   /** Towards the API server. Default: 20 a second, 30 at once. */
   callsPerSecond?: number
@@ -251,7 +253,7 @@ export class KubernetesBackend implements WorkerBackend {
       provisioningTimeoutSeconds: Math.ceil(settings.provisioningTimeoutMs / 1000),
       terminationGraceSeconds: Math.ceil(settings.terminationGraceMs / 1000),
       keptWorkerSeconds: Math.ceil(settings.keptWorkerMs / 1000),
-      createdAt: Date.now(),
+      createdAt: settings.now(),
     }
   }
 
