@@ -14,14 +14,15 @@ import {
   writeFile,
 } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
-import { join } from 'node:path'
+import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterAll, afterEach, beforeAll, describe, expect, test, vi } from 'vitest'
 import type { Worker, WorkerSpec } from '../../src/core/ports.ts'
-import { type Contents, prepare, type WorkerRecord } from '../../src/workers/local/folders.ts'
+import type { Contents, WorkerRecord } from '../../src/workers/local/folders.ts'
 import { LocalBackend } from '../../src/workers/local/local-backend.ts'
 import type { LocalSettings } from '../../src/workers/local/local-workers.ts'
 import { identify, type ProcessIdentity } from '../../src/workers/local/processes.ts'
+import { WorkerFolders } from '../../src/workers/local/worker-folders.ts'
 import {
   type BackendHarness,
   describeWorkerBackend,
@@ -80,6 +81,11 @@ interface LocalHarness extends BackendHarness {
   reopen(): Promise<LocalBackend>
   /** A service in a process of its own that has provisioned the worker, to be killed. */
   service(wanted: WorkerSpec): Promise<ChildProcess>
+}
+
+/** As a service made it before. */
+function prepare(folder: string, tasksDir: string, contents: Contents): void {
+  new WorkerFolders(dirname(folder)).prepare(folder, tasksDir, contents)
 }
 
 async function openLocal(overrides: Partial<LocalSettings> = {}): Promise<LocalHarness> {

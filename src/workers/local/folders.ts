@@ -12,7 +12,6 @@ import {
   readFileSync,
   readSync,
   realpathSync,
-  renameSync,
   rmSync,
   statSync,
   symlinkSync,
@@ -47,17 +46,20 @@ const CRLF_LOOK_BYTES = 4096
 /** Enough for the longest without words, and a block of the disk has room for those. */
 const EXIT_LENGTH = 11
 
-/** Makes the folder ready for its task. `worker.json` comes last, by renaming: with it the folder is whole. */
-export function prepare(folder: string, tasksDir: string, contents: Contents): void {
-  try {
-    mkdirSync(folder, { mode: 0o700 })
-  } catch (err) {
-    if ((err as NodeJS.ErrnoException).code !== 'EEXIST') throw err
-    remove(folder)
-    mkdirSync(folder, { mode: 0o700 })
-  }
-  for (const name of ['home', 'tmp']) mkdirSync(join(folder, name), { mode: 0o700 })
-  copyTasks(realpathSync(tasksDir), join(folder, 'tasks'), { skip: realpathSync(dirname(folder)) })
+/** Empty when a task begins. */
+export const DIRECTORIES: readonly string[] = ['home', 'tmp']
+/** Written anew for each task. */
+export const REWRITTEN: readonly string[] = ['started', 'exit', 'worker.json']
+
+/** Puts all that a task needs into a folder that has its directories. `notCopied`: may lie in the tasks folder. */
+export function fill(
+  folder: string,
+  tasksDir: string,
+  contents: Contents,
+  notCopied: readonly string[],
+): void {
+  const skip = notCopied.map((path) => realpathSync(path))
+  copyTasks(realpathSync(tasksDir), join(folder, 'tasks'), { skip })
   for (const { name, content } of contents.files) {
     writeFileSync(join(folder, name), content, { mode: 0o600 })
   }
@@ -68,12 +70,12 @@ export function prepare(folder: string, tasksDir: string, contents: Contents): v
   for (const name of ['started', 'exit']) {
     writeFileSync(join(folder, name), `${' '.repeat(EXIT_LENGTH)}\n`, { mode: 0o600 })
   }
-  writeRecord(folder, contents.record)
+  writeFileSync(join(folder, 'worker.json'), JSON.stringify(contents.record), { mode: 0o600 })
 }
 
 export function readRecord(folder: string): WorkerRecord | undefined {
   const json = readIfThere(join(folder, 'worker.json'))
-  // Holds: `writeRecord` wrote it whole, in a folder that only we may enter.
+  // Holds: it was written whole before the folder had its name, and only we may enter.
   return json === undefined ? undefined : (JSON.parse(json) as WorkerRecord)
 }
 
@@ -115,25 +117,19 @@ export function remove(folder: string): void {
   }
 }
 
-function writeRecord(folder: string, record: WorkerRecord): void {
-  const draft = join(folder, 'worker.json.draft')
-  writeFileSync(draft, JSON.stringify(record), { mode: 0o600 })
-  renameSync(draft, join(folder, 'worker.json'))
-}
-
 /**
  * Reflinks where the disk can. Links are followed inside the tasks folder, and left out where they leave it. `skip`:
- * the folder of the workers, which may lie in there.
+ * folders that may lie in there.
  */
 function copyTasks(
   from: string,
   to: string,
-  { skip, root = from }: { skip: string; root?: string },
+  { skip, root = from }: { skip: readonly string[]; root?: string },
 ): void {
   mkdirSync(to, { mode: 0o700 })
   for (const entry of readdirSync(from, { withFileTypes: true })) {
     const source = join(from, entry.name)
-    if (NOT_COPIED.includes(entry.name) || source === skip) continue
+    if (NOT_COPIED.includes(entry.name) || skip.includes(source)) continue
     const target = join(to, entry.name)
     if (LINKED.includes(entry.name)) symlinkSync(source, target)
     else if (entry.isDirectory()) copyTasks(source, target, { skip, root })

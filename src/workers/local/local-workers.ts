@@ -8,6 +8,7 @@ import * as folders from './folders.ts'
 import { type Interpreters, jobText } from './job.ts'
 import { identify, isAlive, kill, LeftoverFinder } from './processes.ts'
 import { SlotShell } from './slot-shell.ts'
+import { WorkerFolders } from './worker-folders.ts'
 
 export interface LocalSettings {
   /** One folder per worker in here. */
@@ -55,6 +56,7 @@ interface Live {
  */
 export class LocalWorkers {
   readonly #settings: LocalSettings
+  readonly #folders: WorkerFolders
   readonly #live = new Map<string, Live>()
   readonly #idleSlots: SlotShell[] = []
   readonly #terminating = new Set<string>()
@@ -68,6 +70,7 @@ export class LocalWorkers {
 
   constructor(settings: LocalSettings) {
     this.#settings = settings
+    this.#folders = new WorkerFolders(settings.workersDir)
     this.#leftovers = new LeftoverFinder(settings.workersDir)
     mkdirSync(settings.workersDir, { recursive: true, mode: 0o700 })
     // A folder without its record was being made when the service was killed: nothing runs in it.
@@ -104,7 +107,7 @@ export class LocalWorkers {
       ...(spec.repositories.length === 0 ? [] : repositoryFiles(spec.repositories)),
     ]
     try {
-      folders.prepare(folder, this.#settings.tasksDir, {
+      this.#folders.prepare(folder, this.#settings.tasksDir, {
         record,
         taskFile: spec.taskFolder === 'tasks' ? spec.taskFileName : '',
         files,
@@ -112,7 +115,6 @@ export class LocalWorkers {
       })
     } catch (err) {
       this.#idleSlots.push(slot)
-      folders.remove(folder)
       throw err
     }
     this.#live.set(spec.name, newLive(folder, record, slot))
@@ -196,7 +198,7 @@ export class LocalWorkers {
           throw new Error('processes of the worker cannot be ended')
         }
       }
-      folders.remove(this.#folder(name))
+      this.#folders.release(this.#folder(name))
       this.#clean.delete(name)
     } finally {
       this.#terminating.delete(name)
@@ -207,6 +209,7 @@ export class LocalWorkers {
   close(): void {
     clearInterval(this.#watch)
     clearInterval(this.#forget)
+    this.#folders.close()
     for (const slot of this.#idleSlots) slot.retire()
     for (const { slot } of this.#live.values()) slot?.retire()
   }
