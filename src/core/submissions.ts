@@ -60,8 +60,22 @@ export class Submissions {
    */
   async submit(request: TaskRequest, traceparent: string | null = null): Promise<Submitted> {
     const digest = this.#digest(request)
-    const known = await this.#known(request.taskId, digest)
-    if (known) return known
+    try {
+      return await this.#submitNew(request, digest, traceparent)
+    } catch (err) {
+      // What was accepted before stays so, whatever hinders a new task. Asked only now: most are new, and each look at the
+      // store waits for the commit that is under way.
+      const known = await this.#known(request.taskId, digest)
+      if (known) return known
+      throw err
+    }
+  }
+
+  async #submitNew(
+    request: TaskRequest,
+    digest: string,
+    traceparent: string | null,
+  ): Promise<Submitted> {
     if (this.#draining) {
       throw new TaskRunnerError('draining', 'The service is shutting down', {
         retryAfterSeconds: RETRY_AFTER_SECONDS,
@@ -89,8 +103,10 @@ export class Submissions {
     const refusal = request.callbackUrl && this.#options.callbackUrlRefusal(request.callbackUrl)
     if (refusal) throw new InvalidRequestError([{ path: 'callback_url', message: refusal }])
     const { taskId, taskFileName } = request
-    const isThere = await this.#files.has(taskFileName)
-    const defaults = await this.#files.defaultsFor(taskFileName)
+    const [isThere, defaults] = await Promise.all([
+      this.#files.has(taskFileName),
+      this.#files.defaultsFor(taskFileName),
+    ])
     const workerConfig = mergeWorkerConfigs(defaults, request.workerConfig)
     // What a repository holds is known on the worker.
     if (!isThere && !locateInRepository(taskFileName, workerConfig.gitConfigs)) {

@@ -666,6 +666,25 @@ describe('a full queue', () => {
   })
 })
 
+test('a task that was taken is known when its file has gone', async () => {
+  const tasksDir = await mkdtemp(join(tmpdir(), 'task-runner-tasks-'))
+  try {
+    await writeFile(join(tasksDir, 'gone.sh'), 'true\n')
+    await using other = await startApp({ TASKS_DIR: tasksDir })
+    const request = taskRequest({ task_file_name: 'gone.sh' })
+    await other.submit(request)
+    await other.finished(request.task_id)
+    await rm(join(tasksDir, 'gone.sh'))
+    expect((await other.submit(request)).body).toMatchObject({
+      message: 'Already accepted: succeeded',
+    })
+    expect((await other.submit({ ...request, timeout_seconds: 9 })).status).toBe(409)
+    expect((await other.submit({ ...request, task_id: 'another' })).status).toBe(404)
+  } finally {
+    await rm(tasksDir, { recursive: true })
+  }
+})
+
 describe('a draining service', () => {
   test('answers 503 to new tasks, with Retry-After, and still tells about those it took', async () => {
     await using draining = await startApp()
