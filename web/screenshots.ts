@@ -74,9 +74,8 @@ function pastHour(now: number): PastTask[] {
               : luck < 0.09
                 ? { reason: 'startup_failed', exitCode: 128 }
                 : undefined
-      const stem = taskFileName.split('.')[0]?.replaceAll('_', '-')
       tasks.push({
-        taskId: `${stem}-${4200 + tasks.length}`,
+        taskId: '',
         ...{ taskFileName, createdAt, claimedAt, startedAt, finishedAt },
         ...(bad ? { status: 'failed', ...bad } : {}),
         ...(luck > 0.98 ? { status: 'cancelled', reason: 'cancelled' } : {}),
@@ -88,14 +87,18 @@ function pastHour(now: number): PastTask[] {
     }
   }
   // In the order of their acceptance, which is the order of lists.
-  const whole = tasks.map((task) => ({
-    ...task,
-    createdAt: Math.round(task.createdAt),
-    claimedAt: Math.round(task.claimedAt),
-    startedAt: Math.round(task.startedAt),
-    finishedAt: Math.round(task.finishedAt),
-  }))
-  return whole.sort((a, b) => a.createdAt - b.createdAt)
+  const inOrder = tasks.sort((a, b) => a.createdAt - b.createdAt)
+  return inOrder.map((task, index) => {
+    const stem = task.taskFileName.split('.')[0]?.replaceAll('_', '-')
+    return {
+      ...task,
+      taskId: `${stem}-${5117 - tasks.length + index}`,
+      createdAt: Math.round(task.createdAt),
+      claimedAt: Math.round(task.claimedAt),
+      startedAt: Math.round(task.startedAt),
+      finishedAt: Math.round(task.finishedAt),
+    }
+  })
 }
 
 const folder = await mkdtemp(join(tmpdir(), 'task-runner-pictures-'))
@@ -130,7 +133,11 @@ try {
   })
   await picture(browser, url, { name: 'overview', hash: '#/', wait: '.charts' })
   await picture(browser, url, { name: 'tasks-dark', hash: '#/tasks', wait: '.row a', isDark: true })
-  await picture(browser, url, { name: 'task', hash: '#/tasks/deploy-5120', wait: '"60s"|"4s"' })
+  await picture(browser, url, {
+    name: 'task',
+    hash: '#/tasks/deploy-5120',
+    wait: '.line >> text=7s',
+  })
   await picture(browser, url, {
     ...{ name: 'phone', hash: '#/tasks', wait: '.row a' },
     size: { width: 390, height: 780 },
@@ -183,10 +190,7 @@ async function picture(browser: Browser, url: string, options: Picture): Promise
     reducedMotion: 'reduce',
   })
   await page.goto(`${url}/${options.hash}`)
-  await page
-    .locator(options.wait.startsWith('"') ? '.line >> text=p95' : options.wait)
-    .first()
-    .waitFor()
+  await page.locator(options.wait).first().waitFor()
   await page.evaluate(() => document.fonts.ready)
   await page.screenshot({ path: join(PICTURES, `${options.name}.png`) })
   await page.close()
