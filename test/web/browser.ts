@@ -40,7 +40,7 @@ export async function openPage(
   })
   const troubles: string[] = []
   const page = await context.newPage()
-  page.setDefaultTimeout(15_000)
+  page.setDefaultTimeout(20_000)
   page.on('request', (request) => {
     const isOwn = request.url().startsWith(`${new URL(url).origin}/`)
     if (!isOwn && !request.url().startsWith('data:')) troubles.push(`request to ${request.url()}`)

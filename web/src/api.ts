@@ -46,6 +46,9 @@ export interface Filter {
   callback_status?: string
 }
 
+/** An answer that takes longer will not come. */
+const ANSWER_MS = 30_000
+
 let onSignedOut = () => {}
 
 /** Called whenever the service wants a token that we do not have. */
@@ -63,7 +66,7 @@ interface Call {
 async function call<T>(path: string, { method = 'GET', body, signal }: Call = {}): Promise<T> {
   const response = await fetch(path, {
     method,
-    signal: signal ?? null,
+    signal: AbortSignal.any([...(signal ? [signal] : []), AbortSignal.timeout(ANSWER_MS)]),
     ...(body === undefined
       ? {}
       : { body: JSON.stringify(body), headers: { 'content-type': 'application/json' } }),

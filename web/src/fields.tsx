@@ -13,7 +13,7 @@ interface FieldProps<F extends Field = Field, Changed extends Field = Field> {
 type Of<Kind extends Field['kind']> = FieldProps<Extract<Field, { kind: Kind }>>
 
 /** One field of a form made from a schema, with whatever is in it. */
-export function FieldView({ field, ...rest }: FieldProps) {
+function FieldView({ field, ...rest }: FieldProps) {
   switch (field.kind) {
     case 'object':
       return <GroupField field={field} {...rest} />

@@ -25,9 +25,7 @@ export interface Entry {
   isMasked: boolean
 }
 
-export interface Schemas {
-  [name: string]: JsonSchema
-}
+type Schemas = Record<string, JsonSchema>
 
 const LONG_TEXT = 100_000
 /** What the API shows in place of what it keeps to itself. */

@@ -1,7 +1,7 @@
 import { useCallback, useEffect, useRef, useState } from 'preact/hooks'
 import { ApiError, messageOf } from './api.ts'
 
-export interface Live<T> {
+interface Live<T> {
   data: T | undefined
   /** Why the last look failed; what was seen before is still there. */
   problem: string | undefined
@@ -64,7 +64,9 @@ export function useNow(isTicking: boolean): number {
   const [now, setNow] = useState(Date.now)
   useEffect(() => {
     if (!isTicking) return
-    const timer = setInterval(() => setNow(Date.now()), 1000)
+    const tick = () => setNow(Date.now())
+    tick()
+    const timer = setInterval(tick, 1000)
     return () => clearInterval(timer)
   }, [isTicking])
   return now

@@ -26,10 +26,10 @@ import { useMedia, useWindow } from '../windowed.ts'
 const STATUSES = ['queued', 'provisioning', 'running', 'succeeded', 'failed', 'cancelled']
 const CALLBACKS = ['pending', 'delivered', 'given_up', 'none']
 const FIRST_PAGE = 100
-const NEXT_PAGE = 250
+const NEXT_PAGE = 500
 const LOOK_MS = 2000
 /** The next page is fetched when so many rows are left below. */
-const ROWS_AHEAD = 60
+const ROWS_AHEAD = 100
 const ROW_HEIGHT = 38
 const ROW_HEIGHT_NARROW = 62
 
