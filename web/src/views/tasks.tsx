@@ -172,23 +172,12 @@ function List({ filter, typed }: { filter: Filter; typed: string }) {
   return (
     <>
       <Problem text={problem} />
-      <div class="scroller" ref={scroller} role="table" aria-label="Tasks" aria-rowcount={-1}>
-        <div role="rowgroup" class="sticky">
-          <TaskHead />
-        </div>
-        <div role="rowgroup" class="rows" style={{ height: `${tasks.length * height}px` }}>
-          <div class="seen" style={{ transform: `translateY(${first * height}px)` }}>
-            {seen.map((task, index) => (
-              <TaskRow key={task.task_id} task={task} now={now} index={first + index} />
-            ))}
-          </div>
-        </div>
-        {list && tasks.length === 0 && <Nothing isAll={list.tasks.length === 0} filter={filter} />}
-      </div>
-      <div class="under">
+      <div class="facts">
         <p role="status">
           {list && !list.cursor && typed === '' && counted(tasks.length, 'task')}
-          {list?.cursor && typed === '' && `${counted(tasks.length, 'task')} loaded, more below`}
+          {list?.cursor &&
+            typed === '' &&
+            `${counted(tasks.length, 'task')} loaded, more as you scroll`}
           {list &&
             typed !== '' &&
             `${tasks.length} of ${counted(list.tasks.length, 'loaded task')}`}
@@ -203,6 +192,19 @@ function List({ filter, typed }: { filter: Filter; typed: string }) {
             ↑ {counted(list.fresh.length, 'new task')}
           </button>
         )}
+      </div>
+      <div class="scroller" ref={scroller} role="table" aria-label="Tasks" aria-rowcount={-1}>
+        <div role="rowgroup" class="sticky">
+          <TaskHead />
+        </div>
+        <div role="rowgroup" class="rows" style={{ height: `${tasks.length * height}px` }}>
+          <div class="seen" style={{ transform: `translateY(${first * height}px)` }}>
+            {seen.map((task, index) => (
+              <TaskRow key={task.task_id} task={task} now={now} index={first + index} />
+            ))}
+          </div>
+        </div>
+        {list && tasks.length === 0 && <Nothing isAll={list.tasks.length === 0} filter={filter} />}
       </div>
     </>
   )

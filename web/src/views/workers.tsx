@@ -68,7 +68,7 @@ export function WorkersView() {
           ))}
         </div>
       )}
-      {workers.length > 0 && <p class="under">{counted(workers.length, 'worker')}</p>}
+      {workers.length > 0 && <p class="facts">{counted(workers.length, 'worker')}</p>}
     </>
   )
 }
