@@ -13,4 +13,10 @@ test('the page is small, and holds nothing inline and nothing from elsewhere', a
 
   const html = await readFile(join(BUILT, 'index.html'), 'utf8')
   expect(html).not.toMatch(/<style|style=|<script(?![^>]* src="\.\/assets\/)|(src|href)="(http|\/)/)
+
+  // As for development it would name the files it was made from.
+  const [script = ''] = names.filter((name) => name.endsWith('.js.gz'))
+  const code = await readFile(join(BUILT, script.replace(/\.gz$/, '')), 'utf8')
+  expect(code).toContain('task-runner-theme')
+  expect(code).not.toContain('/web/src/')
 })
