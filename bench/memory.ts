@@ -8,6 +8,7 @@ import { DurableWriter } from './yardsticks.ts'
 const QUEUED = 10_000
 const SETTLE_MS = 2_000
 const DISK_WRITES = 300
+const IDLE_MB = 110
 
 /** Resident memory, and how fast tasks are accepted while none of them can run. */
 export async function memory(context: Context): Promise<Row[]> {
@@ -38,7 +39,10 @@ export async function memory(context: Context): Promise<Row[]> {
   const full = await service.process.residentMb()
   const yardstick = { name: 'an idle Node process', figures: [await bare.residentMb()] }
   return [
-    { what: 'resident memory, idle', unit: 'MB', measured: [idle], yardstick },
+    {
+      ...{ what: 'resident memory, idle', unit: 'MB', measured: [idle], yardstick },
+      aim: { of: 'value', limit: IDLE_MB, better: 'less' },
+    },
     { what: `resident memory, ${queued} tasks queued`, unit: 'MB', measured: [full], yardstick },
     {
       what: 'accepts, 8 connections, nothing running',
