@@ -35,7 +35,7 @@ const prepared = new Map<string, StatementSync>()
 let waiting: Batch[] = []
 let inTransaction = false
 
-port.on('message', (message: Batch | 'close') => {
+port.on('message', (message: Batch[] | 'close') => {
   if (message === 'close') {
     flush()
     db.close()
@@ -43,7 +43,7 @@ port.on('message', (message: Batch | 'close') => {
     return
   }
   if (waiting.length === 0) setImmediate(flush)
-  waiting.push(message)
+  waiting.push(...message)
 })
 port.postMessage('open')
 
@@ -52,7 +52,7 @@ function flush(): void {
   waiting = []
   const alone = batches.some((batch) => batch.statements.some(({ sql }) => isControl(sql)))
   const reads = batches.every((batch) => batch.statements.every(({ sql }) => isRead(sql)))
-  if (alone || inTransaction || reads) for (const batch of batches) answer(batch, () => run(batch))
+  if (alone || inTransaction || reads) tell(batches.map(runAlone))
   else runTogether(batches)
 }
 
@@ -76,20 +76,24 @@ function runTogether(batches: Batch[]): void {
       }
     }
     db.exec('commit')
-    for (const each of answers) port?.postMessage(each)
+    tell(answers)
   } catch (err) {
     if (db.isTransaction) db.exec('rollback')
-    for (const { id } of batches) port?.postMessage({ id, error: asError(err) } satisfies Answer)
+    tell(batches.map(({ id }) => ({ id, error: asError(err) })))
   }
 }
 
-function answer(batch: Batch, work: () => StatementResult[]): void {
+function runAlone(batch: Batch): Answer {
   try {
-    const results = work()
-    port?.postMessage({ id: batch.id, results } satisfies Answer)
+    return { id: batch.id, results: run(batch) }
   } catch (err) {
-    port?.postMessage({ id: batch.id, error: asError(err) } satisfies Answer)
+    return { id: batch.id, error: asError(err) }
   }
+}
+
+/** All at once: each message wakes the other thread. */
+function tell(answers: Answer[]): void {
+  port?.postMessage(answers)
 }
 
 function run(batch: Batch): StatementResult[] {

@@ -80,6 +80,7 @@ class SqliteThread {
     number,
     { resolve: (results: StatementResult[]) => void; reject: (err: Error) => void }
   >()
+  #outgoing: Batch[] = []
   #lastId = 0
   #dead: Error | undefined
 
@@ -97,12 +98,14 @@ class SqliteThread {
       this.#thread.once('exit', () => reject(new Error('the SQLite thread ended')))
     })
     this.ready.catch(() => {})
-    this.#thread.on('message', (answer: Answer | 'open') => {
-      if (answer === 'open') return
-      const waiting = this.#waiting.get(answer.id)
-      this.#waiting.delete(answer.id)
-      if ('results' in answer) waiting?.resolve(answer.results)
-      else waiting?.reject(storeUnavailable(answer.error))
+    this.#thread.on('message', (answers: Answer[] | 'open') => {
+      if (answers === 'open') return
+      for (const answer of answers) {
+        const waiting = this.#waiting.get(answer.id)
+        this.#waiting.delete(answer.id)
+        if ('results' in answer) waiting?.resolve(answer.results)
+        else waiting?.reject(storeUnavailable(answer.error))
+      }
     })
     this.#thread.on('error', (err) => this.#fail(err))
     this.#thread.on('exit', () => this.#fail(new Error('the SQLite thread ended')))
@@ -114,14 +117,22 @@ class SqliteThread {
     const id = this.#lastId
     return new Promise((resolve, reject) => {
       this.#waiting.set(id, { resolve, reject })
-      this.#thread.postMessage({ ...batch, id } satisfies Batch)
+      // What comes within a turn of the loop goes together: each message wakes the other thread.
+      if (this.#outgoing.length === 0) setImmediate(() => this.#send())
+      this.#outgoing.push({ ...batch, id })
     })
+  }
+
+  #send(): void {
+    if (this.#outgoing.length > 0) this.#thread.postMessage(this.#outgoing)
+    this.#outgoing = []
   }
 
   async close(): Promise<void> {
     await this.ready.catch(() => {})
     if (this.#dead) return
     const exited = new Promise((resolve) => this.#thread.once('exit', resolve))
+    this.#send()
     this.#thread.postMessage('close')
     await exited
   }
