@@ -37,14 +37,14 @@ export class PostgresCluster implements Cluster {
       instance: string
       /** Its workers can be reached from its host only. */
       hostBound: boolean
-      /** How long the host of such an instance may be away before its tasks are lost. */
+      /** How long the host of such an instance may be away before its tasks are lost: no less than the dead are silent. */
       hostGraceMs: number
     },
   ) {
     this.#connection = connection
     this.#instance = options.instance
     this.#hostBound = options.hostBound
-    this.#hostGraceMs = options.hostGraceMs
+    this.#hostGraceMs = Math.max(options.hostGraceMs, SILENT_MS)
   }
 
   /** The database's time in epoch ms, as of the last beat: hosts need not agree on theirs. */
@@ -102,7 +102,7 @@ export class PostgresCluster implements Cluster {
           ...(memberMs < SILENT_MS
             ? []
             : [eb.and([eb('host_bound', '=', 0), silentFor(SILENT_MS)])]),
-          ...(memberMs < Math.max(SILENT_MS, this.#hostGraceMs)
+          ...(memberMs < this.#hostGraceMs
             ? []
             : [eb.and([eb('host_bound', '=', 1), silentFor(this.#hostGraceMs)])]),
         ]),

@@ -36,7 +36,7 @@ afterEach(async () => {
 })
 
 /** An instance, with its store. */
-function member(name: string, options: { hostBound?: boolean } = {}) {
+function member(name: string, options: { hostBound?: boolean; hostGraceMs?: number } = {}) {
   const cluster = new PostgresCluster(connection, {
     ...{ instance: name, hostBound: false, hostGraceMs: GRACE_MS },
     ...options,
@@ -224,6 +224,20 @@ describe('tasks of the dead', () => {
     expect(await heir.cluster.orphans()).toEqual(lost)
     await dead.cluster.beat()
     expect(await heir.cluster.orphans()).toEqual([])
+  })
+
+  test('a grace shorter than the silence of the dead is as long as that: who lives is not given up between two beats', async () => {
+    const [host, heir] = [
+      member('host', { hostBound: true }),
+      member('heir', { hostGraceMs: 1_000 }),
+    ]
+    await host.cluster.beat()
+    await running(host.store)
+    await lives(heir, SILENT_MS + 1)
+    await silentFor('host', SILENT_MS - 1_000)
+    expect(await heir.cluster.orphans()).toEqual([])
+    await silentFor('host', SILENT_MS + 1)
+    expect(await heir.cluster.orphans()).toMatchObject([{ isLost: true }])
   })
 
   test('a host is given up by nobody who has not been there for its grace', async () => {
