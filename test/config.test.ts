@@ -162,6 +162,34 @@ describe('values', () => {
   })
 })
 
+describe('several instances', () => {
+  const shared = { DATABASE_URL: 'postgres://db/tasks', SEALING_KEY: `${'a'.repeat(43)}=` }
+
+  test('have their limits, and what they do without', () => {
+    expect(loadConfig(shared)).toMatchObject({
+      ...{ clusterConcurrency: undefined, hostGraceMs: 300_000, databasePoolSize: 10 },
+    })
+    const limits = { MAX_CLUSTER_TASKS: '1', HOST_GRACE_SECONDS: '1', DATABASE_POOL_SIZE: '2' }
+    expect(loadConfig({ ...shared, ...limits })).toMatchObject({
+      ...{ clusterConcurrency: 1, hostGraceMs: 1_000, databasePoolSize: 2 },
+    })
+  })
+
+  test('are refused all that cannot be meant, together', () => {
+    const limits = { MAX_CLUSTER_TASKS: '0', HOST_GRACE_SECONDS: '0', DATABASE_POOL_SIZE: '1' }
+    const message = problemsOf({ ...shared, ...limits })
+    for (const name of Object.keys(limits))
+      expect(message).toMatch(new RegExp(`^  - ${name}: `, 'm'))
+    expect(message.match(/^ {2}- /gm)).toHaveLength(3)
+  })
+
+  test('need a key that all know; a limit over all means nothing to one alone', () => {
+    expect(problemsOf({ DATABASE_URL: shared.DATABASE_URL })).toMatch(/- SEALING_KEY: is required/)
+    expect(problemsOf({ MAX_CLUSTER_TASKS: '5' })).toMatch(/- MAX_CLUSTER_TASKS: has no meaning/)
+    expect(problemsOf({ HOST_GRACE_SECONDS: '5', DATABASE_POOL_SIZE: '5' })).toBe('')
+  })
+})
+
 describe('problems', () => {
   test('every bad variable is listed at once, one a line', () => {
     const message = problemsOf({
