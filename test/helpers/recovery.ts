@@ -161,10 +161,14 @@ export async function expectNoProcesses(dataDir: string): Promise<void> {
   await eventually(() => expect(processesOf(dataDir)).toEqual([]))
 }
 
-/** Sends the signal, and waits for the end. One that does not end soon is killed, and tells so. */
-export async function exitAfter(service: Service, signal: NodeJS.Signals): Promise<unknown> {
+/** Sends the signal, and waits for the end. One that does not end in time is killed, and tells so. */
+export async function exitAfter(
+  service: Service,
+  signal: NodeJS.Signals,
+  withinMs = 15_000,
+): Promise<unknown> {
   const timer = Promise.withResolvers<string>()
-  const late = setTimeout(() => timer.resolve('did not end in 15 seconds'), 15_000)
+  const late = setTimeout(() => timer.resolve(`did not end in ${withinMs} ms`), withinMs)
   const exit = await Promise.race([service.kill(signal), timer.promise])
   clearTimeout(late)
   await service.kill()
