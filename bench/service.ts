@@ -5,6 +5,9 @@ import { Pool } from 'undici'
 import { open } from './open.ts'
 import { NodeProcess } from './process.ts'
 
+/** As `npm start` has them. */
+const NODE_OPTIONS = ['--max-semi-space-size=2']
+const COMPILED = new URL('../node_modules/.cache/node', import.meta.url).pathname
 const MAIN = new URL('../src/main.ts', import.meta.url).pathname
 /** Of those that wait for an answer before they send the next request. */
 const CLIENTS = 8
@@ -69,11 +72,15 @@ export class Service implements AsyncDisposable {
     for (const [name, text] of Object.entries(options.tasks)) {
       await writeFile(join(tasksDir, name), text)
     }
-    const process = new NodeProcess([...(options.nodeOptions ?? []), options.main ?? MAIN], {
+    const ofNode = options.command === undefined ? NODE_OPTIONS : []
+    const nodeOptions = [...ofNode, ...(options.nodeOptions ?? [])]
+    const process = new NodeProcess([...nodeOptions, options.main ?? MAIN], {
       folder,
       command: options.command,
       env: {
         ...ENVIRONMENT,
+        NODE_COMPILE_CACHE: COMPILED,
+        UV_THREADPOOL_SIZE: '16',
         PORT: '0',
         DATA_DIR: join(folder, 'data'),
         TASKS_DIR: tasksDir,

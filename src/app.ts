@@ -266,6 +266,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
           requireToken(secured, authentication)
           await secured.register(taskRunnerRoute, {
             submissions,
+            files,
             timeoutSecondsMax: config.taskTimeoutSeconds,
             workerSizes: config.workerSizes,
           })

@@ -10,6 +10,8 @@ export const LINKED: readonly string[] = ['node_modules', '.venv']
 
 export const TASK_FILE_EXTENSIONS = ['.py', '.sh', '.js', '.mjs', '.ts'] as const
 
+const LISTED_MAX = 1_000
+
 /** The tasks folder: which files may run, and the worker defaults that lie beside them. */
 export class TaskFiles {
   readonly #folder: string
@@ -46,6 +48,17 @@ export class TaskFiles {
     return mergeWorkerConfigs(common, specific)
   }
 
+  /** The files that may run, by name: the first of them, where there are very many. */
+  async list(): Promise<string[]> {
+    const named = (await this.#walk(''))
+      .filter((name) => TASK_FILE_EXTENSIONS.some((ending) => name.endsWith(ending)))
+      .sort()
+      .slice(0, LISTED_MAX)
+    // Links may lead nowhere, or out of the folder.
+    const canRun = await Promise.all(named.map((name) => this.has(name).catch(() => false)))
+    return named.filter((_, index) => canRun[index])
+  }
+
   /** Throws when the folder cannot be read. */
   async check(): Promise<void> {
     if (!(await stat(this.#folder)).isDirectory()) throw new Error('TASKS_DIR is not a folder')
@@ -53,7 +66,7 @@ export class TaskFiles {
 
   /** What is wrong with defaults files, a sentence for each that is broken. */
   async warnings(): Promise<string[]> {
-    const names = await this.#defaultsFiles('')
+    const names = (await this.#walk('')).filter((name) => name.endsWith('_worker.json'))
     const results = await Promise.allSettled(names.map((name) => this.#defaults(name)))
     return results.flatMap((result) => {
       if (result.status === 'fulfilled') return []
@@ -62,16 +75,17 @@ export class TaskFiles {
     })
   }
 
-  async #defaultsFiles(folder: string): Promise<string[]> {
-    // What goes away while we look is no longer broken.
+  /** Every file that workers get a copy of. */
+  async #walk(folder: string): Promise<string[]> {
+    // What goes away while we look is not there.
     const entries =
       (await readdir(join(this.#folder, folder), { withFileTypes: true }).catch(ignoreMissing)) ??
       []
     const nested = entries.map(async (entry) => {
       const name = join(folder, entry.name)
-      if (!entry.isDirectory()) return name.endsWith('_worker.json') ? [name] : []
+      if (!entry.isDirectory()) return [name]
       const isSkipped = [...NOT_COPIED, ...LINKED].includes(entry.name)
-      return isSkipped ? [] : this.#defaultsFiles(name)
+      return isSkipped ? [] : this.#walk(name)
     })
     return (await Promise.all(nested)).flat()
   }

@@ -1,18 +1,20 @@
 import type { FastifyPluginAsyncZod } from 'fastify-type-provider-zod'
 import { z } from 'zod'
 import type { Submissions } from '../core/submissions.ts'
+import type { TaskFiles } from '../core/task-files.ts'
 import type { WorkerSizes } from '../core/worker-sizes.ts'
-import { acceptedSchema } from '../wire/responses.ts'
+import { acceptedSchema, taskFilesSchema } from '../wire/responses.ts'
 import { taskRequestSchema, toTaskRequest } from '../wire/task-request.ts'
 import { traceparentOf } from '../wire/traceparent.ts'
 import { answer, errorResponses } from './responses.ts'
 
-/** `POST /task-runner`, the main job; the slash that clients of the old app send is ignored by the router. */
+/** `POST /task-runner`, the main job, and what it can run; the slash that clients of the old app send is ignored by the router. */
 export const taskRunnerRoute: FastifyPluginAsyncZod<{
   submissions: Submissions
+  files: TaskFiles
   timeoutSecondsMax: number
   workerSizes: WorkerSizes
-}> = async (app, { submissions, timeoutSecondsMax, workerSizes }) => {
+}> = async (app, { submissions, files, timeoutSecondsMax, workerSizes }) => {
   app.post(
     '/task-runner',
     {
@@ -45,5 +47,19 @@ export const taskRunnerRoute: FastifyPluginAsyncZod<{
         : `Already accepted: ${submitted.status}`
       return { success: true as const, message, task_id: body.task_id }
     },
+  )
+
+  app.get(
+    '/task-files',
+    {
+      schema: {
+        tags: ['Run'],
+        operationId: 'listTaskFiles',
+        summary: 'List what can be run',
+        description: 'The task files in the tasks folder; those of repositories are not known.',
+        response: { ...answer('Their names', taskFilesSchema), ...errorResponses(401, 503) },
+      },
+    },
+    async () => ({ task_files: await files.list() }),
   )
 }

@@ -22,6 +22,10 @@ export const acceptedSchema = z
     examples: [{ success: true, message: 'Started Task successfully', task_id: 'my-first-task' }],
   })
 
+export const taskFilesSchema = z
+  .object({ task_files: z.array(z.string()) })
+  .meta({ id: 'TaskFileList', examples: [{ task_files: ['hello.py', 'parameters.sh'] }] })
+
 export const errorSchema = z
   .object({
     success: z.literal(false),

@@ -20,6 +20,7 @@ const SECURED = [
   ['GET', '/workers/a/logs'],
   ['DELETE', '/workers/a'],
   ['POST', '/workers/cleanup'],
+  ['GET', '/task-files'],
   ['GET', '/statistics'],
   ['GET', '/metrics'],
 ] as const

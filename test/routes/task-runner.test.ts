@@ -601,6 +601,14 @@ describe('one shape for every error', () => {
   })
 })
 
+test('what can be run is listed, and nothing else', async () => {
+  const { status, body } = await app.get('/task-files')
+  expect(status).toBe(200)
+  const long = `${'n'.repeat(250)}.sh`
+  const files = ['broken.sh', 'count.sh', 'echo.sh', 'leads-in.sh', 'nested/inner.sh', long]
+  expect(body.task_files).toEqual([...files, 'own.sh', 'show.sh', 'wait.sh', 'wrong.sh'].sort())
+})
+
 describe('a full queue', () => {
   let full: TestApp
   let fullGate: string

@@ -112,6 +112,8 @@ function tests(): void {
     await page.getByRole('link', { name: 'Run a task' }).click()
     await expect.poll(() => page.getByLabel('task_id').inputValue(), POLL).toMatch(/^web-/)
     await page.getByLabel('task_id').fill('from-the-form')
+    const suggested = page.locator('#task-files option[value="bad-pieces.sh"]')
+    await suggested.waitFor({ state: 'attached' })
     await page.getByLabel('task_file_name').fill('bad-pieces.sh')
     await page.getByRole('button', { name: 'Add to env_variables' }).click()
     await page.getByLabel('Name 1 of env_variables').fill('PIECES')

@@ -103,6 +103,7 @@ export const api = {
   redeliver: (id: string) => call<Done>(`${taskPath(id)}/callback/redeliver`, { method: 'POST' }),
   submit: (request: unknown) =>
     call<z.output<typeof acceptedSchema>>('task-runner', { method: 'POST', body: request }),
+  taskFiles: () => call<{ task_files: string[] }>('task-files'),
   workers: (signal?: AbortSignal) => call<{ workers: Worker[] }>('workers', { signal }),
   terminate: (name: string) => call<Done>(`workers/${name}`, { method: 'DELETE' }),
   cleanUp: (seconds: number) =>

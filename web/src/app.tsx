@@ -1,6 +1,7 @@
 import { useEffect, useRef, useState } from 'preact/hooks'
 import { api, messageOf, type Session, whenSignedOut } from './api.ts'
 import { type Route, useRoute } from './route.ts'
+import { TaskFileSuggestions } from './task-files.tsx'
 import { ThemeButton } from './theme.tsx'
 import { OverviewView } from './views/overview.tsx'
 import { RunView } from './views/run.tsx'
@@ -51,6 +52,7 @@ export function App() {
         {session && !session.signed_in && (
           <SignInView onSignedIn={() => setSession({ needed: true, signed_in: true })} />
         )}
+        {session?.signed_in && <TaskFileSuggestions />}
         {session?.signed_in && <View route={route} />}
       </main>
     </>

@@ -1,5 +1,6 @@
 import { useState } from 'preact/hooks'
 import { below, type Entry, type Field, isFilled, type ObjectField } from './form-model.ts'
+import { TASK_FILES } from './task-files.tsx'
 import { visible } from './text.ts'
 
 interface FieldProps<F extends Field = Field, Changed extends Field = Field> {
@@ -107,7 +108,13 @@ function InputField({ field, path, errors, onChange }: Of<'text' | 'number' | 'c
         <input {...shared} type="password" autocomplete="new-password" />
       )}
       {field.kind === 'text' && !field.isLong && !field.isSecret && (
-        <input {...shared} type="text" autocomplete="off" spellcheck={false} />
+        <input
+          {...shared}
+          type="text"
+          autocomplete="off"
+          spellcheck={false}
+          list={field.name === 'task_file_name' ? TASK_FILES : undefined}
+        />
       )}
       {field.kind === 'text' && field.masked !== undefined && (
         <p class="again">

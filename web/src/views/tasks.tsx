@@ -19,6 +19,7 @@ import {
   withNews,
   withNextPage,
 } from '../task-list.ts'
+import { TASK_FILES } from '../task-files.tsx'
 import { TaskHead, TaskRow } from '../task-row.tsx'
 import { counted, words } from '../text.ts'
 import { useMedia, useWindow } from '../windowed.ts'
@@ -104,6 +105,7 @@ function Filters(props: {
         <input
           value={filter.task_file_name ?? ''}
           placeholder="any"
+          list={TASK_FILES}
           onChange={(event) =>
             setFilter({ ...filter, task_file_name: event.currentTarget.value.trim() })
           }
