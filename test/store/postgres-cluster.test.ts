@@ -282,7 +282,7 @@ test('those who live share what the dead have left; what one does not take, othe
   await silentFor('dead', SILENT_MS + 1)
   const take = async ({ cluster, store }: typeof one) => {
     const orphans = await cluster.orphans()
-    for (const { taskId, claim } of orphans) await store.claim(taskId, claim)
+    for (const { taskId, claim } of orphans) await store.claim(taskId, 0, claim)
     return orphans.length
   }
   // Both have eight then.
@@ -318,7 +318,7 @@ test('workers that a host alone can see are for it to look after, until it is fo
   const ids: string[] = []
   for (const { cluster, store } of [here, there]) {
     await cluster.beat()
-    const task = await store.claim(await running(store), 1)
+    const task = await store.claim(await running(store), 0, 1)
     if (!task) throw new Error('not claimed')
     await store.finish(task, end({ finishedAt: 5_000 }))
     ids.push(task.taskId)

@@ -11,6 +11,7 @@ import {
 import { useLive, useNow } from '../live.ts'
 import { Heading, Problem } from '../parts.tsx'
 import { go, taskHref } from '../route.ts'
+import { TASK_FILES } from '../task-files.tsx'
 import {
   type Listed,
   listed,
@@ -19,7 +20,6 @@ import {
   withNews,
   withNextPage,
 } from '../task-list.ts'
-import { TASK_FILES } from '../task-files.tsx'
 import { TaskHead, TaskRow } from '../task-row.tsx'
 import { counted, words } from '../text.ts'
 import { useMedia, useWindow } from '../windowed.ts'

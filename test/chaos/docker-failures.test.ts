@@ -19,7 +19,7 @@ import {
   TEST_IMAGE,
   whyNoDocker,
 } from '../helpers/docker.ts'
-import { fileThere, logOf, marker, NEVER, spec, text, touch } from './contract.ts'
+import { fileThere, logOf, marker, NEVER, spec, text, touch } from '../workers/contract.ts'
 
 const skipped = await whyNoDocker()
 const MEGABYTE = 2 ** 20
