@@ -17,7 +17,7 @@ import {
   startEngineProxy,
   whyNoDocker,
 } from '../helpers/docker.ts'
-import { logOf, marker, NEVER, spec, text, touch } from './contract.ts'
+import { logOf, marker, NEVER, spec, text, touch } from '../workers/contract.ts'
 
 const skipped = await whyNoDocker()
 
