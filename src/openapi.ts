@@ -1,27 +1,14 @@
-import fastifyHelmet from '@fastify/helmet'
 import fastifySwagger from '@fastify/swagger'
 import fastifySwaggerUi from '@fastify/swagger-ui'
 import type { FastifyInstance } from 'fastify'
 import { jsonSchemaTransform, jsonSchemaTransformObject } from 'fastify-type-provider-zod'
+import { secureContent } from './content-security.ts'
 import { VERSION } from './version.ts'
 
 const DESCRIPTION = `Runs scripts on on-demand workers and calls back with the outcome.
 
 **Try it:** open *Run a task* below, press *Try it out*, then *Execute*. Then look at the task, its log, and its worker.
 Where the service wants a bearer token, press *Authorize* first.`
-
-/** Nothing from elsewhere. Swagger UI writes inline styles, and has its icons as data. */
-const DOCS_CSP = {
-  defaultSrc: ["'none'"],
-  scriptSrc: ["'self'"],
-  styleSrc: ["'self'", "'unsafe-inline'"],
-  imgSrc: ["'self'", 'data:'],
-  fontSrc: ["'self'"],
-  connectSrc: ["'self'"],
-  baseUri: ["'none'"],
-  formAction: ["'none'"],
-  frameAncestors: ["'none'"],
-}
 
 type Document = ReturnType<typeof jsonSchemaTransformObject>
 
@@ -54,11 +41,8 @@ export async function publishOpenApi(
     transformObject: (document) => withPlainNames(jsonSchemaTransformObject(document)),
   })
   await app.register(async (docs) => {
-    await docs.register(fastifyHelmet, {
-      contentSecurityPolicy: { useDefaults: false, directives: DOCS_CSP },
-      // Whether there is TLS in front of us is not ours to know.
-      strictTransportSecurity: false,
-    })
+    // Swagger UI writes inline styles.
+    await secureContent(docs, { inlineStyles: true })
     await docs.register(fastifySwaggerUi, {
       routePrefix: `${options.basePath}/docs`,
       uiConfig: { docExpansion: 'list', displayRequestDuration: true },

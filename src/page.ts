@@ -1,24 +1,12 @@
 import { existsSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
-import fastifyHelmet from '@fastify/helmet'
 import fastifyStatic from '@fastify/static'
 import type { FastifyInstance } from 'fastify'
+import { secureContent } from './content-security.ts'
 import { TaskRunnerError } from './core/errors.ts'
 
 /** Made by `npm run build` from `web/`; the same place as seen from `src/` and from `dist/`. */
 const BUILT = fileURLToPath(new URL('../dist/web/', import.meta.url))
-
-/** Nothing from elsewhere, and nothing inline. */
-const PAGE_CSP = {
-  defaultSrc: ["'none'"],
-  scriptSrc: ["'self'"],
-  styleSrc: ["'self'"],
-  imgSrc: ["'self'", 'data:'],
-  connectSrc: ["'self'"],
-  baseUri: ["'none'"],
-  formAction: ["'none'"],
-  frameAncestors: ["'none'"],
-}
 
 /** Serves the web page at the root. What it shows it asks of the API, so the page itself is open. */
 export async function servePage(
@@ -27,11 +15,7 @@ export async function servePage(
 ): Promise<void> {
   const { basePath } = options
   await app.register(async (page) => {
-    await page.register(fastifyHelmet, {
-      contentSecurityPolicy: { useDefaults: false, directives: PAGE_CSP },
-      // Whether there is TLS in front of us is not ours to know.
-      strictTransportSecurity: false,
-    })
+    await secureContent(page, { inlineStyles: false })
     if (existsSync(BUILT)) {
       await page.register(fastifyStatic, {
         root: `${BUILT}assets`,

@@ -1,22 +1,11 @@
 import type { FastifyPluginAsyncZod } from 'fastify-type-provider-zod'
-import { z } from 'zod'
 import { TaskRunnerError } from '../core/errors.ts'
 import { doneSchema } from '../wire/responses.ts'
+import { sessionSchema, signInSchema } from '../wire/session.ts'
 import { type Authentication, TOKEN_COOKIE } from './authentication.ts'
 import { answer, errorResponses } from './responses.ts'
 
 const SIGNED_IN_SECONDS = 7 * 86_400
-
-const sessionSchema = z
-  .object({
-    needed: z.boolean().describe('False: the service wants no token'),
-    signed_in: z.boolean(),
-  })
-  .meta({ id: 'Session', examples: [{ needed: true, signed_in: false }] })
-
-const signInSchema = z
-  .strictObject({ token: z.string().min(1).max(4096) })
-  .meta({ id: 'SignInRequest', examples: [{ token: 'one of API_TOKENS' }] })
 
 /** Signing in from a browser: the token lies in a cookie that no script can read, and that no other site can use. */
 export const sessionRoutes: FastifyPluginAsyncZod<{

@@ -9,18 +9,15 @@ import type {
   errorSchema,
   taskSummarySchema,
 } from '../../src/wire/responses.ts'
+import type { sessionSchema } from '../../src/wire/session.ts'
 import type { statisticsSchema } from '../../src/wire/statistics.ts'
 
 export type { Task, TaskList, TaskRunnerRequest, Worker }
+export type Session = z.output<typeof sessionSchema>
 export type TaskSummary = z.output<typeof taskSummarySchema>
 export type Statistics = z.output<typeof statisticsSchema>
 export type CallbackState = z.output<typeof callbackStateSchema>
 type Done = z.output<typeof doneSchema>
-
-export interface Session {
-  needed: boolean
-  signed_in: boolean
-}
 
 export interface FieldError {
   path: string
