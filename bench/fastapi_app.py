@@ -56,7 +56,8 @@ async def start(task: TaskRequest) -> dict:
     return {"success": True, "message": "Started Task successfully", "task_id": task.task_id}
 
 
-listener = socket.socket()
+# With the protocol named: asyncio sends at once (TCP_NODELAY) on no other, and an answer would wait 40 ms for an acknowledgement.
+listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
 listener.bind(("127.0.0.1", 0))
 listener.listen(2048)
 address = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -103,10 +103,7 @@ export class Submissions {
     const refusal = request.callbackUrl && this.#options.callbackUrlRefusal(request.callbackUrl)
     if (refusal) throw new InvalidRequestError([{ path: 'callback_url', message: refusal }])
     const { taskId, taskFileName } = request
-    const [isThere, defaults] = await Promise.all([
-      this.#files.has(taskFileName),
-      this.#files.defaultsFor(taskFileName),
-    ])
+    const { isThere, defaults } = await this.#files.look(taskFileName)
     const workerConfig = mergeWorkerConfigs(defaults, request.workerConfig)
     // What a repository holds is known on the worker.
     if (!isThere && !locateInRepository(taskFileName, workerConfig.gitConfigs)) {

@@ -1,6 +1,7 @@
-import { readdir, readFile, realpath, stat } from 'node:fs/promises'
+import { lstat, readdir, readFile, realpath, stat } from 'node:fs/promises'
 import { join, sep } from 'node:path'
 import { InvalidRequestError, TaskRunnerError } from './errors.ts'
+import { SharedLook } from './shared-look.ts'
 import { mergeWorkerConfigs, type WorkerConfig } from './worker-config.ts'
 
 /** Folders that workers get no copy of. */
@@ -16,14 +17,26 @@ const LISTED_MAX = 1_000
 export class TaskFiles {
   readonly #folder: string
   readonly #parseDefaults: (json: string) => WorkerConfig
+  readonly #looks = new SharedLook(async (name) => {
+    const [isThere, defaults] = await Promise.all([this.has(name), this.defaultsFor(name)])
+    return { isThere, defaults }
+  })
 
   constructor(folder: string, parseDefaults: (json: string) => WorkerConfig) {
     this.#folder = folder
     this.#parseDefaults = parseDefaults
   }
 
+  /** What `has` and `defaultsFor` tell, at a price that many who ask at once share. Throws what they throw. */
+  look(name: string): Promise<{ isThere: boolean; defaults: WorkerConfig }> {
+    return this.#looks.at(name)
+  }
+
   /** Whether `name` is a file of the folder. Throws `invalid_request` when a link leads out of the folder. */
   async has(name: string): Promise<boolean> {
+    // Nearly all are plain files of the folder itself, where no link can lead out.
+    const isPlain = !name.includes('/') && !NOT_COPIED.includes(name)
+    if (isPlain && (await lstat(join(this.#folder, name)).catch(ignoreMissing))?.isFile()) return true
     const folder = await realpath(this.#folder)
     const isCopied = !name.split('/').some((part) => NOT_COPIED.includes(part))
     const path = !isCopied ? undefined : await realpath(join(folder, name)).catch(ignoreMissing)
