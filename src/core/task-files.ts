@@ -36,7 +36,8 @@ export class TaskFiles {
   async has(name: string): Promise<boolean> {
     // Nearly all are plain files of the folder itself, where no link can lead out.
     const isPlain = !name.includes('/') && !NOT_COPIED.includes(name)
-    if (isPlain && (await lstat(join(this.#folder, name)).catch(ignoreMissing))?.isFile()) return true
+    if (isPlain && (await lstat(join(this.#folder, name)).catch(ignoreMissing))?.isFile())
+      return true
     const folder = await realpath(this.#folder)
     const isCopied = !name.split('/').some((part) => NOT_COPIED.includes(part))
     const path = !isCopied ? undefined : await realpath(join(folder, name)).catch(ignoreMissing)
