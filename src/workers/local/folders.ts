@@ -5,6 +5,8 @@ import {
   constants,
   copyFileSync,
   existsSync,
+  fstatSync,
+  ftruncateSync,
   lstatSync,
   mkdirSync,
   openSync,
@@ -68,9 +70,21 @@ export function fill(
   writeFileSync(join(folder, 'log'), lines, { mode: 0o600 })
   // Made here for their mode, and with room for what the shell writes over it: a disk may be full by then.
   for (const name of ['started', 'exit']) {
-    writeFileSync(join(folder, name), `${' '.repeat(EXIT_LENGTH)}\n`, { mode: 0o600 })
+    writeOver(join(folder, name), `${' '.repeat(EXIT_LENGTH)}\n`)
   }
-  writeFileSync(join(folder, 'worker.json'), JSON.stringify(contents.record), { mode: 0o600 })
+  writeOver(join(folder, 'worker.json'), JSON.stringify(contents.record))
+}
+
+/** Emptying a file first would cost its blocks, and ext4 writes them to the disk when it is closed. */
+function writeOver(path: string, text: string): void {
+  const content = Buffer.from(text)
+  const file = openSync(path, constants.O_WRONLY | constants.O_CREAT, 0o600)
+  try {
+    writeFileSync(file, content)
+    if (fstatSync(file).size > content.length) ftruncateSync(file, content.length)
+  } finally {
+    closeSync(file)
+  }
 }
 
 export function readRecord(folder: string): WorkerRecord | undefined {
