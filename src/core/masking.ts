@@ -121,14 +121,15 @@ function replaced(text: Buffer, runs: Run[]): Buffer {
 
 /**
  * The last bytes of a worker's log, masked. `log.totalBytes` counts what the log would have masked;
- * `rawBytes` what was logged.
+ * `rawBytes` what was logged. `hasEnded`: the task is known to write no more.
  */
 export async function maskedTail(
   worker: Worker,
   masker: Masker,
   maxBytes: number,
+  hasEnded = false,
 ): Promise<{ log: LogTail; rawBytes: number }> {
-  const isGrowing = (await worker.status()) === 'Running'
+  const isGrowing = !hasEnded && (await worker.status()) === 'Running'
   const { content, totalBytes } = await worker.logs({ maxBytes: maxBytes + masker.overlapBytes })
   const from = Math.max(0, content.length - maxBytes)
   // Of a log that goes on, the end may be half a value.

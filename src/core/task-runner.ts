@@ -289,7 +289,7 @@ export class TaskRunner {
   async #settle(task: Task, outcome: Outcome, worker?: Worker): Promise<void> {
     const { taskId, callbackUrl } = task
     const { log, rawBytes } = worker
-      ? await this.#takeLog(worker, task)
+      ? await this.#takeLog(worker, task, outcome.exitCode !== null)
       : ownLog(outcome.message ?? outcome.reason)
     const delivery = callbackUrl === null ? undefined : this.#callbacks.prepare(callbackUrl)
     const keepWorker =
@@ -340,9 +340,13 @@ export class TaskRunner {
     }
   }
 
-  async #takeLog(worker: Worker, task: Task): Promise<{ log: LogTail; rawBytes: number }> {
+  async #takeLog(
+    worker: Worker,
+    task: Task,
+    hasEnded: boolean,
+  ): Promise<{ log: LogTail; rawBytes: number }> {
     try {
-      return await maskedTail(worker, this.#options.maskerFor(task), LOG_BYTES_KEPT)
+      return await maskedTail(worker, this.#options.maskerFor(task), LOG_BYTES_KEPT, hasEnded)
     } catch (err) {
       // The outcome is worth more than the log.
       this.#log.error({ err, taskId: worker.taskId }, 'the log could not be read')
