@@ -13,10 +13,12 @@ import {
   writeFileSync,
 } from 'node:fs'
 import { tmpdir } from 'node:os'
-import { join } from 'node:path'
-import { afterEach, beforeEach, describe, expect, test } from 'vitest'
+import { basename, join } from 'node:path'
+import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest'
 import type { Contents } from '../../src/workers/local/folders.ts'
 import { WorkerFolders } from '../../src/workers/local/worker-folders.ts'
+
+const HOUR_MS = 3_600_000
 
 let root: string
 let workersDir: string
@@ -28,15 +30,26 @@ beforeEach(() => {
   workersDir = join(root, 'workers')
   sparesDir = join(root, 'workers-spare')
   mkdirSync(workersDir)
-  mkdirSync(join(root, 'tasks'))
+  mkdirSync(join(root, 'tasks', 'sub'), { recursive: true })
+  writeFileSync(join(root, 'tasks', 'sub', 'data'), 'data')
+  symlinkSync('sub/data', join(root, 'tasks', 'linked'))
   writeFileSync(join(root, 'tasks', 'task.sh'), 'echo hi\n')
   folders = new WorkerFolders(workersDir)
+  // The tasks have been there for long.
+  vi.useFakeTimers({ toFake: ['Date'], now: Date.now() + HOUR_MS })
 })
-afterEach(() => rmSync(root, { recursive: true }))
+afterEach(() => {
+  vi.useRealTimers()
+  rmSync(root, { recursive: true })
+})
 
 function prepared(name: string, contents: Partial<Contents> = {}): string {
-  const folder = join(workersDir, name)
-  folders.prepare(folder, join(root, 'tasks'), {
+  return preparedBy(folders, join(workersDir, name), contents)
+}
+
+function preparedBy(by: WorkerFolders, folder: string, contents: Partial<Contents> = {}): string {
+  const name = basename(folder)
+  by.prepare(folder, join(root, 'tasks'), {
     record: {
       ...{ name, taskId: name, size: null, createdAt: 1, maxLogBytes: 1 },
       slot: { pid: 1, startedAt: 'boot 1' },
@@ -78,6 +91,18 @@ describe('the folder of a worker whose task', () => {
       writeFileSync(join(folder, 'tasks', 'task.sh'), 'echo no\n')
       writeFileSync(join(folder, 'tasks', 'more.sh'), '')
     },
+    'wrote as many other bytes into its script': (folder) => {
+      writeFileSync(join(folder, 'tasks', 'task.sh'), 'echo no\n', { flag: 'r+' })
+    },
+    'opened its script to all': (folder) => chmodSync(join(folder, 'tasks', 'task.sh'), 0o777),
+    'made another file of its script': (folder) => {
+      rmSync(join(folder, 'tasks', 'task.sh'))
+      symlinkSync(join(root, 'elsewhere'), join(folder, 'tasks', 'task.sh'))
+    },
+    'left a file beside its script': (folder) => writeFileSync(join(folder, 'tasks', 'a'), ''),
+    'left a file in a folder of the tasks': (folder) => {
+      writeFileSync(join(folder, 'tasks', 'sub', 'a'), '')
+    },
     'removed what it should not': (folder) => {
       for (const name of ['exit', 'home', 'log', 'tasks', 'worker.json']) {
         rmSync(join(folder, name), { recursive: true })
@@ -114,13 +139,52 @@ describe('the folder of a worker whose task', () => {
     const first = prepared('first')
     // Held open, as by one who follows the log.
     linkSync(join(first, 'log'), join(root, 'followed'))
-    const { ino } = statSync(join(first, 'home'))
+    const kept = ['home', 'tmp', 'tasks', 'tasks/task.sh', 'tasks/sub/data', 'tasks/linked', 'exit']
+    const inodes = (folder: string) => kept.map((name) => statSync(join(folder, name)).ino)
+    const before = inodes(first)
     folders.release(first)
     const second = prepared('second', { notes: ['of the second'] })
-    expect(statSync(join(second, 'home')).ino).toBe(ino)
+    expect(inodes(second)).toEqual(before)
     expect(readFileSync(join(second, 'log'), 'utf8')).toContain('of the second')
     expect(readFileSync(join(root, 'followed'), 'utf8')).toBe('')
   })
+})
+
+describe('the next worker has the tasks as they are by then, when meanwhile', () => {
+  const changes: Record<string, (tasks: string) => void> = {
+    'a script was written': (tasks) => writeFileSync(join(tasks, 'task.sh'), 'echo other\n'),
+    'as many other bytes were written': (tasks) => {
+      writeFileSync(join(tasks, 'task.sh'), 'echo no\n', { flag: 'r+' })
+    },
+    'a script was replaced': (tasks) => {
+      writeFileSync(join(tasks, '.task.sh'), 'echo no\n')
+      renameSync(join(tasks, '.task.sh'), join(tasks, 'task.sh'))
+    },
+    'a file came': (tasks) => writeFileSync(join(tasks, 'more.sh'), ''),
+    'a file went': (tasks) => rmSync(join(tasks, 'linked')),
+    'a file may be executed': (tasks) => chmodSync(join(tasks, 'task.sh'), 0o755),
+    'a file in a folder was written': (tasks) => writeFileSync(join(tasks, 'sub', 'data'), 'new'),
+    'all are others': (tasks) => {
+      renameSync(tasks, join(root, 'old'))
+      mkdirSync(tasks)
+      writeFileSync(join(tasks, 'task.sh'), '')
+    },
+    'the spare folders were cleaned away': () => rmSync(sparesDir, { recursive: true }),
+  }
+  for (const [change, act] of Object.entries(changes)) {
+    for (const age of ['for long', 'just now']) {
+      test(`${change}, and the tasks had been there ${age}`, () => {
+        if (age === 'just now') vi.useRealTimers()
+        folders.release(prepared('first'))
+        act(join(root, 'tasks'))
+        const next = prepared('next')
+        const others = join(root, 'others')
+        mkdirSync(others)
+        const fresh = preparedBy(new WorkerFolders(others), join(others, 'next'))
+        expect(everything(join(next, 'tasks'))).toEqual(everything(join(fresh, 'tasks')))
+      })
+    }
+  }
 })
 
 test('what was there under the name of a worker makes room', () => {

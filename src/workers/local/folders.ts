@@ -3,25 +3,19 @@ import {
   chmodSync,
   closeSync,
   constants,
-  copyFileSync,
-  existsSync,
   fstatSync,
   ftruncateSync,
   lstatSync,
-  mkdirSync,
   openSync,
   readdirSync,
   readFileSync,
   readSync,
-  realpathSync,
   rmSync,
   statSync,
-  symlinkSync,
   writeFileSync,
 } from 'node:fs'
-import { dirname, join, relative, sep } from 'node:path'
+import { join } from 'node:path'
 import type { LogTail } from '../../core/ports.ts'
-import { LINKED, NOT_COPIED } from '../../core/task-files.ts'
 import { type Exit, parseExit } from '../completion.ts'
 import type { ProcessIdentity } from './processes.ts'
 
@@ -53,15 +47,8 @@ export const DIRECTORIES: readonly string[] = ['home', 'tmp']
 /** Written anew for each task. */
 export const REWRITTEN: readonly string[] = ['started', 'exit', 'worker.json']
 
-/** Puts all that a task needs into a folder that has its directories. `notCopied`: may lie in the tasks folder. */
-export function fill(
-  folder: string,
-  tasksDir: string,
-  contents: Contents,
-  notCopied: readonly string[],
-): void {
-  const skip = notCopied.map((path) => realpathSync(path))
-  copyTasks(realpathSync(tasksDir), join(folder, 'tasks'), { skip })
+/** Puts all that a task needs into a folder that has its directories and the tasks. */
+export function fill(folder: string, contents: Contents): void {
   for (const { name, content } of contents.files) {
     writeFileSync(join(folder, name), content, { mode: 0o600 })
   }
@@ -129,36 +116,6 @@ export function remove(folder: string): void {
     openUp(folder)
     rmSync(folder, { recursive: true, force: true })
   }
-}
-
-/**
- * Reflinks where the disk can. Links are followed inside the tasks folder, and left out where they leave it. `skip`:
- * folders that may lie in there.
- */
-function copyTasks(
-  from: string,
-  to: string,
-  { skip, root = from }: { skip: readonly string[]; root?: string },
-): void {
-  mkdirSync(to, { mode: 0o700 })
-  for (const entry of readdirSync(from, { withFileTypes: true })) {
-    const source = join(from, entry.name)
-    if (NOT_COPIED.includes(entry.name) || skip.includes(source)) continue
-    const target = join(to, entry.name)
-    if (LINKED.includes(entry.name)) symlinkSync(source, target)
-    else if (entry.isDirectory()) copyTasks(source, target, { skip, root })
-    else if (entry.isFile()) copyFileSync(source, target, constants.COPYFILE_FICLONE)
-    else if (entry.isSymbolicLink()) copyLinked(source, target, root)
-  }
-}
-
-function copyLinked(link: string, target: string, root: string): void {
-  if (!existsSync(link)) return
-  const real = realpathSync(link)
-  if (!real.startsWith(root + sep)) return
-  if (statSync(real).isFile()) copyFileSync(real, target, constants.COPYFILE_FICLONE)
-  // Leads to the same place inside the copy; a linked folder may contain itself.
-  else symlinkSync(relative(dirname(link), real), target)
 }
 
 /** What a user would otherwise search for long. */

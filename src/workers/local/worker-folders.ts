@@ -2,12 +2,22 @@ import { randomUUID } from 'node:crypto'
 import { lstatSync, mkdirSync, readdirSync, renameSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { type Contents, DIRECTORIES, fill, REWRITTEN, remove } from './folders.ts'
+import { copyTasks, isUntouched, type TasksCopy } from './tasks-copy.ts'
 
 /** More than run at a time on most machines. */
 const SPARES_MAX = 64
 
-/** What must not have changed, by name. */
-type Prints = Readonly<Record<string, string>>
+/** What must not have changed. */
+interface Prints {
+  byName: Readonly<Record<string, string>>
+  tasks: TasksCopy
+}
+
+interface Spare {
+  folder: string
+  /** Undefined: there is none in it. */
+  tasks: TasksCopy | undefined
+}
 
 /**
  * Makes the folders of workers, and uses them again. A file system makes a new inode ever more slowly while it takes leave of
@@ -17,7 +27,7 @@ type Prints = Readonly<Record<string, string>>
 export class WorkerFolders {
   /** Beside the folder of the workers: what is in there is no worker. */
   readonly #sparesDir: string
-  readonly #spares: string[] = []
+  readonly #spares: Spare[] = []
   /** Of the workers that got their folder here. */
   readonly #prints = new Map<string, Prints>()
 
@@ -29,15 +39,18 @@ export class WorkerFolders {
 
   /** Makes the folder ready for its task. It comes to its place by renaming: once it is there, it is whole. */
   prepare(folder: string, tasksDir: string, contents: Contents): void {
-    const draft = this.#spares.pop() ?? join(this.#sparesDir, randomUUID())
+    const spare = this.#spares.pop()
+    const draft = spare?.folder ?? this.#spareFolder()
     try {
       for (const name of DIRECTORIES) {
         mkdirSync(join(draft, name), { recursive: true, mode: 0o700 })
       }
-      fill(draft, tasksDir, contents, [dirname(folder), this.#sparesDir])
-      const prints = printsOf(draft)
+      const notCopied = [dirname(folder), this.#sparesDir]
+      const tasks = copyTasks(tasksDir, join(draft, 'tasks'), notCopied, spare?.tasks)
+      fill(draft, contents)
+      const byName = printsOf(draft)
       moveTo(folder, draft)
-      this.#prints.set(folder, prints)
+      this.#prints.set(folder, { byName, tasks })
     } catch (err) {
       remove(draft)
       throw err
@@ -48,11 +61,10 @@ export class WorkerFolders {
   release(folder: string): void {
     const prints = this.#prints.get(folder)
     this.#prints.delete(folder)
-    const spare = join(this.#sparesDir, randomUUID())
+    const spare = this.#spareFolder()
     if (prints && this.#spares.length < SPARES_MAX && isMoved(folder, spare)) {
       try {
-        removeChanged(spare, prints)
-        this.#spares.push(spare)
+        this.#spares.push({ folder: spare, tasks: removeChanged(spare, prints) })
       } catch {
         remove(spare)
       }
@@ -62,7 +74,11 @@ export class WorkerFolders {
   }
 
   close(): void {
-    for (const spare of this.#spares) remove(spare)
+    for (const { folder } of this.#spares) remove(folder)
+  }
+
+  #spareFolder(): string {
+    return join(this.#sparesDir, randomUUID())
   }
 }
 
@@ -89,16 +105,23 @@ function isMoved(from: string, to: string): boolean {
   }
 }
 
-function removeChanged(folder: string, prints: Prints): void {
-  if (printOf(folder) !== prints['.']) throw new Error('the folder itself was changed')
+/** What is left of the tasks. Throws when the folder is of no more use. */
+function removeChanged(folder: string, { byName, tasks }: Prints): TasksCopy | undefined {
+  if (printOf(folder) !== byName['.']) throw new Error('the folder itself was changed')
+  let left: TasksCopy | undefined
   for (const name of readdirSync(folder)) {
     const path = join(folder, name)
-    const isAsItWas = prints[name] !== undefined && printOf(path, name) === prints[name]
+    if (name === 'tasks' && isUntouched(path, tasks)) {
+      left = tasks
+      continue
+    }
+    const isAsItWas = byName[name] !== undefined && printOf(path, name) === byName[name]
     if (!isAsItWas || (DIRECTORIES.includes(name) && readdirSync(path).length > 0)) remove(path)
   }
+  return left
 }
 
-function printsOf(folder: string): Prints {
+function printsOf(folder: string): Prints['byName'] {
   const names = [...DIRECTORIES, ...REWRITTEN]
   return Object.fromEntries([
     ['.', printOf(folder)],
