@@ -6,11 +6,10 @@ import type { Context } from './scenario.ts'
 import { Service } from './service.ts'
 import { RUN_MANY, type ScriptsPerSecond } from './yardsticks.ts'
 
-const WARM_UP = 50
-/** Each contender's turn takes 2 to 5 seconds: long against a hiccup, short against a change of the other load. */
+/** Each contender's turn takes 1 to 5 seconds: long against a hiccup, short against a change of the other load. */
 const SIZES = {
-  sh: { rounds: 5, count: 400, script: 'echo hi\n' },
-  py: { rounds: 5, count: 120, script: 'print("hi")\n' },
+  sh: { rounds: 5, warmUp: 2_000, count: 1_000, script: 'echo hi\n' },
+  py: { rounds: 5, warmUp: 300, count: 300, script: 'print("hi")\n' },
 }
 const OF_THE_MACHINE = 0.85
 const OF_FASTAPI = 1.3
@@ -50,7 +49,7 @@ export async function throughput(kind: keyof typeof SIZES, context: Context): Pr
     // Nobody always comes first, and nobody always follows the same one.
     order.push(...order.splice(0, Math.max(0, round) % order.length))
     for (const [name, contender] of order) {
-      const rate = await contender(file, round < 0 ? WARM_UP : count, folder)
+      const rate = await contender(file, round < 0 ? SIZES[kind].warmUp : count, folder)
       if (round < 0) continue
       figures[name] = [...(figures[name] ?? []), rate]
       context.note(`${kind} round ${round + 1}: ${name} ${rate.toFixed(0)}/s`)

@@ -181,12 +181,11 @@ export class TaskRunner {
           : failure('worker_lost', 'The worker vanished while the service was away')
       } else {
         const startedAt = task.startedAt ?? this.#options.now()
-        const marking = () => this.#store.markRunning(task, startedAt)
-        const isOurs = await this.#persistently('marking a task running', marking, letGo)
-        if (isOurs === false) return this.#leave(task)
-        this.#log.info({ taskId, ...traceOf(task), worker: worker.name }, 'task running')
         task.startedAt = startedAt
-        outcome = await this.#seeThrough(worker, { ...task, startedAt }, cancelled, letGo)
+        // Together: a short task ends before the disk has taken down that it began.
+        const seeing = this.#seeThrough(worker, { ...task, startedAt }, cancelled, letGo)
+        const [seen] = await Promise.all([seeing, this.#markRunning(task, startedAt, run)])
+        outcome = seen
       }
     } catch (err) {
       if (letGo.aborted) return this.#leave(task)
@@ -197,6 +196,16 @@ export class TaskRunner {
     // Let go: nothing is decided, and the worker goes on without us.
     if (outcome === undefined) return this.#leave(task)
     await this.#settle(task, outcome, worker)
+  }
+
+  /** Never rejects. Lets go of the run when the task is not ours any more. */
+  async #markRunning(task: ClaimedTask, startedAt: number, run: Run): Promise<void> {
+    const marking = () => this.#store.markRunning(task, startedAt)
+    const letGo = run.letGo.signal
+    const isOurs = await this.#persistently('marking a task running', marking, letGo)
+    if (isOurs === false) run.letGo.abort()
+    const { taskId, workerName } = task
+    if (isOurs) this.#log.info({ taskId, ...traceOf(task), worker: workerName }, 'task running')
   }
 
   /**

@@ -98,8 +98,8 @@ function look(root: string, skip: readonly string[] = []): { print: string; chan
         continue
       }
       add(path, lstatSync(path))
-      const linked = entry.isSymbolicLink() && statSync(path, { throwIfNoEntry: false })
-      if (linked) add(path, linked)
+      // Links may lead nowhere, or in a circle.
+      if (entry.isSymbolicLink() && existsSync(path)) add(path, statSync(path))
     }
   }
   walk(root)
