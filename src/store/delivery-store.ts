@@ -8,6 +8,7 @@ import type {
   TaskStore,
 } from '../core/ports.ts'
 import type { Connection } from './connection.ts'
+import { prepared } from './prepared.ts'
 
 /** Written out, not a parameter: only then does SQLite use the index of pending deliveries without planning anew. */
 const PENDING = sql.lit('pending' as const)
@@ -28,6 +29,47 @@ export class SqlDeliveryStore implements DeliveryStore {
   get #db() {
     return this.#connection.db
   }
+
+  readonly #countAttempt = prepared(
+    (p: {
+      taskId: string
+      status: 'pending' | 'delivered' | 'given_up'
+      nextAttemptAt: number | null
+      number: number
+      before: number
+      deliveredAt: number | null
+      leaseUntil: number | null
+    }) =>
+      this.#db
+        .updateTable('deliveries')
+        .set({
+          status: p.status,
+          attempts: p.number,
+          next_attempt_at: p.nextAttemptAt,
+          leased: 0,
+          manual: 0,
+          delivered_at: sql<number>`coalesce(${p.deliveredAt}, delivered_at)`,
+        })
+        .where('task_id', '=', p.taskId)
+        // An attempt that outlived its lease comes second, and changes nothing.
+        .where('attempts', '=', p.before)
+        .where(
+          sql`coalesce(${p.leaseUntil}, next_attempt_at, 0)`,
+          '=',
+          sql`coalesce(next_attempt_at, 0)`,
+        ),
+  )
+
+  readonly #addAttempt = prepared((p: AttemptRecord & { taskId: string }) =>
+    this.#db.insertInto('delivery_attempts').values({
+      task_id: p.taskId,
+      number: p.number,
+      started_at: p.startedAt,
+      duration_ms: p.durationMs,
+      status_code: p.statusCode,
+      error: p.error,
+    }),
+  )
 
   async takeDue(options: {
     now: number
@@ -92,34 +134,15 @@ export class SqlDeliveryStore implements DeliveryStore {
     next: Parameters<DeliveryStore['recordAttempt']>[2],
     leaseUntil?: number,
   ): Promise<void> {
-    const endedAt = attempt.startedAt + attempt.durationMs
+    const { status, nextAttemptAt } = next
+    const deliveredAt = status === 'delivered' ? attempt.startedAt + attempt.durationMs : null
+    const before = attempt.number - 1
     await this.#connection.atomically(
-      this.#db
-        .updateTable('deliveries')
-        .set({
-          status: next.status,
-          attempts: attempt.number,
-          next_attempt_at: next.nextAttemptAt,
-          leased: 0,
-          manual: 0,
-          ...(next.status === 'delivered' ? { delivered_at: endedAt } : {}),
-        })
-        .where('task_id', '=', taskId)
-        // An attempt that outlived its lease comes second, and changes nothing.
-        .where('attempts', '=', attempt.number - 1)
-        .$if(leaseUntil !== undefined, (query) =>
-          query.where('next_attempt_at', '=', leaseUntil ?? 0),
-        ),
-      [
-        this.#db.insertInto('delivery_attempts').values({
-          task_id: taskId,
-          number: attempt.number,
-          started_at: attempt.startedAt,
-          duration_ms: Math.round(attempt.durationMs),
-          status_code: attempt.statusCode,
-          error: attempt.error,
-        }),
-      ],
+      this.#countAttempt({
+        ...{ taskId, status, nextAttemptAt, number: attempt.number, before, deliveredAt },
+        leaseUntil: leaseUntil ?? null,
+      }),
+      [this.#addAttempt({ ...attempt, taskId, durationMs: Math.round(attempt.durationMs) })],
     )
   }
 

@@ -31,7 +31,12 @@ db.exec('pragma synchronous = full')
 db.exec('pragma foreign_keys = on')
 db.exec('begin immediate; commit')
 
-const prepared = new Map<string, StatementSync>()
+interface Prepared {
+  statement: StatementSync
+  hasRows: boolean
+}
+
+const known = new Map<string, Prepared>()
 let waiting: Batch[] = []
 let inTransaction = false
 
@@ -105,10 +110,10 @@ function run(batch: Batch): StatementResult[] {
       results.push({ rows: [], changes: 0 })
       continue
     }
-    const statement = prepare(sql)
+    const { statement, hasRows } = prepare(sql)
     // Holds: kysely passes on what the stores give it, which is text, numbers, bytes and null.
     const values = parameters as SQLInputValue[]
-    if (statement.columns().length > 0) {
+    if (hasRows) {
       const rows = statement.all(...values)
       results.push({ rows, changes: rows.length })
     } else {
@@ -119,13 +124,14 @@ function run(batch: Batch): StatementResult[] {
   return results
 }
 
-function prepare(sql: string): StatementSync {
-  const known = prepared.get(sql)
-  if (known) return known
-  if (prepared.size >= STATEMENTS_CACHED_MAX) prepared.clear()
+function prepare(sql: string): Prepared {
+  let prepared = known.get(sql)
+  if (prepared) return prepared
+  if (known.size >= STATEMENTS_CACHED_MAX) known.clear()
   const statement = db.prepare(sql)
-  prepared.set(sql, statement)
-  return statement
+  prepared = { statement, hasRows: statement.columns().length > 0 }
+  known.set(sql, prepared)
+  return prepared
 }
 
 function isControl(sql: string): boolean {

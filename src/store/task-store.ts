@@ -9,9 +9,10 @@ import type {
   TaskStore,
   WaitingTask,
 } from '../core/ports.ts'
-import { LIVE_STATUSES, type Task, type TaskSummary } from '../core/task.ts'
+import { LIVE_STATUSES, type Outcome, type Task, type TaskSummary } from '../core/task.ts'
 import type { Connection, InTransaction } from './connection.ts'
 import { decodeLog, encodeLog } from './log-codec.ts'
+import { prepared } from './prepared.ts'
 import {
   numberOrNull,
   type Sealed,
@@ -62,37 +63,145 @@ export class SqlTaskStore implements TaskStore {
     return this.#connection.db
   }
 
+  // What every task writes.
+
+  readonly #insert = prepared(
+    (p: NewTask & { sealed: Uint8Array; terminates: 0 | 1; hasCallback: 0 | 1 }) =>
+      this.#db
+        .insertInto('tasks')
+        .values({
+          task_id: p.taskId,
+          task_file_name: p.taskFileName,
+          status: 'queued',
+          reason: null,
+          message: null,
+          exit_code: null,
+          signal: null,
+          worker_name: p.workerName,
+          worker_state: 'none',
+          terminate_on_completion: p.terminates,
+          timeout_seconds: p.timeoutSeconds,
+          has_callback: p.hasCallback,
+          priority: p.priority,
+          claim: 0,
+          instance: null,
+          traceparent: p.traceparent,
+          cancel_requested_at: null,
+          created_at: p.createdAt,
+          claimed_at: null,
+          started_at: null,
+          finished_at: null,
+          log_bytes: null,
+          digest: p.digest,
+          sealed: p.sealed,
+          log_cursor: null,
+        })
+        .onConflict((conflict) => conflict.column('task_id').doNothing()),
+  )
+
+  readonly #claim = prepared(
+    (p: { taskId: string; at: number; seen: number; next: number; instance: string }) =>
+      this.#db
+        .updateTable('tasks')
+        .set({
+          claim: p.next,
+          instance: p.instance,
+          claimed_at: sql<number>`coalesce(claimed_at, ${p.at})`,
+          status: sql<
+            'provisioning' | 'running'
+          >`case when status = 'queued' then 'provisioning' else status end`,
+          worker_state: 'live' as const,
+        })
+        .where('task_id', '=', p.taskId)
+        .where('status', 'in', LIVE_STATUSES)
+        .where((eb) =>
+          eb.or([
+            eb('claim', '=', p.seen),
+            // Done before, and the answer was lost.
+            eb.and([eb('claim', '=', p.next), eb('instance', '=', p.instance)]),
+          ]),
+        )
+        .returning([...SUMMARY_COLUMNS, 'sealed', 'cancel_requested_at']),
+  )
+
+  readonly #markRunning = prepared((p: { taskId: string; claim: number; startedAt: number }) =>
+    this.#db
+      .updateTable('tasks')
+      .set({ status: 'running', started_at: p.startedAt })
+      .where('task_id', '=', p.taskId)
+      .where('claim', '=', p.claim)
+      .where('status', 'in', LIVE_STATUSES),
+  )
+
+  readonly #setOutcome = prepared(
+    (
+      p: Outcome & {
+        finishedAt: number
+        logBytes: number
+        sealed: Uint8Array
+        /** Null: as it is. */
+        workerState: 'kept' | null
+        taskId: string
+        claim: number
+      },
+    ) =>
+      this.#db
+        .updateTable('tasks')
+        .set({
+          status: p.status,
+          reason: p.reason,
+          message: p.message,
+          exit_code: p.exitCode,
+          signal: p.signal,
+          finished_at: p.finishedAt,
+          log_bytes: p.logBytes,
+          sealed: p.sealed,
+          worker_state: sql<'kept'>`coalesce(${p.workerState}, worker_state)`,
+        })
+        .where('task_id', '=', p.taskId)
+        .where('claim', '=', p.claim)
+        .where('status', 'in', LIVE_STATUSES),
+  )
+
+  readonly #keepLog = prepared(
+    (p: { taskId: string; totalBytes: number } & Awaited<ReturnType<typeof encodeLog>>) =>
+      this.#db.insertInto('task_logs').values({
+        task_id: p.taskId,
+        encoding: p.encoding,
+        content: p.content,
+        total_bytes: p.totalBytes,
+      }),
+  )
+
+  readonly #openDelivery = prepared(
+    (
+      p: Omit<NewDelivery, 'leaseUntil'> & { taskId: string; nextAttemptAt: number; leased: 0 | 1 },
+    ) =>
+      this.#db.insertInto('deliveries').values({
+        task_id: p.taskId,
+        webhook_id: p.webhookId,
+        origin: p.origin,
+        status: 'pending',
+        attempts: 0,
+        manual: 0,
+        delivered_at: null,
+        next_attempt_at: p.nextAttemptAt,
+        leased: p.leased,
+      }),
+  )
+
+  readonly #workerTerminated = prepared((p: { taskId: string }) =>
+    this.#db.updateTable('tasks').set({ worker_state: 'gone' }).where('task_id', '=', p.taskId),
+  )
+
   async insert(task: NewTask): Promise<boolean> {
-    const row = this.#db
-      .insertInto('tasks')
-      .values({
-        task_id: task.taskId,
-        task_file_name: task.taskFileName,
-        status: 'queued',
-        reason: null,
-        message: null,
-        exit_code: null,
-        signal: null,
-        worker_name: task.workerName,
-        worker_state: 'none',
-        terminate_on_completion: task.terminateOnCompletion ? 1 : 0,
-        timeout_seconds: task.timeoutSeconds,
-        has_callback: task.callbackUrl === null ? 0 : 1,
-        priority: task.priority,
-        claim: 0,
-        instance: null,
-        traceparent: task.traceparent,
-        cancel_requested_at: null,
-        created_at: task.createdAt,
-        claimed_at: null,
-        started_at: null,
-        finished_at: null,
-        log_bytes: null,
-        digest: task.digest,
-        sealed: this.#seal({ ...task, secretValues: [] }),
-        log_cursor: null,
-      })
-      .onConflict((conflict) => conflict.column('task_id').doNothing())
+    const sealed = this.#seal({ ...task, secretValues: [] })
+    const row = this.#insert({
+      ...task,
+      sealed,
+      terminates: task.terminateOnCompletion ? 1 : 0,
+      hasCallback: task.callbackUrl === null ? 0 : 1,
+    })
     return (await this.#connection.atomically(row, [], this.#queue?.add(task))) !== undefined
   }
 
@@ -140,27 +249,7 @@ export class SqlTaskStore implements TaskStore {
   }
 
   async claim(taskId: string, at: number, seen = 0): Promise<ClaimedTask | undefined> {
-    const taken = this.#db
-      .updateTable('tasks')
-      .set({
-        claim: seen + 1,
-        instance: this.#instance,
-        claimed_at: sql<number>`coalesce(claimed_at, ${at})`,
-        status: sql<
-          'provisioning' | 'running'
-        >`case when status = 'queued' then 'provisioning' else status end`,
-        worker_state: 'live' as const,
-      })
-      .where('task_id', '=', taskId)
-      .where('status', 'in', LIVE_STATUSES)
-      .where((eb) =>
-        eb.or([
-          eb('claim', '=', seen),
-          // Done before, and the answer was lost.
-          eb.and([eb('claim', '=', seen + 1), eb('instance', '=', this.#instance)]),
-        ]),
-      )
-      .returning([...SUMMARY_COLUMNS, 'sealed', 'cancel_requested_at'])
+    const taken = this.#claim({ taskId, at, seen, next: seen + 1, instance: this.#instance })
     const [row] = (await this.#connection.atomically(taken, [], this.#queue?.taken(taskId))) ?? []
     return (
       row && {
@@ -182,14 +271,9 @@ export class SqlTaskStore implements TaskStore {
   }
 
   async markRunning(task: Task, startedAt: number): Promise<boolean> {
-    const { numUpdatedRows } = await this.#db
-      .updateTable('tasks')
-      .set({ status: 'running', started_at: startedAt })
-      .where('task_id', '=', task.taskId)
-      .where('claim', '=', task.claim)
-      .where('status', 'in', LIVE_STATUSES)
-      .executeTakeFirst()
-    return numUpdatedRows === 1n
+    return (
+      (await this.#connection.atomically(this.#markRunning({ ...task, startedAt }))) !== undefined
+    )
   }
 
   async finish(
@@ -198,39 +282,26 @@ export class SqlTaskStore implements TaskStore {
   ): Promise<boolean> {
     const { outcome, log, delivery, finishedAt } = end
     const taken = task.claim === 0 ? this.#queue?.taken(task.taskId) : undefined
-    const setOutcome = this.#db
-      .updateTable('tasks')
-      .set({
-        status: outcome.status,
-        reason: outcome.reason,
-        // Postgres takes no NUL, and a program's last words may hold one.
-        message: outcome.message?.replaceAll('\0', '') ?? null,
-        exit_code: outcome.exitCode,
-        signal: outcome.signal,
-        finished_at: finishedAt,
-        log_bytes: end.logBytes,
-        sealed: this.#seal(withoutSpentSecrets(task)),
-        ...(end.keepWorker ? { worker_state: 'kept' as const } : {}),
-      })
-      .where('task_id', '=', task.taskId)
-      .where('claim', '=', task.claim)
-      .where('status', 'in', LIVE_STATUSES)
-    const keepLog = this.#db.insertInto('task_logs').values({
-      task_id: task.taskId,
-      ...(await encodeLog(log.content)),
-      total_bytes: log.totalBytes,
+    const setOutcome = this.#setOutcome({
+      ...outcome,
+      // Postgres takes no NUL, and a program's last words may hold one.
+      message: outcome.message?.replaceAll('\0', '') ?? null,
+      finishedAt,
+      logBytes: end.logBytes,
+      sealed: this.#seal(withoutSpentSecrets(task)),
+      workerState: end.keepWorker ? 'kept' : null,
+      taskId: task.taskId,
+      claim: task.claim,
     })
+    const { taskId } = task
+    const { totalBytes } = log
+    const keepLog = this.#keepLog({ taskId, totalBytes, ...(await encodeLog(log.content)) })
     const openDelivery =
       delivery &&
-      this.#db.insertInto('deliveries').values({
-        task_id: task.taskId,
-        webhook_id: delivery.webhookId,
-        origin: delivery.origin,
-        status: 'pending',
-        attempts: 0,
-        manual: 0,
-        delivered_at: null,
-        next_attempt_at: delivery.leaseUntil ?? finishedAt,
+      this.#openDelivery({
+        taskId,
+        ...delivery,
+        nextAttemptAt: delivery.leaseUntil ?? finishedAt,
         leased: delivery.leaseUntil === null ? 0 : 1,
       })
     const rows = openDelivery ? [keepLog, openDelivery] : [keepLog]
@@ -331,11 +402,7 @@ export class SqlTaskStore implements TaskStore {
   }
 
   async workerTerminated(taskId: string): Promise<void> {
-    await this.#db
-      .updateTable('tasks')
-      .set({ worker_state: 'gone' })
-      .where('task_id', '=', taskId)
-      .execute()
+    await this.#connection.atomically(this.#workerTerminated({ taskId }))
   }
 
   async workersRemembered(at: number, instance?: string): Promise<string[]> {

@@ -428,7 +428,7 @@ describe('local workers', () => {
         prepare(folderOf(wanted.name), FIXTURE_TASKS, contentsOf(wanted, identity))
         const provisioning = harness.backend.provision(wanted, NEVER)
         await harness.backend.check()
-        await writeFile(join(folderOf(wanted.name), 'started'), 'yes\n')
+        await writeFile(join(folderOf(wanted.name), 'exit'), 'begun\n')
         const worker = await provisioning
         await writeFile(join(folderOf(wanted.name), 'exit'), 'task 21\n')
         expect(await worker.completion(NEVER)).toMatchObject({ exitCode: 21 })
@@ -485,7 +485,7 @@ describe('local workers', () => {
     }
     expect(modes).toEqual({
       ...{ home: '700', tmp: '700', tasks: '700' },
-      ...{ 'worker.json': '600', log: '600', started: '600', exit: '600', 'startup.sh': '600' },
+      ...{ 'worker.json': '600', log: '600', exit: '600', 'startup.sh': '600' },
     })
   })
 
@@ -494,7 +494,7 @@ describe('local workers', () => {
     const wanted = spec('true', { environment: { SECRET: secret } })
     await run(wanted)
     const folder = folderOf(wanted.name)
-    for (const name of ['worker.json', 'log', 'started', 'exit']) {
+    for (const name of ['worker.json', 'log', 'exit']) {
       expect(await text(join(folder, name))).not.toContain(secret)
     }
   })

@@ -33,6 +33,7 @@ beforeEach(() => {
   mkdirSync(join(root, 'tasks', 'sub'), { recursive: true })
   writeFileSync(join(root, 'tasks', 'sub', 'data'), 'data')
   symlinkSync('sub/data', join(root, 'tasks', 'linked'))
+  symlinkSync('circle', join(root, 'tasks', 'circle'))
   writeFileSync(join(root, 'tasks', 'task.sh'), 'echo hi\n')
   folders = new WorkerFolders(workersDir)
   // The tasks have been there for long.
@@ -75,7 +76,6 @@ describe('the folder of a worker whose task', () => {
   const deeds: Record<string, (folder: string) => void> = {
     'touched nothing': () => {},
     'ended as tasks end': (folder) => {
-      writeFileSync(join(folder, 'started'), 'yes\n', { flag: 'r+' })
       writeFileSync(join(folder, 'exit'), 'startup 1 The startup script failed\n', { flag: 'r+' })
       writeFileSync(join(folder, 'log'), 'a secret\n')
     },
@@ -113,10 +113,8 @@ describe('the folder of a worker whose task', () => {
       mkdirSync(join(folder, 'more', 'of', 'it'), { recursive: true })
     },
     'made other files of those that the service writes': (folder) => {
-      for (const name of ['exit', 'started']) {
-        rmSync(join(folder, name))
-        symlinkSync(join(root, 'elsewhere'), join(folder, name))
-      }
+      rmSync(join(folder, 'exit'))
+      symlinkSync(join(root, 'elsewhere'), join(folder, 'exit'))
       linkSync(join(folder, 'worker.json'), join(root, 'kept'))
     },
     'opened its own folder to all': (folder) => chmodSync(folder, 0o755),

@@ -45,7 +45,7 @@ const EXIT_LENGTH = 11
 /** Empty when a task begins. */
 export const DIRECTORIES: readonly string[] = ['home', 'tmp']
 /** Written anew for each task. */
-export const REWRITTEN: readonly string[] = ['started', 'exit', 'worker.json']
+export const REWRITTEN: readonly string[] = ['exit', 'worker.json']
 
 /** Puts all that a task needs into a folder that has its directories and the tasks. */
 export function fill(folder: string, contents: Contents): void {
@@ -55,10 +55,8 @@ export function fill(folder: string, contents: Contents): void {
   const notes = [...contents.notes, ...hints(join(folder, 'tasks', contents.taskFile))]
   const lines = notes.map((note) => `[task-runner] ${note}\n`).join('')
   writeFileSync(join(folder, 'log'), lines, { mode: 0o600 })
-  // Made here for their mode, and with room for what the shell writes over it: a disk may be full by then.
-  for (const name of ['started', 'exit']) {
-    writeOver(join(folder, name), `${' '.repeat(EXIT_LENGTH)}\n`)
-  }
+  // Made here for its mode, and with room for what the shell writes over it: a disk may be full by then.
+  writeOver(join(folder, 'exit'), `${' '.repeat(EXIT_LENGTH)}\n`)
   writeOver(join(folder, 'worker.json'), JSON.stringify(contents.record))
 }
 
@@ -82,7 +80,7 @@ export function readRecord(folder: string): WorkerRecord | undefined {
 
 /** True once the slot shell has begun with the task: from then on it must not be run again. */
 export function hasStarted(folder: string): boolean {
-  return readIfThere(join(folder, 'started'))?.startsWith('yes\n') ?? false
+  return /^\w/.test(readIfThere(join(folder, 'exit')) ?? '')
 }
 
 /** How the task ended; undefined while that is not written. */

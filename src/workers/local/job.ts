@@ -37,7 +37,7 @@ export function jobText(job: Job, interpreters: Interpreters, bootstrap: string)
     : `"$__tr_interpreter" $__tr_option ${quote(`./${job.taskFileName}`)}`
   return [
     '{',
-    `cd ${folder}/tasks && echo yes 1<>${folder}/started && {`,
+    `cd ${folder}/tasks && echo begun 1<>${folder}/exit && {`,
     `choose_interpreter ${file} ${commands}`,
     `${environment}${command} ${redirects}`,
     `finish ${folder} task $?`,

@@ -3,7 +3,6 @@ import { extname, join } from 'node:path'
 import { setTimeout as pause } from 'node:timers/promises'
 import { Worker as Thread } from 'node:worker_threads'
 import {
-  type Completion,
   type LogTail,
   type Worker,
   type WorkerBackend,
@@ -24,6 +23,7 @@ export class LocalBackend implements WorkerBackend {
   readonly #settings: LocalSettings
   readonly #thread: Thread
   readonly #waiting = new Map<number, PromiseWithResolvers<unknown>>()
+  #outgoing: Call[] = []
   #lastId = 0
   #dead: Error | undefined
 
@@ -33,11 +33,13 @@ export class LocalBackend implements WorkerBackend {
       workerData: settings,
       name: 'local-workers',
     })
-    this.#thread.on('message', (answer: Answer) => {
-      const waiting = this.#waiting.get(answer.id)
-      this.#waiting.delete(answer.id)
-      if ('error' in answer) waiting?.reject(answer.error)
-      else waiting?.resolve(answer.value)
+    this.#thread.on('message', (answers: Answer[]) => {
+      for (const answer of answers) {
+        const waiting = this.#waiting.get(answer.id)
+        this.#waiting.delete(answer.id)
+        if ('error' in answer) waiting?.reject(answer.error)
+        else waiting?.resolve(answer.value)
+      }
     })
     this.#thread.on('error', (err) => this.#fail(err))
     this.#thread.on('exit', () => this.#fail(new Error('the local workers thread ended')))
@@ -86,12 +88,18 @@ export class LocalBackend implements WorkerBackend {
     const log = join(this.#settings.workersDir, name, 'log')
     const status = async (): Promise<WorkerStatus> =>
       (await this.#call('find', name))?.status ?? 'Terminating'
+    let wholeLog: LogTail | undefined
     return {
       ...{ name, taskId, size, createdAt, backend: this.name, image: null },
       status,
-      completion: (signal) => until<Completion>(this.#call('completion', name), signal),
+      completion: async (signal) => {
+        const end = await until(this.#call('completion', name), signal)
+        wholeLog = end.wholeLog
+        return end.completion
+      },
       stop: () => this.#call('stop', name),
-      logs: async ({ maxBytes }) => bytesOf(await this.#call('tail', name, maxBytes)),
+      logs: async ({ maxBytes }) =>
+        lastBytes(wholeLog ?? (await this.#call('tail', name, maxBytes)), maxBytes),
       follow: ({ from, signal }) =>
         follow(log, from, signal, async () => (await status()) === 'Running'),
       terminate: () => this.#call('terminate', name),
@@ -106,9 +114,16 @@ export class LocalBackend implements WorkerBackend {
     this.#lastId += 1
     const waiting = Promise.withResolvers<unknown>()
     this.#waiting.set(this.#lastId, waiting)
-    this.#thread.postMessage({ id: this.#lastId, method, arguments: args } satisfies Call)
+    // What comes within a turn of the loop goes together: each message wakes the other thread.
+    if (this.#outgoing.length === 0) setImmediate(() => this.#send())
+    this.#outgoing.push({ id: this.#lastId, method, arguments: args })
     // Holds: the thread answers with what its method of the same name returned.
     return waiting.promise as Promise<Awaited<ReturnType<Methods[M]>>>
+  }
+
+  #send(): void {
+    this.#thread.postMessage(this.#outgoing)
+    this.#outgoing = []
   }
 
   #fail(err: unknown): void {
@@ -145,7 +160,8 @@ async function* follow(
 }
 
 /** A Buffer crosses threads as a plain Uint8Array. */
-function bytesOf(tail: LogTail): LogTail {
-  const { buffer, byteOffset, byteLength } = tail.content
-  return { ...tail, content: Buffer.from(buffer, byteOffset, byteLength) }
+function lastBytes({ content, totalBytes }: LogTail, maxBytes: number): LogTail {
+  const { buffer, byteOffset, byteLength } = content
+  const length = Math.min(byteLength, maxBytes)
+  return { content: Buffer.from(buffer, byteOffset + byteLength - length, length), totalBytes }
 }

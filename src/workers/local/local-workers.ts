@@ -36,8 +36,15 @@ const WATCH_MS = 100
 const KILL_ROUND_MS = 5
 const KILL_ROUNDS_MAX = 400
 const BEGIN_ROUNDS_MAX = 200
+const SHORT_LOG_BYTES = 64 * 1024
 /** A process id used again could hide a leftover from the finder's memory for so long. */
 const FORGET_MS = 60_000
+
+export interface End {
+  completion: Completion
+  /** When it is short and can grow no more: then nobody need ask for it. */
+  wholeLog: LogTail | undefined
+}
 
 /** A worker whose task has not ended, as far as we know. */
 interface Live {
@@ -61,7 +68,7 @@ export class LocalWorkers {
   readonly #idleSlots: SlotShell[] = []
   readonly #terminating = new Set<string>()
   /** Workers whose making is under way; one that is terminated meanwhile is not among them any more. */
-  readonly #making = new Set<string>()
+  readonly #making = new Map<string, Promise<WorkerInfo>>()
   /** Workers whose task has ended with nothing left behind: nothing can come after that. */
   readonly #clean = new Set<string>()
   readonly #leftovers: LeftoverFinder
@@ -83,9 +90,14 @@ export class LocalWorkers {
   }
 
   /** Idempotent by name: a task that was started is attached to, never started again. */
-  async provision(spec: WorkerSpec, notes: string[]): Promise<WorkerInfo> {
+  provision(spec: WorkerSpec, notes: string[]): Promise<WorkerInfo> {
+    const making = this.#making.get(spec.name) ?? this.#make(spec, notes)
+    this.#making.set(spec.name, making)
+    return making
+  }
+
+  async #make(spec: WorkerSpec, notes: string[]): Promise<WorkerInfo> {
     const folder = this.#folder(spec.name)
-    this.#making.add(spec.name)
     const existing = await this.#existing(spec.name)
     const isWanted = this.#making.delete(spec.name)
     if (existing) return existing
@@ -149,11 +161,12 @@ export class LocalWorkers {
     return readdirSync(this.#settings.workersDir).flatMap((name) => this.find(name) ?? [])
   }
 
-  async completion(name: string): Promise<Completion> {
+  async completion(name: string): Promise<End> {
+    const folder = this.#folder(name)
     const live = this.#live.get(name) ?? this.#attach(name)
-    if (live) return live.ended.promise
-    await this.#endLeftovers(name)
-    return completionIn(this.#folder(name))
+    if (!live) await this.#endLeftovers(name)
+    const completion = live ? await live.ended.promise : completionIn(folder)
+    return { completion, wholeLog: this.#clean.has(name) ? shortLog(folder) : undefined }
   }
 
   tail(name: string, maxBytes: number): LogTail {
@@ -324,6 +337,16 @@ function completionIn(folder: string): Completion {
   const exit = folders.readExit(folder)
   if (exit) return completionOf(exit)
   return lost('The worker ended without recording an exit code (killed, or the machine restarted)')
+}
+
+function shortLog(folder: string): LogTail | undefined {
+  try {
+    const tail = folders.readTail(folder, SHORT_LOG_BYTES)
+    return tail.totalBytes === tail.content.length ? tail : undefined
+  } catch {
+    // A task may have made away with it: whoever asks for it is told.
+    return undefined
+  }
 }
 
 function newLive(folder: string, record: folders.WorkerRecord, slot: SlotShell | undefined): Live {

@@ -43,7 +43,7 @@ export function copyTasks(
   const skip = notCopied.map((path) => realpathSync.native(path))
   const isSettledAt = Date.now() - SETTLED_MS
   const { print, changedAt } = look(root, skip)
-  if (last?.original === print && isUntouched(to, last)) return last
+  if (last?.original === print && existsSync(to)) return last
   rmSync(to, { recursive: true, force: true })
   copyFolder(root, to, root, skip)
   return { original: changedAt < isSettledAt ? print : NEVER, copy: look(to).print }

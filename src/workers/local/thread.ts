@@ -20,15 +20,31 @@ if (!port) throw new Error('runs as a thread only')
 // Holds: local-backend.ts starts this thread with it.
 const workers: Methods = new LocalWorkers(workerData as LocalSettings)
 
-port.on('message', async (call: Call) => {
+let answers: Answer[] = []
+
+port.on('message', (calls: Call[]) => {
+  for (const call of calls) void answer(call)
+})
+
+/** Never rejects. */
+async function answer({ id, method, arguments: args }: Call): Promise<void> {
   try {
     // Holds: local-backend.ts types its calls by `Methods`.
-    const method = workers[call.method] as (...args: unknown[]) => unknown
-    const value = await method.apply(workers, call.arguments)
-    port.postMessage({ id: call.id, value } satisfies Answer)
+    const value = await (workers[method] as (...args: unknown[]) => unknown).apply(workers, args)
+    say({ id, value })
   } catch (err) {
-    const error = err instanceof Error ? err : new Error(String(err))
-    port.postMessage({ id: call.id, error } satisfies Answer)
+    say({ id, error: err instanceof Error ? err : new Error(String(err)) })
   }
-  if (call.method === 'close') port.close()
-})
+  if (method === 'close') setImmediate(() => port?.close())
+}
+
+/** Those of a turn of the loop go together, like the calls. */
+function say(answer: Answer): void {
+  if (answers.length === 0) setImmediate(tell)
+  answers.push(answer)
+}
+
+function tell(): void {
+  port?.postMessage(answers)
+  answers = []
+}
