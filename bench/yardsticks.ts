@@ -25,11 +25,14 @@ export async function timeOf(command: string, folder: string): Promise<number> {
 
 export type ScriptsPerSecond = (file: string, count: number, folder: string) => Promise<number>
 
-/** Ways to run a script many times, all with the interpreter the service uses, writing to one file. */
+/**
+ * Ways to run a script many times, all with the interpreter the service uses, writing to one file: beside the folder, since
+ * the service would copy it for each of its workers.
+ */
 export const RUN_MANY: Record<string, ScriptsPerSecond> = {
   'shell loop': async (file, count, folder) => {
     const loop = `i=0; while [ $i -lt ${count} ]; do ${interpreter(file)} ./${file}; i=$((i+1)); done`
-    return (count * 1000) / (await timeOf(`{ ${loop}; } >output </dev/null`, folder))
+    return (count * 1000) / (await timeOf(`{ ${loop}; } >../output </dev/null`, folder))
   },
   'xargs -P2': xargs(2),
   'xargs -P4': xargs(4),
@@ -38,7 +41,7 @@ export const RUN_MANY: Record<string, ScriptsPerSecond> = {
 
 function xargs(processes: number): ScriptsPerSecond {
   return async (file, count, folder) => {
-    const command = `seq ${count} | xargs -P ${processes} -n 1 ${interpreter(file)} ./${file} >output`
+    const command = `seq ${count} | xargs -P ${processes} -n 1 ${interpreter(file)} ./${file} >../output`
     return (count * 1000) / (await timeOf(command, folder))
   }
 }
