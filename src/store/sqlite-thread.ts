@@ -61,22 +61,24 @@ function flush(): void {
   else runTogether(batches)
 }
 
-/** One transaction for all; each batch in a savepoint, so that one that fails undoes only itself. */
+/** One transaction for all; a batch of several statements in a savepoint, so that one that fails undoes only itself. */
 function runTogether(batches: Batch[]): void {
   const answers: Answer[] = []
   try {
     db.exec('begin immediate')
     for (const batch of batches) {
       try {
-        db.exec('savepoint batch')
+        // A statement that fails undoes itself.
+        const undoes = batch.statements.length > 1
+        if (undoes) db.exec('savepoint batch')
         const results = run(batch)
-        if (results.length === 0) db.exec('rollback to batch')
-        db.exec('release batch')
+        if (undoes && results.length === 0) db.exec('rollback to batch')
+        if (undoes) db.exec('release batch')
         answers.push({ id: batch.id, results })
       } catch (err) {
         // A full disk undoes the whole transaction, not the statement alone.
         if (!db.isTransaction) throw err
-        db.exec('rollback to batch; release batch')
+        if (batch.statements.length > 1) db.exec('rollback to batch; release batch')
         answers.push({ id: batch.id, error: asError(err) })
       }
     }

@@ -11,7 +11,7 @@ import {
   type WorkerStatus,
 } from '../../core/ports.ts'
 import { until } from '../../core/until.ts'
-import type { LocalSettings, WorkerInfo } from './local-workers.ts'
+import type { End, LocalSettings, WorkerInfo } from './local-workers.ts'
 import type { Answer, Call, Methods } from './thread.ts'
 
 const FOLLOW_MS = 100
@@ -54,7 +54,11 @@ export class LocalBackend implements WorkerBackend {
       notes.push(`worker_size "${spec.size}" is not enforced on local workers`)
     if (spec.imageConfig !== undefined) notes.push('image_config is not used by local workers')
     try {
-      return this.#worker(await until(this.#call('provision', spec, notes), signal))
+      const making = this.#call('provision', spec, notes)
+      // Asked along with it. Whether the worker could be made, `making` tells.
+      const end = this.#call('completion', spec.name)
+      end.catch(() => {})
+      return this.#worker(await until(making, signal), end)
     } catch (err) {
       const code = /^(ENOSPC|EDQUOT|EROFS)\b/.exec(err instanceof Error ? err.message : '')?.[1]
       if (code === undefined) throw err
@@ -83,7 +87,7 @@ export class LocalBackend implements WorkerBackend {
     await exited
   }
 
-  #worker(info: WorkerInfo): Worker {
+  #worker(info: WorkerInfo, end?: Promise<End>): Worker {
     const { name, taskId, size, createdAt } = info
     const log = join(this.#settings.workersDir, name, 'log')
     const status = async (): Promise<WorkerStatus> =>
@@ -93,9 +97,9 @@ export class LocalBackend implements WorkerBackend {
       ...{ name, taskId, size, createdAt, backend: this.name, image: null },
       status,
       completion: async (signal) => {
-        const end = await until(this.#call('completion', name), signal)
-        wholeLog = end.wholeLog
-        return end.completion
+        const { completion, ...ended } = await until(end ?? this.#call('completion', name), signal)
+        wholeLog = ended.wholeLog
+        return completion
       },
       stop: () => this.#call('stop', name),
       logs: async ({ maxBytes }) =>

@@ -162,6 +162,7 @@ export class LocalWorkers {
   }
 
   async completion(name: string): Promise<End> {
+    await this.#making.get(name)
     const folder = this.#folder(name)
     const live = this.#live.get(name) ?? this.#attach(name)
     if (!live) await this.#endLeftovers(name)
