@@ -28,8 +28,8 @@ export async function sideBySide(context: Context): Promise<Row[]> {
   const contenders: Record<string, Service> = { service }
   if (typeof fastApi !== 'string') contenders.fastApi = peers.use(fastApi)
   const rows: Row[] = []
-  // What either runs off with ease; and more than either can.
-  for (const perSecond of [20, 200]) {
+  // What either runs off with ease, what keeps a small machine busy, and more than either can.
+  for (const perSecond of [20, 200, 1_000]) {
     const all: Record<string, Samples[]> = { service: [], fastApi: [] }
     for (let round = -1; round < rounds; round += 1) {
       await context.quiet()

@@ -126,11 +126,6 @@ describe.concurrent('on a full disk', () => {
       const dataDir = join(disk.folder, 'data')
       await using stage = await startStage({ dataDir, env: { MAX_CONCURRENT_TASKS: '2' } })
       const service = await stage.start()
-      await stage.open('warm-up', 'before', 'during', 'after')
-      await stage.submit(service, 'warm-up', 'r-story.sh')
-      await finalTask(service, 'warm-up')
-      await expectNoWorkers(service, dataDir)
-
       // Enough to begin with a worker's folder, not to finish it.
       disk.fillInodes(3)
       const taskIds = ['no-room-1', 'no-room-2', 'no-room-3']
