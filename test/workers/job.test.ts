@@ -62,7 +62,7 @@ describe('jobText', () => {
     mkdirSync(join(job.folder, 'home'))
     writeFileSync(
       join(job.folder, 'tasks', job.taskFileName),
-      'printf "%s" "$VALUE"; : >../ran; exit 6\n',
+      'printf "%s" "$VALUE"; read -r exit <../exit; echo "$exit" >../ran; exit 6\n',
     )
   })
   afterEach(() => rmSync(root, { recursive: true, force: true }))
@@ -86,7 +86,7 @@ describe('jobText', () => {
       const text = jobText({ ...job, needsPreparing }, INTERPRETERS, BOOTSTRAP)
       expect(slot(text).stdout).toBe('task-a-name\n')
       expect(read('log')).toBe(`${needsPreparing ? 'startup\n' : ''}it's\na value`)
-      expect(read('started')).toBe('yes\n')
+      expect(read('ran')).toBe('begun\n')
       expect(read('exit')).toBe('task 6\n')
     },
   )
@@ -103,7 +103,7 @@ describe('jobText', () => {
     }
     const loop = `for file in ${quote(folder)}/*; do
       /bin/sh -s <"$file" 2>/dev/null
-      for made in started exit ran log; do [ -e ${quote(job.folder)}/$made ] && echo "$file: $made"; done
+      for made in exit ran log; do [ -e ${quote(job.folder)}/$made ] && echo "$file: $made"; done
     done; :`
     expect(execFileSync('/bin/sh', ['-c', loop], { env: {}, encoding: 'utf8' })).toBe('')
     expect(lengths.length).toBeGreaterThan(300)
@@ -134,7 +134,7 @@ describe('jobText', () => {
 
   test('a job whose start cannot be written down does not run, and tells its end', () => {
     // As on a full disk.
-    mkdirSync(join(job.folder, 'started'))
+    mkdirSync(join(job.folder, 'exit'))
     const text = jobText(job, INTERPRETERS, BOOTSTRAP)
     expect(slot(text).stdout).toBe('task-a-name\n')
     expect(existsSync(join(job.folder, 'ran'))).toBe(false)
