@@ -11,7 +11,7 @@ const TASKS = { [FILE]: 'echo hi\n' }
 /** Between two probes. */
 const PACE_MS = 10
 /** More than a round can work off. */
-const QUEUED = 2_000
+const QUEUED = 16_000
 
 /** Per round. */
 interface Samples {
@@ -88,7 +88,7 @@ export async function saturatedLatency(context: Context): Promise<Row[]> {
     const [own, others] = await Promise.all([service.process.loopDelay(), idler.loopDelay()])
     delays.push(own.p99)
     idlerDelays.push(others.p99)
-    if (submitted - receiver.count < QUEUED / 4) context.note('warning: the queue ran low')
+    if (submitted - receiver.count < QUEUED / 10) context.note('warning: the queue ran low')
     context.note(
       `saturated round ${round + 1}: ${samples.accept.length} accepts, loop ${JSON.stringify(own)}`,
     )
