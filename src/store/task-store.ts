@@ -9,10 +9,9 @@ import type {
   TaskStore,
   WaitingTask,
 } from '../core/ports.ts'
-import { LIVE_STATUSES, type Outcome, type Task, type TaskSummary } from '../core/task.ts'
+import { LIVE_STATUSES, type Task, type TaskSummary } from '../core/task.ts'
 import type { Connection, InTransaction } from './connection.ts'
 import { decodeLog, encodeLog } from './log-codec.ts'
-import { prepared } from './prepared.ts'
 import {
   numberOrNull,
   type Sealed,
@@ -20,6 +19,7 @@ import {
   summaryFromRow,
   withoutSpentSecrets,
 } from './task-row.ts'
+import { taskWrites } from './task-writes.ts'
 
 /** Rows removed in one transaction: a long one would hold up everybody else's. */
 const REMOVED_AT_ONCE = 500
@@ -41,6 +41,7 @@ export interface SharedQueue {
 /** The `TaskStore` of both databases. */
 export class SqlTaskStore implements TaskStore {
   readonly #connection: Connection
+  readonly #writes: ReturnType<typeof taskWrites>
   readonly #sealer: Seal
   readonly #instance: string
   readonly #queue: SharedQueue | undefined
@@ -54,6 +55,7 @@ export class SqlTaskStore implements TaskStore {
     { instance, queue }: { instance: string; queue?: SharedQueue | undefined },
   ) {
     this.#connection = connection
+    this.#writes = taskWrites(connection.db)
     this.#sealer = sealer
     this.#instance = instance
     this.#queue = queue
@@ -63,140 +65,9 @@ export class SqlTaskStore implements TaskStore {
     return this.#connection.db
   }
 
-  // What every task writes.
-
-  readonly #insert = prepared(
-    (p: NewTask & { sealed: Uint8Array; terminates: 0 | 1; hasCallback: 0 | 1 }) =>
-      this.#db
-        .insertInto('tasks')
-        .values({
-          task_id: p.taskId,
-          task_file_name: p.taskFileName,
-          status: 'queued',
-          reason: null,
-          message: null,
-          exit_code: null,
-          signal: null,
-          worker_name: p.workerName,
-          worker_state: 'none',
-          terminate_on_completion: p.terminates,
-          timeout_seconds: p.timeoutSeconds,
-          has_callback: p.hasCallback,
-          priority: p.priority,
-          claim: 0,
-          instance: null,
-          traceparent: p.traceparent,
-          cancel_requested_at: null,
-          created_at: p.createdAt,
-          claimed_at: null,
-          started_at: null,
-          finished_at: null,
-          log_bytes: null,
-          digest: p.digest,
-          sealed: p.sealed,
-          log_cursor: null,
-        })
-        .onConflict((conflict) => conflict.column('task_id').doNothing()),
-  )
-
-  readonly #claim = prepared(
-    (p: { taskId: string; at: number; seen: number; next: number; instance: string }) =>
-      this.#db
-        .updateTable('tasks')
-        .set({
-          claim: p.next,
-          instance: p.instance,
-          claimed_at: sql<number>`coalesce(claimed_at, ${p.at})`,
-          status: sql<
-            'provisioning' | 'running'
-          >`case when status = 'queued' then 'provisioning' else status end`,
-          worker_state: 'live' as const,
-        })
-        .where('task_id', '=', p.taskId)
-        .where('status', 'in', LIVE_STATUSES)
-        .where((eb) =>
-          eb.or([
-            eb('claim', '=', p.seen),
-            // Done before, and the answer was lost.
-            eb.and([eb('claim', '=', p.next), eb('instance', '=', p.instance)]),
-          ]),
-        )
-        .returning([...SUMMARY_COLUMNS, 'sealed', 'cancel_requested_at']),
-  )
-
-  readonly #markRunning = prepared((p: { taskId: string; claim: number; startedAt: number }) =>
-    this.#db
-      .updateTable('tasks')
-      .set({ status: 'running', started_at: p.startedAt })
-      .where('task_id', '=', p.taskId)
-      .where('claim', '=', p.claim)
-      .where('status', 'in', LIVE_STATUSES),
-  )
-
-  readonly #setOutcome = prepared(
-    (
-      p: Outcome & {
-        finishedAt: number
-        logBytes: number
-        sealed: Uint8Array
-        /** Null: as it is. */
-        workerState: 'kept' | null
-        taskId: string
-        claim: number
-      },
-    ) =>
-      this.#db
-        .updateTable('tasks')
-        .set({
-          status: p.status,
-          reason: p.reason,
-          message: p.message,
-          exit_code: p.exitCode,
-          signal: p.signal,
-          finished_at: p.finishedAt,
-          log_bytes: p.logBytes,
-          sealed: p.sealed,
-          worker_state: sql<'kept'>`coalesce(${p.workerState}, worker_state)`,
-        })
-        .where('task_id', '=', p.taskId)
-        .where('claim', '=', p.claim)
-        .where('status', 'in', LIVE_STATUSES),
-  )
-
-  readonly #keepLog = prepared(
-    (p: { taskId: string; totalBytes: number } & Awaited<ReturnType<typeof encodeLog>>) =>
-      this.#db.insertInto('task_logs').values({
-        task_id: p.taskId,
-        encoding: p.encoding,
-        content: p.content,
-        total_bytes: p.totalBytes,
-      }),
-  )
-
-  readonly #openDelivery = prepared(
-    (
-      p: Omit<NewDelivery, 'leaseUntil'> & { taskId: string; nextAttemptAt: number; leased: 0 | 1 },
-    ) =>
-      this.#db.insertInto('deliveries').values({
-        task_id: p.taskId,
-        webhook_id: p.webhookId,
-        origin: p.origin,
-        status: 'pending',
-        attempts: 0,
-        manual: 0,
-        delivered_at: null,
-        next_attempt_at: p.nextAttemptAt,
-        leased: p.leased,
-      }),
-  )
-
-  readonly #workerTerminated = prepared((p: { taskId: string }) =>
-    this.#db.updateTable('tasks').set({ worker_state: 'gone' }).where('task_id', '=', p.taskId),
-  )
-
   async insert(task: NewTask): Promise<boolean> {
     const sealed = this.#seal({ ...task, secretValues: [] })
-    const row = this.#insert({
+    const row = this.#writes.insert({
       ...task,
       sealed,
       terminates: task.terminateOnCompletion ? 1 : 0,
@@ -249,7 +120,7 @@ export class SqlTaskStore implements TaskStore {
   }
 
   async claim(taskId: string, at: number, seen = 0): Promise<ClaimedTask | undefined> {
-    const taken = this.#claim({ taskId, at, seen, next: seen + 1, instance: this.#instance })
+    const taken = this.#writes.claim({ taskId, at, seen, next: seen + 1, instance: this.#instance })
     const [row] = (await this.#connection.atomically(taken, [], this.#queue?.taken(taskId))) ?? []
     return (
       row && {
@@ -272,7 +143,8 @@ export class SqlTaskStore implements TaskStore {
 
   async markRunning(task: Task, startedAt: number): Promise<boolean> {
     return (
-      (await this.#connection.atomically(this.#markRunning({ ...task, startedAt }))) !== undefined
+      (await this.#connection.atomically(this.#writes.markRunning({ ...task, startedAt }))) !==
+      undefined
     )
   }
 
@@ -282,7 +154,7 @@ export class SqlTaskStore implements TaskStore {
   ): Promise<boolean> {
     const { outcome, log, delivery, finishedAt } = end
     const taken = task.claim === 0 ? this.#queue?.taken(task.taskId) : undefined
-    const setOutcome = this.#setOutcome({
+    const setOutcome = this.#writes.setOutcome({
       ...outcome,
       // Postgres takes no NUL, and a program's last words may hold one.
       message: outcome.message?.replaceAll('\0', '') ?? null,
@@ -295,10 +167,10 @@ export class SqlTaskStore implements TaskStore {
     })
     const { taskId } = task
     const { totalBytes } = log
-    const keepLog = this.#keepLog({ taskId, totalBytes, ...(await encodeLog(log.content)) })
+    const keepLog = this.#writes.keepLog({ taskId, totalBytes, ...(await encodeLog(log.content)) })
     const openDelivery =
       delivery &&
-      this.#openDelivery({
+      this.#writes.openDelivery({
         taskId,
         ...delivery,
         nextAttemptAt: delivery.leaseUntil ?? finishedAt,
@@ -402,7 +274,7 @@ export class SqlTaskStore implements TaskStore {
   }
 
   async workerTerminated(taskId: string): Promise<void> {
-    await this.#connection.atomically(this.#workerTerminated({ taskId }))
+    await this.#connection.atomically(this.#writes.workerTerminated({ taskId }))
   }
 
   async workersRemembered(at: number, instance?: string): Promise<string[]> {

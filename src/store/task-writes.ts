@@ -1,0 +1,138 @@
+import { type Kysely, sql } from 'kysely'
+import type { NewDelivery, NewTask } from '../core/ports.ts'
+import { LIVE_STATUSES, type Outcome } from '../core/task.ts'
+import type { encodeLog } from './log-codec.ts'
+import { prepared } from './prepared.ts'
+import type { Database } from './schema.ts'
+import { SUMMARY_COLUMNS } from './task-row.ts'
+
+/** What every task writes on its way. */
+export const taskWrites = (db: Kysely<Database>) => ({
+  insert: prepared((p: NewTask & { sealed: Uint8Array; terminates: 0 | 1; hasCallback: 0 | 1 }) =>
+    db
+      .insertInto('tasks')
+      .values({
+        task_id: p.taskId,
+        task_file_name: p.taskFileName,
+        status: 'queued',
+        reason: null,
+        message: null,
+        exit_code: null,
+        signal: null,
+        worker_name: p.workerName,
+        worker_state: 'none',
+        terminate_on_completion: p.terminates,
+        timeout_seconds: p.timeoutSeconds,
+        has_callback: p.hasCallback,
+        priority: p.priority,
+        claim: 0,
+        instance: null,
+        traceparent: p.traceparent,
+        cancel_requested_at: null,
+        created_at: p.createdAt,
+        claimed_at: null,
+        started_at: null,
+        finished_at: null,
+        log_bytes: null,
+        digest: p.digest,
+        sealed: p.sealed,
+        log_cursor: null,
+      })
+      .onConflict((conflict) => conflict.column('task_id').doNothing()),
+  ),
+
+  claim: prepared(
+    (p: { taskId: string; at: number; seen: number; next: number; instance: string }) =>
+      db
+        .updateTable('tasks')
+        .set({
+          claim: p.next,
+          instance: p.instance,
+          claimed_at: sql<number>`coalesce(claimed_at, ${p.at})`,
+          status: sql<
+            'provisioning' | 'running'
+          >`case when status = 'queued' then 'provisioning' else status end`,
+          worker_state: 'live' as const,
+        })
+        .where('task_id', '=', p.taskId)
+        .where('status', 'in', LIVE_STATUSES)
+        .where((eb) =>
+          eb.or([
+            eb('claim', '=', p.seen),
+            // Done before, and the answer was lost.
+            eb.and([eb('claim', '=', p.next), eb('instance', '=', p.instance)]),
+          ]),
+        )
+        .returning([...SUMMARY_COLUMNS, 'sealed', 'cancel_requested_at']),
+  ),
+
+  markRunning: prepared((p: { taskId: string; claim: number; startedAt: number }) =>
+    db
+      .updateTable('tasks')
+      .set({ status: 'running', started_at: p.startedAt })
+      .where('task_id', '=', p.taskId)
+      .where('claim', '=', p.claim)
+      .where('status', 'in', LIVE_STATUSES),
+  ),
+
+  setOutcome: prepared(
+    (
+      p: Outcome & {
+        finishedAt: number
+        logBytes: number
+        sealed: Uint8Array
+        /** Null: as it is. */
+        workerState: 'kept' | null
+        taskId: string
+        claim: number
+      },
+    ) =>
+      db
+        .updateTable('tasks')
+        .set({
+          status: p.status,
+          reason: p.reason,
+          message: p.message,
+          exit_code: p.exitCode,
+          signal: p.signal,
+          finished_at: p.finishedAt,
+          log_bytes: p.logBytes,
+          sealed: p.sealed,
+          worker_state: sql<'kept'>`coalesce(${p.workerState}, worker_state)`,
+        })
+        .where('task_id', '=', p.taskId)
+        .where('claim', '=', p.claim)
+        .where('status', 'in', LIVE_STATUSES),
+  ),
+
+  keepLog: prepared(
+    (p: { taskId: string; totalBytes: number } & Awaited<ReturnType<typeof encodeLog>>) =>
+      db.insertInto('task_logs').values({
+        task_id: p.taskId,
+        encoding: p.encoding,
+        content: p.content,
+        total_bytes: p.totalBytes,
+      }),
+  ),
+
+  openDelivery: prepared(
+    (
+      p: Omit<NewDelivery, 'leaseUntil'> & { taskId: string; nextAttemptAt: number; leased: 0 | 1 },
+    ) =>
+      db.insertInto('deliveries').values({
+        task_id: p.taskId,
+        webhook_id: p.webhookId,
+        origin: p.origin,
+        status: 'pending',
+        attempts: 0,
+        manual: 0,
+        delivered_at: null,
+        next_attempt_at: p.nextAttemptAt,
+        leased: p.leased,
+      }),
+  ),
+
+  workerTerminated: prepared((p: { taskId: string }) =>
+    db.updateTable('tasks').set({ worker_state: 'gone' }).where('task_id', '=', p.taskId),
+  ),
+})
