@@ -184,8 +184,8 @@ export class TaskRunner {
         task.startedAt = startedAt
         // Together: a short task ends before the disk has taken down that it began.
         const seeing = this.#seeThrough(worker, { ...task, startedAt }, cancelled, letGo)
-        const [seen] = await Promise.all([seeing, this.#markRunning(task, startedAt, run)])
-        outcome = seen
+        const marking = this.#markRunning(task, startedAt, run)
+        outcome = await seeing.finally(() => marking)
       }
     } catch (err) {
       if (letGo.aborted) return this.#leave(task)

@@ -53,6 +53,7 @@ export class SqlDeliveryStore implements DeliveryStore {
         .where('task_id', '=', p.taskId)
         // An attempt that outlived its lease comes second, and changes nothing.
         .where('attempts', '=', p.before)
+        // Where a lease is named it must be held still. (Postgres knows no type for a parameter that is only asked to be null.)
         .where(
           sql`coalesce(${p.leaseUntil}, next_attempt_at, 0)`,
           '=',

@@ -11,7 +11,8 @@ class StandIn {
 
 /**
  * A statement whose text is made at its first use: for what every task writes, Kysely takes longer to make the text than SQLite to
- * run it. `build` must use each parameter as a value only; what depends on one belongs into the SQL.
+ * run it. `build` must use each parameter as a value only; what depends on one belongs into the SQL. No value may
+ * be undefined.
  */
 export function prepared<Parameters extends object, Row>(
   build: (parameters: Parameters) => Compilable<Row>,

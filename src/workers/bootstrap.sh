@@ -13,7 +13,7 @@
 #
 # The worker's folder holds: tasks/ (a copy of the task files), home/, tmp/, startup.sh (only with a startup
 # script), repositories.sh and secret-<n> (only with repositories), environment.sh and notes (only in
-# containers), and, written here, exit: "<phase> <exit code> <words>". TASK_FOLDER is where the task runs: tasks, or a repository below home.
+# containers), and, written here, exit: "<phase> <exit code> <words>" (on local workers "begun" until then). TASK_FOLDER is where the task runs: tasks, or a repository below home.
 # Needs only a POSIX system, and what the task itself needs; git 2.31 with repositories (2.37 pins addresses).
 
 # Our variables have names that no task uses: one that came with the environment would reach the task changed.

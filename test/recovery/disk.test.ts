@@ -119,16 +119,32 @@ describe.concurrent('on a full disk', () => {
     TIMEOUT_MS,
   )
 
-  test(
-    'tasks whose worker cannot be made fail, say so and leave nothing, and later ones run',
-    async (context) => {
+  test.for([
+    // Enough to begin with a worker's folder, not to finish it.
+    {
+      folder: 'a new folder',
+      warmUps: [],
+      inodesLeft: 3,
+      taskIds: ['no-room-1', 'no-room-2', 'no-room-3'],
+    },
+    // What is thrown away then makes room for the next one.
+    { folder: 'a used folder', warmUps: ['warm-up'], inodesLeft: 0, taskIds: ['no-room-1'] },
+  ])(
+    'tasks whose worker cannot be made in $folder fail, say so and leave nothing, and later ones run',
+    { timeout: TIMEOUT_MS },
+    async ({ warmUps, inodesLeft, taskIds }, context) => {
       await using disk = mountSmallDisk(context, 'size=32m,nr_inodes=400')
       const dataDir = join(disk.folder, 'data')
       await using stage = await startStage({ dataDir, env: { MAX_CONCURRENT_TASKS: '2' } })
       const service = await stage.start()
-      // Enough to begin with a worker's folder, not to finish it.
-      disk.fillInodes(3)
-      const taskIds = ['no-room-1', 'no-room-2', 'no-room-3']
+      for (const taskId of warmUps) {
+        await stage.open(taskId, 'before', 'during', 'after')
+        await stage.submit(service, taskId, 'r-story.sh')
+        await finalTask(service, taskId)
+      }
+      await expectNoWorkers(service, dataDir)
+
+      disk.fillInodes(inodesLeft)
       for (const taskId of taskIds) await stage.submit(service, taskId, 'r-story.sh')
       for (const taskId of taskIds) {
         expect(await finalTask(service, taskId)).toMatchObject({
@@ -145,7 +161,6 @@ describe.concurrent('on a full disk', () => {
       await stage.submit(service, 'later', 'r-story.sh')
       expect(await finalTask(service, 'later')).toMatchObject({ status: 'succeeded' })
     },
-    TIMEOUT_MS,
   )
 })
 

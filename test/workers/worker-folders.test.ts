@@ -15,7 +15,7 @@ import {
 import { tmpdir } from 'node:os'
 import { basename, join } from 'node:path'
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest'
-import type { Contents } from '../../src/workers/local/folders.ts'
+import { type Contents, hasStarted, readExit, readRecord } from '../../src/workers/local/folders.ts'
 import { WorkerFolders } from '../../src/workers/local/worker-folders.ts'
 
 const HOUR_MS = 3_600_000
@@ -117,6 +117,10 @@ describe('the folder of a worker whose task', () => {
       symlinkSync(join(root, 'elsewhere'), join(folder, 'exit'))
       linkSync(join(folder, 'worker.json'), join(root, 'kept'))
     },
+    'left what Python compiled': (folder) => {
+      mkdirSync(join(folder, 'tasks', '__pycache__'))
+      writeFileSync(join(folder, 'tasks', '__pycache__', 'a.pyc'), '')
+    },
     'opened its own folder to all': (folder) => chmodSync(folder, 0o755),
     'removed its folder': (folder) => rmSync(folder, { recursive: true }),
   }
@@ -183,6 +187,28 @@ describe('the next worker has the tasks as they are by then, when meanwhile', ()
       })
     }
   }
+})
+
+test('what somebody writes into a spare folder does not reach the next worker', () => {
+  const fresh = everything(prepared('worker'))
+  folders.release(join(workersDir, 'worker'))
+  const [spare = ''] = readdirSync(sparesDir)
+  writeFileSync(join(sparesDir, spare, 'tasks', 'task.sh'), 'echo no\n')
+  expect(everything(prepared('worker'))).toEqual(fresh)
+})
+
+test('a spare folder tells of no task, should the power fail before the next one is on the disk', () => {
+  const folder = prepared('worker')
+  writeFileSync(join(folder, 'exit'), 'task 0\n', { flag: 'r+' })
+  folders.release(folder)
+  const [spare = ''] = readdirSync(sparesDir)
+  const left = join(sparesDir, spare)
+  expect(['exit', 'worker.json'].map((name) => statSync(join(left, name)).size)).toEqual([0, 0])
+  expect([readRecord(left), readExit(left), hasStarted(left)]).toEqual([
+    undefined,
+    undefined,
+    false,
+  ])
 })
 
 test('what was there under the name of a worker makes room', () => {

@@ -2,9 +2,7 @@
 import {
   chmodSync,
   closeSync,
-  constants,
-  fstatSync,
-  ftruncateSync,
+  existsSync,
   lstatSync,
   openSync,
   readdirSync,
@@ -12,6 +10,7 @@ import {
   readSync,
   rmSync,
   statSync,
+  truncateSync,
   writeFileSync,
 } from 'node:fs'
 import { join } from 'node:path'
@@ -44,7 +43,7 @@ const EXIT_LENGTH = 11
 
 /** Empty when a task begins. */
 export const DIRECTORIES: readonly string[] = ['home', 'tmp']
-/** Written anew for each task. */
+/** Written anew for each task: empty until then. */
 export const REWRITTEN: readonly string[] = ['exit', 'worker.json']
 
 /** Puts all that a task needs into a folder that has its directories and the tasks. */
@@ -56,29 +55,34 @@ export function fill(folder: string, contents: Contents): void {
   const lines = notes.map((note) => `[task-runner] ${note}\n`).join('')
   writeFileSync(join(folder, 'log'), lines, { mode: 0o600 })
   // Made here for its mode, and with room for what the shell writes over it: a disk may be full by then.
-  writeOver(join(folder, 'exit'), `${' '.repeat(EXIT_LENGTH)}\n`)
-  writeOver(join(folder, 'worker.json'), JSON.stringify(contents.record))
+  write(join(folder, 'exit'), `${' '.repeat(EXIT_LENGTH)}\n`)
+  write(join(folder, 'worker.json'), JSON.stringify(contents.record))
 }
 
-/** Emptying a file first would cost its blocks, and ext4 writes them to the disk when it is closed. */
-function writeOver(path: string, text: string): void {
-  const content = Buffer.from(text)
-  const file = openSync(path, constants.O_WRONLY | constants.O_CREAT, 0o600)
-  try {
-    writeFileSync(file, content)
-    if (fstatSync(file).size > content.length) ftruncateSync(file, content.length)
-  } finally {
-    closeSync(file)
+/** Into an empty file, or a new one. */
+function write(path: string, text: string): void {
+  writeFileSync(path, text, { flag: 'a', mode: 0o600 })
+}
+
+/**
+ * Empties what `fill` writes, for the next worker. Not only then: with the power gone, a file that was emptied earlier is empty or what was
+ * written since, never what was in it before; and ext4 would write to the disk at once what follows an emptying in the same breath.
+ */
+export function empty(folder: string): void {
+  for (const name of REWRITTEN) {
+    const path = join(folder, name)
+    if (existsSync(path)) truncateSync(path)
   }
 }
 
+/** Undefined also after a loss of power that took what was written. */
 export function readRecord(folder: string): WorkerRecord | undefined {
   const json = readIfThere(join(folder, 'worker.json'))
   // Holds: it was written whole before the folder had its name, and only we may enter.
-  return json === undefined ? undefined : (JSON.parse(json) as WorkerRecord)
+  return json ? (JSON.parse(json) as WorkerRecord) : undefined
 }
 
-/** True once the slot shell has begun with the task: from then on it must not be run again. */
+/** True once the slot shell has begun with the task, and after its end: it must not be run again. Before, there are blanks. */
 export function hasStarted(folder: string): boolean {
   return /^\w/.test(readIfThere(join(folder, 'exit')) ?? '')
 }

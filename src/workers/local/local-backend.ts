@@ -126,8 +126,9 @@ export class LocalBackend implements WorkerBackend {
   }
 
   #send(): void {
-    this.#thread.postMessage(this.#outgoing)
+    const calls = this.#outgoing
     this.#outgoing = []
+    this.#thread.postMessage(calls)
   }
 
   #fail(err: unknown): void {

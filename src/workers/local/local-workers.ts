@@ -91,18 +91,23 @@ export class LocalWorkers {
 
   /** Idempotent by name: a task that was started is attached to, never started again. */
   provision(spec: WorkerSpec, notes: string[]): Promise<WorkerInfo> {
-    const making = this.#making.get(spec.name) ?? this.#make(spec, notes)
-    this.#making.set(spec.name, making)
+    const { name } = spec
+    const underWay = this.#making.get(name)
+    if (underWay) return underWay
+    const isWanted = () => this.#making.get(name) === making
+    const making = this.#make(spec, notes, isWanted).finally(() => {
+      if (isWanted()) this.#making.delete(name)
+    })
+    this.#making.set(name, making)
     return making
   }
 
-  async #make(spec: WorkerSpec, notes: string[]): Promise<WorkerInfo> {
+  async #make(spec: WorkerSpec, notes: string[], isWanted: () => boolean): Promise<WorkerInfo> {
     const folder = this.#folder(spec.name)
     const existing = await this.#existing(spec.name)
-    const isWanted = this.#making.delete(spec.name)
     if (existing) return existing
     // Whoever waited for it has given up meanwhile: it must not run later.
-    if (!isWanted) throw new Error('terminated while it was being made')
+    if (!isWanted()) throw new Error('terminated while it was being made')
     const slot = this.#idleSlots.pop() ?? this.#startSlot()
     const record: folders.WorkerRecord = {
       name: spec.name,

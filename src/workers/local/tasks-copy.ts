@@ -27,6 +27,7 @@ export interface TasksCopy {
 /** Clocks of file systems tick every 10 ms or faster: a file may change again in the tick in which it was looked at. */
 const SETTLED_MS = 1000
 const NEVER = ''
+const MAYBE = { throwIfNoEntry: false } as const
 
 /**
  * Makes `to` a copy of the tasks folder; nothing is done where the `last` copy, untouched since, still is one. Reflinks where
@@ -42,14 +43,17 @@ export function copyTasks(
   const root = realpathSync.native(tasksDir)
   const skip = notCopied.map((path) => realpathSync.native(path))
   const isSettledAt = Date.now() - SETTLED_MS
-  const { print, changedAt } = look(root, skip)
-  if (last?.original === print && existsSync(to)) return last
+  const { print, changedAt } = look(root, (folder) => entriesOf(folder, skip))
+  if (last?.original === print && isUntouched(to, last)) return last
   rmSync(to, { recursive: true, force: true })
   copyFolder(root, to, root, skip)
   return { original: changedAt < isSettledAt ? print : NEVER, copy: look(to).print }
 }
 
-/** False also when it is gone. A write shows even in the tick of the copying: the copies have the times of their originals. */
+/**
+ * False also when it is gone. A write to a file shows even in the tick of the copying: copies have the times of their originals.
+ * Asked before each use, too: what the finder of leftovers does not know may have written since the last one.
+ */
 export function isUntouched(folder: string, { copy }: TasksCopy): boolean {
   return existsSync(folder) && look(folder).print === copy
 }
@@ -81,25 +85,30 @@ function copyFile(source: string, target: string): void {
   utimesSync(target, atime, mtime)
 }
 
-/** `changedAt`: milliseconds since the epoch. */
-function look(root: string, skip: readonly string[] = []): { print: string; changedAt: number } {
+/** `changedAt`: milliseconds since the epoch. On a network file system as new as its cache of attributes. */
+function look(
+  root: string,
+  entriesIn = (folder: string) => readdirSync(folder, { withFileTypes: true }),
+): { print: string; changedAt: number } {
   const lines: string[] = []
   let changedAt = 0
-  const add = (path: string, { ino, mode, size, mtimeMs, ctimeMs }: Stats) => {
+  const add = (path: string, stats: Stats | undefined) => {
+    const { ino, mode, size, mtimeMs, ctimeMs } = stats ?? {}
     lines.push([relative(root, path), ino, mode, size, mtimeMs, ctimeMs].join(' '))
-    changedAt = Math.max(changedAt, ctimeMs)
+    // What went away while we look is changing just now.
+    changedAt = Math.max(changedAt, ctimeMs ?? Number.POSITIVE_INFINITY)
   }
   const walk = (folder: string) => {
     add(folder, lstatSync(folder))
-    for (const entry of entriesOf(folder, skip)) {
+    for (const entry of entriesIn(folder)) {
       const path = join(folder, entry.name)
       if (entry.isDirectory() && !LINKED.includes(entry.name)) {
         walk(path)
         continue
       }
-      add(path, lstatSync(path))
+      add(path, lstatSync(path, MAYBE))
       // Links may lead nowhere, or in a circle.
-      if (entry.isSymbolicLink() && existsSync(path)) add(path, statSync(path))
+      if (entry.isSymbolicLink() && existsSync(path)) add(path, statSync(path, MAYBE))
     }
   }
   walk(root)

@@ -45,6 +45,7 @@ function say(answer: Answer): void {
 }
 
 function tell(): void {
-  port?.postMessage(answers)
+  const told = answers
   answers = []
+  port?.postMessage(told)
 }

@@ -1,7 +1,7 @@
 import { randomUUID } from 'node:crypto'
 import { lstatSync, mkdirSync, readdirSync, renameSync } from 'node:fs'
 import { dirname, join } from 'node:path'
-import { type Contents, DIRECTORIES, fill, REWRITTEN, remove } from './folders.ts'
+import { type Contents, DIRECTORIES, empty, fill, REWRITTEN, remove } from './folders.ts'
 import { copyTasks, isUntouched, type TasksCopy } from './tasks-copy.ts'
 
 /** More than run at a time on most machines. */
@@ -64,7 +64,9 @@ export class WorkerFolders {
     const spare = this.#spareFolder()
     if (prints && this.#spares.length < SPARES_MAX && isMoved(folder, spare)) {
       try {
-        this.#spares.push({ folder: spare, tasks: removeChanged(spare, prints) })
+        const tasks = removeChanged(spare, prints)
+        empty(spare)
+        this.#spares.push({ folder: spare, tasks })
       } catch {
         remove(spare)
       }
