@@ -158,12 +158,19 @@ export class ClusterView {
     return (await this.#api.json<{ items: CoreV1Event[] }>('GET', path, { query, signal })).items
   }
 
-  /** Until something about the Job, or `any`, has changed, or a moment has passed. Rejects when `signal` aborts. */
-  async change(jobUid: string, signal: AbortSignal): Promise<void> {
+  /**
+   * Until something about the Job, or `any`, has changed, or a moment has passed: false then. Rejects when `signal` aborts.
+   */
+  async change(jobUid: string, signal: AbortSignal): Promise<boolean> {
     const late = AbortSignal.timeout(this.lookMs)
     const either = AbortSignal.any([signal, late])
-    await once(this.#changes, jobUid, { signal: either }).catch(() => {})
+    const changed = once(this.#changes, jobUid, { signal: either })
+    const isNews = await changed.then(
+      () => true,
+      () => false,
+    )
     signal.throwIfAborted()
+    return isNews
   }
 
   /** Repeats a step while the API does not answer. Rejects when `signal` aborts. */

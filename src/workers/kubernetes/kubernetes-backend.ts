@@ -416,8 +416,8 @@ export class KubernetesBackend implements WorkerBackend {
     const isThere = () => this.#view.job(uid) !== undefined || this.#view.pod(uid) !== undefined
     try {
       while (isThere()) {
-        await this.#view.change(uid, signal)
-        if (!isThere()) break
+        // Job and pod are often seen to go one after the other.
+        if ((await this.#view.change(uid, signal)) || !isThere()) continue
         // Watches may be late: whether it is gone is asked.
         const asked = await this.#view.look(name, uid, signal)
         if (!asked.job && !asked.pod) break
