@@ -1,4 +1,5 @@
-import { Agent, request } from 'undici'
+import { Agent, type Dispatcher } from 'undici'
+import { Deadline } from '../core/deadline.ts'
 import type { AttemptResult, CallbackSender } from '../core/ports.ts'
 import { encodeCallback } from '../wire/callback.ts'
 import { signatures } from '../wire/signature.ts'
@@ -31,7 +32,7 @@ export class HttpCallbackSender implements CallbackSender {
     this.#agent = new Agent({
       allowH2: false,
       connections: CONNECTIONS_PER_ORIGIN,
-      // undici honours no abort signal while it connects (nodejs/undici#386): this ends what is left behind.
+      // Nothing aborts a connection that is being made (nodejs/undici#386): this ends what is left behind.
       connect: options.guard.connector({ timeoutMs: options.timeoutMs }),
       // A POST on a connection that the receiver is just closing fails: keep idle ones only briefly.
       keepAliveTimeout: 1_000,
@@ -45,19 +46,12 @@ export class HttpCallbackSender implements CallbackSender {
   ): Promise<AttemptResult> {
     const refusal = this.#options.guard.refusal(new URL(delivery.url))
     if (refusal !== undefined) return BLOCKED
-    const deadline = AbortSignal.any([signal, AbortSignal.timeout(this.#options.timeoutMs)])
-    const overdue = Promise.withResolvers<never>()
-    // A turn later: an attempt that has its status already still gets to tell it.
-    const onOverdue = () => setImmediate(() => overdue.reject(deadline.reason))
-    deadline.addEventListener('abort', onOverdue)
-    if (deadline.aborted) onOverdue()
+    using deadline = new Deadline(this.#options.timeoutMs, [signal])
     try {
-      return await Promise.race([this.#postOnce(delivery, deadline), overdue.promise])
+      return await this.#postOnce(delivery, deadline.signal)
     } catch (err) {
       if (err instanceof BlockedAddressError) return BLOCKED
       return { statusCode: null, error: coarse(err), retryAfterMs: null }
-    } finally {
-      deadline.removeEventListener('abort', onOverdue)
     }
   }
 
@@ -88,34 +82,100 @@ export class HttpCallbackSender implements CallbackSender {
   ): Promise<AttemptResult> {
     const { timeoutMs, userAgent, signingKeys } = this.#options
     const { webhookId: id, timestamp } = delivery
-    const answer = await request(delivery.url, {
-      dispatcher: this.#agent,
-      method: 'POST',
-      body,
-      signal,
-      headersTimeout: timeoutMs,
-      bodyTimeout: timeoutMs,
-      headers: {
-        'content-type': 'application/json',
-        'user-agent': userAgent,
-        ...(delivery.token === null ? {} : { authorization: `Bearer ${delivery.token}` }),
-        ...(delivery.traceparent === null ? {} : { traceparent: delivery.traceparent }),
-        'webhook-id': id,
-        'webhook-timestamp': String(timestamp),
-        ...(signingKeys.length === 0
-          ? {}
-          : { 'webhook-signature': signatures(signingKeys, { id, timestamp, body }) }),
+    const { origin, pathname, search } = new URL(delivery.url)
+    const answer = new Answer(signal)
+    this.#agent.dispatch(
+      {
+        origin,
+        path: pathname + search,
+        method: 'POST',
+        body,
+        headersTimeout: timeoutMs,
+        bodyTimeout: timeoutMs,
+        headers: {
+          'content-type': 'application/json',
+          'user-agent': userAgent,
+          ...(delivery.token === null ? {} : { authorization: `Bearer ${delivery.token}` }),
+          ...(delivery.traceparent === null ? {} : { traceparent: delivery.traceparent }),
+          'webhook-id': id,
+          'webhook-timestamp': String(timestamp),
+          ...(signingKeys.length === 0
+            ? {}
+            : { 'webhook-signature': signatures(signingKeys, { id, timestamp, body }) }),
+        },
       },
-    })
-    // The status decides; what a broken answer did after it does not matter.
-    await answer.body.dump({ limit: ANSWER_BYTES_MAX, signal }).catch(() => {})
-    const { statusCode } = answer
+      answer,
+    )
+    const { statusCode, retryAfter } = await answer.head()
     const ok = statusCode >= 200 && statusCode < 300
     return {
       statusCode,
       error: ok ? null : `the receiver answered ${statusCode}`,
-      retryAfterMs: retryAfterMs(answer.headers['retry-after'], Date.now()),
+      retryAfterMs: retryAfterMs(retryAfter, Date.now()),
     }
+  }
+}
+
+type Head = { statusCode: number; retryAfter: string | string[] | undefined }
+
+/** Hears an answer to its end, or to its limit. Its status decides; what a broken one did after that does not matter. */
+class Answer implements Dispatcher.DispatchHandler {
+  readonly #signal: AbortSignal
+  readonly #end = Promise.withResolvers<Head>()
+  #controller: Dispatcher.DispatchController | undefined
+  #head: Head | undefined
+  #bytes = 0
+
+  constructor(signal: AbortSignal) {
+    this.#signal = signal
+  }
+
+  /** Throws what ended the connection before there was a status, or the signal's reason. */
+  async head(): Promise<Head> {
+    // While it connects undici has nothing to abort: then the signal ends the waiting, and the request at its start.
+    const onAbort = () => {
+      this.#controller?.abort(this.#signal.reason)
+      this.#fail(this.#signal.reason)
+    }
+    this.#signal.addEventListener('abort', onAbort)
+    if (this.#signal.aborted) onAbort()
+    try {
+      return await this.#end.promise
+    } finally {
+      this.#signal.removeEventListener('abort', onAbort)
+    }
+  }
+
+  onRequestStart(controller: Dispatcher.DispatchController): void {
+    if (this.#signal.aborted) controller.abort(this.#signal.reason)
+    this.#controller = controller
+  }
+
+  onResponseStart(
+    _: Dispatcher.DispatchController,
+    statusCode: number,
+    headers: Record<string, string | string[] | undefined>,
+  ): void {
+    // Others announce an answer.
+    if (statusCode >= 200) this.#head = { statusCode, retryAfter: headers['retry-after'] }
+  }
+
+  onResponseData(controller: Dispatcher.DispatchController, chunk: Buffer): void {
+    this.#bytes += chunk.length
+    if (this.#bytes > ANSWER_BYTES_MAX) controller.abort(new Error('the answer is too long'))
+  }
+
+  onResponseEnd(): void {
+    this.#fail(new Error('the answer has no status'))
+  }
+
+  onResponseError(_: Dispatcher.DispatchController, err: Error): void {
+    this.#fail(err)
+  }
+
+  #fail(err: Error): void {
+    if (this.#head) this.#end.resolve(this.#head)
+    else this.#end.reject(err)
   }
 }
 

@@ -1,5 +1,6 @@
 import { setTimeout as pause } from 'node:timers/promises'
 import type { CallbackDispatcher } from './callbacks.ts'
+import { Deadline } from './deadline.ts'
 import { TaskRunnerError } from './errors.ts'
 import { type Masker, maskedTail } from './masking.ts'
 import { Membership } from './membership.ts'
@@ -236,11 +237,8 @@ export class TaskRunner {
       letGo.throwIfAborted()
       return worker
     }
-    const signal = AbortSignal.any([
-      letGo,
-      cancelled,
-      AbortSignal.timeout(this.#options.provisioningTimeoutMs),
-    ])
+    using deadline = new Deadline(this.#options.provisioningTimeoutMs, [letGo, cancelled])
+    const { signal } = deadline
     const setup = this.#options.setup.specFor(task)
     const { spec, secretValues } = await until(setup, signal).catch(async (err: unknown) => {
       // What a worker needs may be gone, and the worker there all the same: from a run that a crash cut short.
@@ -258,7 +256,7 @@ export class TaskRunner {
     }
     const sure = async () => this.#membership?.sure(signal)
     await sure()
-    return this.#backend.provision(spec, signal, sure)
+    return await this.#backend.provision(spec, signal, sure)
   }
 
   /** Waits for the task's exit, a cancel, or its time limit. Undefined: we are shutting down. */
@@ -268,14 +266,12 @@ export class TaskRunner {
     cancelled: AbortSignal,
     letGo: AbortSignal,
   ): Promise<Outcome | undefined> {
-    const deadline = task.startedAt + task.timeoutSeconds * 1000
-    const timeLimit = new AbortController()
-    const timer = setTimeout(() => timeLimit.abort(), Math.max(0, deadline - this.#options.now()))
-    const interrupted = AbortSignal.any([letGo, cancelled, timeLimit.signal])
+    const endsAt = task.startedAt + task.timeoutSeconds * 1000
+    using deadline = new Deadline(Math.max(0, endsAt - this.#options.now()), [letGo, cancelled])
     try {
-      return this.#outcomeOf(await worker.completion(interrupted), task)
+      return this.#outcomeOf(await worker.completion(deadline.signal), task)
     } catch (err) {
-      if (!interrupted.aborted) throw err
+      if (!deadline.signal.aborted) throw err
       if (letGo.aborted) return undefined
       await this.#membership?.sure(letGo)
       // It may have ended in time, with nobody here to see it.
@@ -286,8 +282,6 @@ export class TaskRunner {
       return cancelled.aborted
         ? CANCELLED
         : failure('timed_out', `Ran longer than its limit of ${task.timeoutSeconds} seconds`)
-    } finally {
-      clearTimeout(timer)
     }
   }
 
