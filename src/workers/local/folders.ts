@@ -2,7 +2,6 @@
 import {
   chmodSync,
   closeSync,
-  existsSync,
   lstatSync,
   openSync,
   readdirSync,
@@ -70,8 +69,11 @@ function write(path: string, text: string): void {
  */
 export function empty(folder: string): void {
   for (const name of REWRITTEN) {
-    const path = join(folder, name)
-    if (existsSync(path)) truncateSync(path)
+    try {
+      truncateSync(join(folder, name))
+    } catch (err) {
+      ignoreMissing(err)
+    }
   }
 }
 
@@ -146,7 +148,11 @@ function readIfThere(path: string): string | undefined {
   try {
     return readFileSync(path, 'utf8')
   } catch (err) {
-    if ((err as NodeJS.ErrnoException).code === 'ENOENT') return undefined
-    throw err
+    ignoreMissing(err)
+    return undefined
   }
+}
+
+function ignoreMissing(err: unknown): void {
+  if ((err as NodeJS.ErrnoException).code !== 'ENOENT') throw err
 }

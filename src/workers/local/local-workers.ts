@@ -1,4 +1,4 @@
-import { mkdirSync, readdirSync } from 'node:fs'
+import { existsSync, mkdirSync, readdirSync } from 'node:fs'
 import { join } from 'node:path'
 import { setTimeout as pause } from 'node:timers/promises'
 import type { Completion, LogTail, WorkerSpec, WorkerStatus } from '../../core/ports.ts'
@@ -77,9 +77,9 @@ export class LocalWorkers {
 
   constructor(settings: LocalSettings) {
     this.#settings = settings
+    mkdirSync(settings.workersDir, { recursive: true, mode: 0o700 })
     this.#folders = new WorkerFolders(settings.workersDir)
     this.#leftovers = new LeftoverFinder(settings.workersDir)
-    mkdirSync(settings.workersDir, { recursive: true, mode: 0o700 })
     // A folder without its record was being made when the service was killed: nothing runs in it.
     for (const name of readdirSync(settings.workersDir)) {
       const folder = this.#folder(name)
@@ -236,7 +236,8 @@ export class LocalWorkers {
   /** What an earlier process made of the name. Undefined: nothing was started. */
   async #existing(name: string): Promise<WorkerInfo | undefined> {
     const folder = this.#folder(name)
-    const record = folders.readRecord(folder)
+    // Nearly always there is none, which this tells sooner than the failure to read it.
+    const record = existsSync(folder) ? folders.readRecord(folder) : undefined
     if (!record) return undefined
     if (this.#live.has(name)) return this.#info(record)
     // Its shell either has the job in its pipe and is about to start it, or sees the pipe's end and goes.
@@ -307,7 +308,7 @@ export class LocalWorkers {
    * cannot be ended (another user's, or stuck in the kernel).
    */
   async #endLeftovers(name: string): Promise<boolean> {
-    const slot = folders.readRecord(this.#folder(name))?.slot
+    const { slot } = this.#live.get(name)?.record ?? folders.readRecord(this.#folder(name)) ?? {}
     // The group counts while the shell is this worker's, and after it has gone. A shell that serves another
     // worker by now, or a process that got its number, has a group of others.
     const isOwn = slot && (this.#live.has(name) || identify(slot.pid) === undefined)

@@ -31,8 +31,8 @@ const MAYBE = { throwIfNoEntry: false } as const
 
 /**
  * Makes `to` a copy of the tasks folder; nothing is done where the `last` copy, untouched since, still is one. Reflinks where
- * the disk can. Links are followed inside the tasks folder, and left out where they leave it. `notCopied`: folders that may
- * lie in there.
+ * the disk can. Links are followed inside the tasks folder, and left out where they leave it. `notCopied`: real paths of folders that
+ * may lie in there.
  */
 export function copyTasks(
   tasksDir: string,
@@ -41,12 +41,11 @@ export function copyTasks(
   last: TasksCopy | undefined,
 ): TasksCopy {
   const root = realpathSync.native(tasksDir)
-  const skip = notCopied.map((path) => realpathSync.native(path))
   const isSettledAt = Date.now() - SETTLED_MS
-  const { print, changedAt } = look(root, (folder) => entriesOf(folder, skip))
+  const { print, changedAt } = look(root, (folder) => entriesOf(folder, notCopied))
   if (last?.original === print && isUntouched(to, last)) return last
   rmSync(to, { recursive: true, force: true })
-  copyFolder(root, to, root, skip)
+  copyFolder(root, to, root, notCopied)
   return { original: changedAt < isSettledAt ? print : NEVER, copy: look(to).print }
 }
 

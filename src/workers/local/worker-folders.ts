@@ -1,6 +1,14 @@
 import { randomUUID } from 'node:crypto'
-import { lstatSync, mkdirSync, readdirSync, renameSync } from 'node:fs'
-import { dirname, join } from 'node:path'
+import {
+  existsSync,
+  lstatSync,
+  mkdirSync,
+  readdirSync,
+  realpathSync,
+  renameSync,
+  unlinkSync,
+} from 'node:fs'
+import { basename, dirname, join } from 'node:path'
 import { type Contents, DIRECTORIES, empty, fill, REWRITTEN, remove } from './folders.ts'
 import { copyTasks, isUntouched, type TasksCopy } from './tasks-copy.ts'
 
@@ -9,7 +17,7 @@ const SPARES_MAX = 64
 
 /** What must not have changed. */
 interface Prints {
-  byName: Readonly<Record<string, string>>
+  byName: ReadonlyMap<string, string>
   tasks: TasksCopy
 }
 
@@ -30,11 +38,15 @@ export class WorkerFolders {
   readonly #spares: Spare[] = []
   /** Of the workers that got their folder here. */
   readonly #prints = new Map<string, Prints>()
+  /** They may lie in the tasks folder. */
+  readonly #notCopied: readonly string[]
 
   constructor(workersDir: string) {
     this.#sparesDir = `${workersDir}-spare`
     // Of a service that was killed.
     remove(this.#sparesDir)
+    const around = realpathSync.native(dirname(workersDir))
+    this.#notCopied = [workersDir, this.#sparesDir].map((path) => join(around, basename(path)))
   }
 
   /** Makes the folder ready for its task. It comes to its place by renaming: once it is there, it is whole. */
@@ -42,11 +54,10 @@ export class WorkerFolders {
     const spare = this.#spares.pop()
     const draft = spare?.folder ?? this.#spareFolder()
     try {
-      for (const name of DIRECTORIES) {
-        mkdirSync(join(draft, name), { recursive: true, mode: 0o700 })
+      for (const path of DIRECTORIES.map((name) => join(draft, name))) {
+        if (!existsSync(path)) mkdirSync(path, { recursive: true, mode: 0o700 })
       }
-      const notCopied = [dirname(folder), this.#sparesDir]
-      const tasks = copyTasks(tasksDir, join(draft, 'tasks'), notCopied, spare?.tasks)
+      const tasks = copyTasks(tasksDir, join(draft, 'tasks'), this.#notCopied, spare?.tasks)
       fill(draft, contents)
       const byName = printsOf(draft)
       moveTo(folder, draft)
@@ -109,25 +120,28 @@ function isMoved(from: string, to: string): boolean {
 
 /** What is left of the tasks. Throws when the folder is of no more use. */
 function removeChanged(folder: string, { byName, tasks }: Prints): TasksCopy | undefined {
-  if (printOf(folder) !== byName['.']) throw new Error('the folder itself was changed')
+  if (printOf(folder) !== byName.get('.')) throw new Error('the folder itself was changed')
   let left: TasksCopy | undefined
-  for (const name of readdirSync(folder)) {
+  for (const entry of readdirSync(folder, { withFileTypes: true })) {
+    const { name } = entry
     const path = join(folder, name)
     if (name === 'tasks' && isUntouched(path, tasks)) {
       left = tasks
       continue
     }
-    const isAsItWas = byName[name] !== undefined && printOf(path, name) === byName[name]
-    if (!isAsItWas || (DIRECTORIES.includes(name) && readdirSync(path).length > 0)) remove(path)
+    const isAsItWas = byName.has(name) && printOf(path, name) === byName.get(name)
+    if (isAsItWas && !(DIRECTORIES.includes(name) && readdirSync(path).length > 0)) continue
+    if (entry.isDirectory()) remove(path)
+    else unlinkSync(path)
   }
   return left
 }
 
 function printsOf(folder: string): Prints['byName'] {
   const names = [...DIRECTORIES, ...REWRITTEN]
-  return Object.fromEntries([
+  return new Map([
     ['.', printOf(folder)],
-    ...names.map((name) => [name, printOf(join(folder, name), name)]),
+    ...names.map((name): [string, string] => [name, printOf(join(folder, name), name)]),
   ])
 }
 
