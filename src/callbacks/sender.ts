@@ -7,7 +7,6 @@ import { type AddressGuard, BlockedAddressError } from './address-guard.ts'
 
 /** Of the answer; a receiver that sends more loses its connection, not its status. */
 const ANSWER_BYTES_MAX = 64 * 1024
-const CONNECTIONS_PER_ORIGIN = 16
 
 /** A connection that was kept open and fails sooner than this was closed by the receiver meanwhile. */
 const STALE_MS = 1_000
@@ -30,8 +29,8 @@ export class HttpCallbackSender implements CallbackSender {
   constructor(options: SenderOptions) {
     this.#options = options
     this.#agent = new Agent({
+      // As many connections as attempts: one that was given up while it connects must not stand before others in a queue.
       allowH2: false,
-      connections: CONNECTIONS_PER_ORIGIN,
       // Nothing aborts a connection that is being made (nodejs/undici#386): this ends what is left behind.
       connect: options.guard.connector({ timeoutMs: options.timeoutMs }),
       // A POST on a connection that the receiver is just closing fails: keep idle ones only briefly.
@@ -80,6 +79,7 @@ export class HttpCallbackSender implements CallbackSender {
     body: Buffer,
     signal: AbortSignal,
   ): Promise<AttemptResult> {
+    signal.throwIfAborted()
     const { timeoutMs, userAgent, signingKeys } = this.#options
     const { webhookId: id, timestamp } = delivery
     const { origin, pathname, search } = new URL(delivery.url)
@@ -132,13 +132,12 @@ class Answer implements Dispatcher.DispatchHandler {
 
   /** Throws what ended the connection before there was a status, or the signal's reason. */
   async head(): Promise<Head> {
-    // While it connects undici has nothing to abort: then the signal ends the waiting, and the request at its start.
+    // While it connects there is nothing to abort: then the signal ends the waiting, and the request at its start.
     const onAbort = () => {
       this.#controller?.abort(this.#signal.reason)
-      this.#fail(this.#signal.reason)
+      this.#settle(this.#signal.reason)
     }
     this.#signal.addEventListener('abort', onAbort)
-    if (this.#signal.aborted) onAbort()
     try {
       return await this.#end.promise
     } finally {
@@ -166,14 +165,14 @@ class Answer implements Dispatcher.DispatchHandler {
   }
 
   onResponseEnd(): void {
-    this.#fail(new Error('the answer has no status'))
+    this.#settle()
   }
 
   onResponseError(_: Dispatcher.DispatchController, err: Error): void {
-    this.#fail(err)
+    this.#settle(err)
   }
 
-  #fail(err: Error): void {
+  #settle(err?: unknown): void {
     if (this.#head) this.#end.resolve(this.#head)
     else this.#end.reject(err)
   }

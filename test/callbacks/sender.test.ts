@@ -53,11 +53,31 @@ afterEach(async () => {
   for (const cleanup of cleanups.splice(0).reverse()) await cleanup()
 })
 
-function sender(timeoutMs = TIMEOUT_MS): HttpCallbackSender {
+/** Counts connections that are asked for, and may hold them up. */
+class CountingGuard extends AddressGuard {
+  asked = 0
+  /** What fails each of those that are held. Undefined: none is. */
+  held: Array<() => void> | undefined
+
+  constructor() {
+    super(['loopback'])
+  }
+
+  override connector(options: { timeoutMs: number }): ReturnType<AddressGuard['connector']> {
+    const connect = super.connector(options)
+    return (target, done) => {
+      this.asked += 1
+      if (this.held) this.held.push(() => done(new Error('held for too long'), null))
+      else connect(target, done)
+    }
+  }
+}
+
+function sender(timeoutMs = TIMEOUT_MS, guard = new AddressGuard(['loopback'])) {
   const made = new HttpCallbackSender({
     timeoutMs,
     userAgent: 'task-runner/test',
-    guard: new AddressGuard(['loopback']),
+    guard,
     signingKeys: [],
   })
   cleanups.push(() => made.close())
@@ -242,10 +262,30 @@ describe('HttpCallbackSender', () => {
         requests += 1
         response.end()
       })
-      const made = sender()
+      const guard = new CountingGuard()
+      const made = sender(TIMEOUT_MS, guard)
       expect((await made.send(delivery(url), AbortSignal.abort())).statusCode).toBeNull()
+      expect(guard.asked).toBe(0)
       expect((await made.send(delivery(url), NEVER)).statusCode).toBe(200)
       expect(requests).toBe(1)
+    })
+
+    test('those that were given up while they connected ask for no connection later', async () => {
+      const guard = new CountingGuard()
+      const held: Array<() => void> = []
+      guard.held = held
+      const made = sender(TIMEOUT_MS, guard)
+      const url = await http((_, response) => response.end())
+      const stop = new AbortController()
+      const attempts = Array.from({ length: 40 }, () => made.send(delivery(url), stop.signal))
+      await expect.poll(() => guard.asked).toBeGreaterThan(15)
+      stop.abort()
+      for (const { statusCode } of await Promise.all(attempts)) expect(statusCode).toBeNull()
+      guard.held = undefined
+      for (const fail of held) fail()
+      const before = guard.asked
+      expect((await made.send(delivery(url), NEVER)).statusCode).toBe(200)
+      expect(guard.asked).toBe(before + 1)
     })
   })
 

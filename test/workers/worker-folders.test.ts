@@ -227,6 +227,16 @@ test('nothing is spared of workers of an earlier process, nor what it had spared
   expect(readdirSync(workersDir)).toEqual([])
 })
 
+test('workers are not copied into each other where their folder is a link into the tasks folder', () => {
+  const big = join(root, 'tasks', 'big')
+  mkdirSync(join(big, 'workers'), { recursive: true })
+  rmSync(workersDir, { recursive: true })
+  symlinkSync(join(big, 'workers'), workersDir)
+  folders = new WorkerFolders(workersDir)
+  prepared('first')
+  expect(readdirSync(join(prepared('second'), 'tasks', 'big'))).toEqual([])
+})
+
 test('closing removes what was spared', () => {
   folders.release(prepared('first'))
   folders.close()

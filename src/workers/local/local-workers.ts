@@ -1,4 +1,4 @@
-import { existsSync, mkdirSync, readdirSync } from 'node:fs'
+import { lstatSync, mkdirSync, readdirSync } from 'node:fs'
 import { join } from 'node:path'
 import { setTimeout as pause } from 'node:timers/promises'
 import type { Completion, LogTail, WorkerSpec, WorkerStatus } from '../../core/ports.ts'
@@ -236,8 +236,9 @@ export class LocalWorkers {
   /** What an earlier process made of the name. Undefined: nothing was started. */
   async #existing(name: string): Promise<WorkerInfo | undefined> {
     const folder = this.#folder(name)
-    // Nearly always there is none, which this tells sooner than the failure to read it.
-    const record = existsSync(folder) ? folders.readRecord(folder) : undefined
+    // Nearly always there is none, which this tells sooner than the failure to read it. Any other failure is thrown.
+    const isThere = lstatSync(folder, { throwIfNoEntry: false }) !== undefined
+    const record = isThere ? folders.readRecord(folder) : undefined
     if (!record) return undefined
     if (this.#live.has(name)) return this.#info(record)
     // Its shell either has the job in its pipe and is about to start it, or sees the pipe's end and goes.

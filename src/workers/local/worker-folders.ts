@@ -41,12 +41,13 @@ export class WorkerFolders {
   /** They may lie in the tasks folder. */
   readonly #notCopied: readonly string[]
 
+  /** `workersDir` must be there. */
   constructor(workersDir: string) {
     this.#sparesDir = `${workersDir}-spare`
     // Of a service that was killed.
     remove(this.#sparesDir)
     const around = realpathSync.native(dirname(workersDir))
-    this.#notCopied = [workersDir, this.#sparesDir].map((path) => join(around, basename(path)))
+    this.#notCopied = [realpathSync.native(workersDir), join(around, basename(this.#sparesDir))]
   }
 
   /** Makes the folder ready for its task. It comes to its place by renaming: once it is there, it is whole. */
