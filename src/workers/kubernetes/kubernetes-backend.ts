@@ -1,5 +1,3 @@
-import { once } from 'node:events'
-import { createGzip } from 'node:zlib'
 import { KubeConfig, type V1Job } from '@kubernetes/client-node'
 import { TaskRunnerError } from '../../core/errors.ts'
 import {
@@ -11,43 +9,22 @@ import {
   type WorkerSpec,
 } from '../../core/ports.ts'
 import { until } from '../../core/until.ts'
-import { type ImageNames, imageFor } from '../image.ts'
-import { sharedTar } from '../worker-files.ts'
 import { ApiError, ApiUnreachableError, KubernetesApi } from './api.ts'
 import { ClusterView } from './cluster-view.ts'
-import { type Hindered, JobWatch } from './job-watch.ts'
-import {
-  ANNOTATIONS,
-  filesConfigMap,
-  type JobOptions,
-  LABELS,
-  OBJECT_BYTES_MAX,
-  ownSecret,
-  pullSecret,
-  workerJob,
-} from './manifests.ts'
+import { JobMaker, type JobSettings } from './job-maker.ts'
+import { JobWatch } from './job-watch.ts'
+import { ANNOTATIONS, LABELS } from './manifests.ts'
 import { statusOf } from './observation.ts'
 import { missingRights, type Right } from './rights.ts'
 
-export interface KubernetesSettings {
+export interface KubernetesSettings extends JobSettings {
   /** Undefined: `KUBECONFIG`, the user's own file, or the service account of the pod we run in. */
   kubeconfig?: string | undefined
   /** Undefined: that of the kubeconfig's context. */
   namespace: string | undefined
-  instance: string
-  tasksDir: string
-  images: ImageNames
-  serviceAccount: string
-  queue: string | undefined
-  workersMax: number
-  provisioningTimeoutMs: number
-  terminationGraceMs: number
-  keptWorkerMs: number
   logBytesKept: number
   /** How far logs were read, for after a restart. */
   logCursors?: LogCursors | undefined
-  /** The clock by which the age of workers is judged. */
-  now: () => number
   log: Logger
   /** Towards the API server. Default: 20 a second, 30 at once. */
   callsPerSecond?: number
@@ -80,7 +57,6 @@ export const RIGHTS: readonly Right[] = [
   { group: '', resource: 'secrets', verbs: ['create'] },
 ]
 const RIGHTS_KNOWN_MS = 300_000
-const FILES_KNOWN_MS = 1_000
 /** For a worker to go after its grace period. */
 const GONE_MS = 10_000
 
@@ -91,15 +67,11 @@ export class KubernetesBackend implements WorkerBackend {
   readonly #api: KubernetesApi
   readonly #namespace: string
   readonly #view: ClusterView
+  readonly #maker: JobMaker
   /** By the uid of their Job. */
   readonly #watches = new Map<string, JobWatch>()
   readonly #making = new Map<string, Promise<Worker>>()
-  /** Names of workers that may be made, and may not be seen yet. */
-  readonly #admitted = new Set<string>()
   readonly #closing = new AbortController()
-  /** Names of ConfigMaps that are there. */
-  readonly #filesThere = new Set<string>()
-  #filesKnown: { known: Promise<Buffer>; until: number } | undefined
   #missingRights: { known: Promise<string[]>; until: number } | undefined
 
   constructor(settings: KubernetesSettings) {
@@ -120,6 +92,7 @@ export class KubernetesBackend implements WorkerBackend {
       watchIdleMs: waits.watchIdleMs,
       onJobGone: (uid) => this.#forgetIfGone(uid),
     })
+    this.#maker = new JobMaker(this.#api, this.#view, settings)
   }
 
   async provision(
@@ -132,7 +105,7 @@ export class KubernetesBackend implements WorkerBackend {
       this.#making.get(spec.name) ??
       this.#provision(spec, signal, mayStart).finally(() => {
         this.#making.delete(spec.name)
-        this.#admitted.delete(spec.name)
+        this.#maker.forget(spec.name)
       })
     this.#making.set(spec.name, making)
     // Not raced with the signal: what hindered the worker is told by the step that was interrupted.
@@ -162,10 +135,8 @@ export class KubernetesBackend implements WorkerBackend {
     throw new TaskRunnerError('workers_unavailable', message)
   }
 
-  async taskFilesProblem(): Promise<string | undefined> {
-    const { length } = await this.#files()
-    if (length <= OBJECT_BYTES_MAX) return undefined
-    return `the tasks folder has ${length} bytes when compressed, and a ConfigMap takes ${OBJECT_BYTES_MAX}: bake task files into the image, or clone them with git_configs`
+  taskFilesProblem(): Promise<string | undefined> {
+    return this.#maker.taskFilesProblem()
   }
 
   async close(): Promise<void> {
@@ -190,7 +161,7 @@ export class KubernetesBackend implements WorkerBackend {
     }
     try {
       await until(this.#view.synced(), signal)
-      const job = await this.#create(spec, { signal, hindered, mayStart })
+      const job = await this.#maker.make(spec, { signal, hindered, mayStart })
       const watch = this.#watch(job)
       await watch.started(signal, hindered).catch((err: unknown) => {
         // Whoever ends it finds it by its name.
@@ -211,109 +182,6 @@ export class KubernetesBackend implements WorkerBackend {
       }
       throw err
     }
-  }
-
-  /**
-   * The Job first, then what it needs, which from its first moment goes with it: so nothing is left behind, whenever we
-   * are interrupted. Its pod waits for the Secret: who was held up before the Job was made learns in time whether its
-   * task was seen through by others meanwhile, and who is held up later finds that the Job went with them.
-   */
-  async #create(
-    spec: WorkerSpec,
-    options: { signal: AbortSignal; hindered: Hindered; mayStart: () => Promise<void> },
-  ): Promise<V1Job> {
-    const { signal, hindered, mayStart } = options
-    const jobOptions = await this.#jobOptions(spec, signal)
-    await this.#withinCap(spec.name, signal, hindered)
-    const job = await this.#put<V1Job>('jobs', workerJob(spec, jobOptions), signal, hindered)
-    const uid = job.metadata?.uid ?? ''
-    // The one for the registry first: images are pulled once all volumes are there.
-    const pull = pullSecret(spec, jobOptions, uid)
-    if (pull) await this.#put('secrets', pull, signal, hindered)
-    await mayStart()
-    await this.#put('secrets', ownSecret(spec, this.#settings.instance, uid), signal, hindered)
-    return job
-  }
-
-  async #jobOptions(spec: WorkerSpec, signal: AbortSignal): Promise<JobOptions> {
-    const settings = this.#settings
-    const files = await this.#files()
-    const problem = files.length > OBJECT_BYTES_MAX ? await this.taskFilesProblem() : undefined
-    if (problem) throw new WorkerError('startup_failed', `The worker cannot be given ${problem}`)
-    const configMap = filesConfigMap(files, settings.instance)
-    const filesName = configMap.metadata?.name ?? ''
-    if (!this.#filesThere.has(filesName)) {
-      await this.#put('configmaps', configMap, signal, () => {})
-      this.#filesThere.add(filesName)
-    }
-    return {
-      ...{ instance: settings.instance, queue: settings.queue, filesName },
-      image: imageFor(spec.image, settings.images),
-      serviceAccount: settings.serviceAccount,
-      provisioningTimeoutSeconds: Math.ceil(settings.provisioningTimeoutMs / 1000),
-      terminationGraceSeconds: Math.ceil(settings.terminationGraceMs / 1000),
-      keptWorkerSeconds: Math.ceil(settings.keptWorkerMs / 1000),
-      createdAt: settings.now(),
-    }
-  }
-
-  /** Creates, or adopts what an earlier attempt has created whose answer got lost. Waits for quota. */
-  async #put<T extends { metadata?: { name?: string } }>(
-    resource: 'jobs' | 'secrets' | 'configmaps',
-    object: T,
-    signal: AbortSignal,
-    hindered: Hindered,
-  ): Promise<T> {
-    const path = this.#view.path(resource)
-    for (;;) {
-      try {
-        return await this.#view.persistently(
-          () =>
-            this.#api.json<T>('POST', path, {
-              body: object,
-              signal,
-              isUrgent: resource === 'secrets',
-            }),
-          signal,
-          (message) => hindered('provisioning_timeout', message),
-        )
-      } catch (err) {
-        if (!(err instanceof ApiError)) throw err
-        const name = object.metadata?.name ?? ''
-        if (err.reason === 'AlreadyExists') {
-          // What is named by its content, or made for the very Job, is as we would make it.
-          if (resource !== 'jobs') return object
-          const job = await this.#view.persistently(() => this.#view.namedJob(name, signal), signal)
-          // Holds: it is a Job, as `object` is.
-          if (job && !job.metadata?.deletionTimestamp) return job as T
-          hindered('startup_failed', `Another Job has the name ${name}`)
-        } else if (err.status === 403 && /exceeded quota/.test(err.message)) {
-          hindered('unschedulable', `The namespace has no quota left: ${err.message}`)
-        } else {
-          const message = `Kubernetes refuses to make the worker: ${err.message}`
-          throw new WorkerError('startup_failed', message, { cause: err })
-        }
-        await this.#view.change('any', signal)
-      }
-    }
-  }
-
-  async #withinCap(name: string, signal: AbortSignal, hindered: Hindered): Promise<void> {
-    const { workersMax } = this.#settings
-    const live = () => {
-      const isEnded = ({ type, status }: { type: string; status: string }) =>
-        ['Complete', 'Failed'].includes(type) && status === 'True'
-      const names = [...this.#view.jobs]
-        .filter(({ status }) => !status?.conditions?.some(isEnded))
-        .map(({ metadata }) => metadata?.name ?? '')
-      return new Set([...names, ...this.#admitted]).size
-    }
-    const isThere = () => [...this.#view.jobs].some(({ metadata }) => metadata?.name === name)
-    while (live() >= workersMax && !isThere()) {
-      hindered('unschedulable', `There are ${workersMax} workers already, as many as may be`)
-      await this.#view.change('any', signal)
-    }
-    this.#admitted.add(name)
   }
 
   #worker(job: V1Job): Worker {
@@ -461,29 +329,6 @@ export class KubernetesBackend implements WorkerBackend {
       })
     }
     return this.#missingRights.known
-  }
-
-  /** Looked at again after a moment: many tasks may come at once. */
-  #files(): Promise<Buffer> {
-    if (!this.#filesKnown || this.#filesKnown.until < Date.now()) {
-      this.#filesKnown = { known: this.#pack(), until: Date.now() + FILES_KNOWN_MS }
-      this.#filesKnown.known.catch(() => {
-        this.#filesKnown = undefined
-      })
-    }
-    return this.#filesKnown.known
-  }
-
-  async #pack(): Promise<Buffer> {
-    const zipped = createGzip()
-    const chunks: Buffer[] = []
-    zipped.on('data', (chunk: Buffer) => chunks.push(chunk))
-    const tar = await sharedTar(this.#settings.tasksDir)
-    const ended = once(zipped, 'end')
-    for await (const chunk of tar) zipped.write(chunk)
-    zipped.end()
-    await ended
-    return Buffer.concat(chunks)
   }
 }
 
