@@ -123,19 +123,16 @@ export class Metrics {
 
   /** The port with these methods instead of its own, and the time of each call told. */
   #timed<Port extends object>(port: Port, instead: Partial<Port>): Port {
-    return new Proxy(wrapped(port, instead), {
-      get: (target, operation) => {
-        const method = Reflect.get(target, operation) as unknown
-        if (typeof method !== 'function' || typeof operation !== 'string') return method
-        return async (...args: unknown[]) => {
-          const done = this.#store.startTimer({ operation })
-          try {
-            return await (Reflect.apply(method, target, args) as Promise<unknown>)
-          } finally {
-            done()
-          }
+    return wrapped(port, instead, (method, operation) => {
+      const seconds = this.#store.labels(operation)
+      return async (...args) => {
+        const startedAt = performance.now()
+        try {
+          return await method(...args)
+        } finally {
+          seconds.observe((performance.now() - startedAt) / 1000)
         }
-      },
+      }
     })
   }
 
@@ -157,13 +154,24 @@ export class Metrics {
   }
 }
 
-function wrapped<Port extends object>(port: Port, instead: Partial<Port>): Port {
+type Method = (...args: unknown[]) => unknown
+
+/** The port with these methods instead of its own; each is wrapped when it is first called. */
+function wrapped<Port extends object>(
+  port: Port,
+  instead: Partial<Port>,
+  wrap = (method: Method, _name: string) => method,
+): Port {
+  const methods = new Map<PropertyKey, Method>()
   return new Proxy(port, {
     get: (target, name) => {
-      const own = Reflect.get(instead, name) as unknown
-      if (own !== undefined) return own
-      const value = Reflect.get(target, name) as unknown
-      return typeof value === 'function' ? value.bind(target) : value
+      const known = methods.get(name)
+      if (known) return known
+      const value = (Reflect.get(instead, name) ?? Reflect.get(target, name)) as unknown
+      if (typeof value !== 'function' || typeof name !== 'string') return value
+      const method = wrap(value.bind(target), name)
+      methods.set(name, method)
+      return method
     },
   })
 }
