@@ -29,7 +29,7 @@ export class HttpCallbackSender implements CallbackSender {
   constructor(options: SenderOptions) {
     this.#options = options
     this.#agent = new Agent({
-      // As many connections as attempts: one that was given up while it connects must not stand before others in a queue.
+      // No limit of `connections`: what was given up while it connects would wait for one before others. Attempts are limited.
       allowH2: false,
       // Nothing aborts a connection that is being made (nodejs/undici#386): this ends what is left behind.
       connect: options.guard.connector({ timeoutMs: options.timeoutMs }),
