@@ -6,6 +6,7 @@ import { basename, dirname } from 'node:path'
 import { text as textOf } from 'node:stream/consumers'
 import { type ParseArgsOptionsConfig, parseArgs, styleText } from 'node:util'
 import { TaskRunnerApiError, TaskRunnerClient } from './client/client.ts'
+import { loadClientConfig } from './config.ts'
 import { TaskRunnerError } from './core/errors.ts'
 import { WorkerError } from './core/ports.ts'
 import { runTask } from './run-task.ts'
@@ -170,7 +171,7 @@ async function runThere(file: string, values: Values): Promise<number> {
     terminate_on_completion: !values.keep,
     timeout_seconds: values.timeout === undefined ? null : number('timeout', values.timeout),
   }
-  await client.submit(request, { traceparent: process.env.TRACEPARENT || undefined })
+  await client.submit(request, { traceparent: loadClientConfig().traceparent })
   const onLog = (text: string) => logStream(values).write(text)
   const task = await client.wait(taskId, { onLog, signal: interrupted.signal })
   if (values.json) print(task)
@@ -303,13 +304,13 @@ async function jsonFrom(file: string | undefined): Promise<WorkerConfigInput> {
 
 /** Where there is one: `run` alone works without. */
 function serviceUrl(values: Values): string | undefined {
-  return values.url ?? (process.env.TASK_RUNNER_URL || undefined)
+  return values.url ?? loadClientConfig().url
 }
 
 function clientFor(values: Values): TaskRunnerClient {
   const url = serviceUrl(values) ?? 'http://127.0.0.1:3000'
   if (!/^https?:\/\//.test(url)) throw new UsageError(`--url: "${url}" is not an http(s) URL`)
-  return new TaskRunnerClient({ url, token: process.env.TASK_RUNNER_TOKEN })
+  return new TaskRunnerClient({ url, token: loadClientConfig().token })
 }
 
 /** What happens when whoever started us has gone: away from the terminal, or from the pipe. */

@@ -165,6 +165,19 @@ const schema = z.object({
   TZ: z.string().optional(),
 })
 
+/** Where the command line finds a service, and what it hands on to it. */
+export function loadClientConfig(env: NodeJS.ProcessEnv = process.env): {
+  url: string | undefined
+  token: string | undefined
+  traceparent: string | undefined
+} {
+  return {
+    url: env.TASK_RUNNER_URL || undefined,
+    token: env.TASK_RUNNER_TOKEN || undefined,
+    traceparent: env.TRACEPARENT || undefined,
+  }
+}
+
 /**
  * Throws `ConfigError` that lists every problem, and repeats no value: some are secret. `serves`: false for who only
  * runs tasks, to whom it does not matter who could reach a service.

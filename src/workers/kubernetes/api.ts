@@ -3,6 +3,7 @@ import type { Readable } from 'node:stream'
 import { setTimeout as pause } from 'node:timers/promises'
 import type { KubeConfig } from '@kubernetes/client-node'
 import { Pool } from 'undici'
+import { Deadline } from '../../core/deadline.ts'
 
 const CALL_TIMEOUT_MS = 30_000
 /** Credentials are read anew so often: tokens of pods are rotated on disk. */
@@ -82,9 +83,8 @@ export class KubernetesApi {
     for (let attempt = 1; ; attempt += 1) {
       // Before the clock starts: in a rush the turn alone may take longer than a call.
       await this.#token(call)
-      const signal = call.signal
-        ? AbortSignal.any([call.signal, AbortSignal.timeout(CALL_TIMEOUT_MS)])
-        : AbortSignal.timeout(CALL_TIMEOUT_MS)
+      using deadline = new Deadline(CALL_TIMEOUT_MS, call.signal ? [call.signal] : [])
+      const { signal } = deadline
       const response = await this.#request(method, path, { ...call, signal })
       const text = await textOf(response.body, call.signal)
       if (response.statusCode < 400) return JSON.parse(text) as T

@@ -1,6 +1,7 @@
 import { once, setMaxListeners } from 'node:events'
 import { setTimeout as pause } from 'node:timers/promises'
 import type { CoreV1Event, V1Job, V1Pod } from '@kubernetes/client-node'
+import { Deadline } from '../../core/deadline.ts'
 import type { Logger } from '../../core/ports.ts'
 import { ApiError, ApiUnreachableError, type KubernetesApi } from './api.ts'
 import { LABELS } from './manifests.ts'
@@ -162,9 +163,8 @@ export class ClusterView {
    * Until something about the Job, or `any`, has changed, or a moment has passed: false then. Rejects when `signal` aborts.
    */
   async change(jobUid: string, signal: AbortSignal): Promise<boolean> {
-    const late = AbortSignal.timeout(this.lookMs)
-    const either = AbortSignal.any([signal, late])
-    const changed = once(this.#changes, jobUid, { signal: either })
+    using deadline = new Deadline(this.lookMs, [signal])
+    const changed = once(this.#changes, jobUid, { signal: deadline.signal })
     const isNews = await changed.then(
       () => true,
       () => false,

@@ -1,5 +1,6 @@
 import { setTimeout as pause } from 'node:timers/promises'
 import type { V1Job, V1Pod } from '@kubernetes/client-node'
+import { Deadline } from '../../core/deadline.ts'
 import { type Completion, type LogCursors, type Logger, WorkerError } from '../../core/ports.ts'
 import { overLogLimit } from '../completion.ts'
 import { LogRing } from '../log-ring.ts'
@@ -238,8 +239,9 @@ export class JobWatch {
 
   /** What to say when it cannot be had. */
   async #restOf(log: PodLog): Promise<string> {
-    const late = AbortSignal.timeout(this.#options.lastLogMs ?? LAST_LOG_MS)
-    const signal = AbortSignal.any([this.#options.closing, late])
+    const { lastLogMs = LAST_LOG_MS, closing } = this.#options
+    using deadline = new Deadline(lastLogMs, [closing])
+    const { signal } = deadline
     for (let words = ''; ; ) {
       try {
         await log.rest(signal)

@@ -1,4 +1,5 @@
 import { KubeConfig, type V1Job } from '@kubernetes/client-node'
+import { Deadline } from '../../core/deadline.ts'
 import { TaskRunnerError } from '../../core/errors.ts'
 import {
   type LogCursors,
@@ -279,8 +280,9 @@ export class KubernetesBackend implements WorkerBackend {
     await this.#making.get(name)?.catch(() => {})
     await this.#remove(name, uid)
     const { waits = {}, terminationGraceMs } = this.#settings
-    const late = AbortSignal.timeout(terminationGraceMs + (waits.goneMs ?? GONE_MS))
-    const signal = AbortSignal.any([this.#closing.signal, late])
+    const patienceMs = terminationGraceMs + (waits.goneMs ?? GONE_MS)
+    using deadline = new Deadline(patienceMs, [this.#closing.signal])
+    const { signal } = deadline
     const isThere = () => this.#view.job(uid) !== undefined || this.#view.pod(uid) !== undefined
     try {
       while (isThere()) {

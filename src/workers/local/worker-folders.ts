@@ -1,13 +1,5 @@
 import { randomUUID } from 'node:crypto'
-import {
-  existsSync,
-  lstatSync,
-  mkdirSync,
-  readdirSync,
-  realpathSync,
-  renameSync,
-  unlinkSync,
-} from 'node:fs'
+import { lstatSync, mkdirSync, readdirSync, realpathSync, renameSync, unlinkSync } from 'node:fs'
 import { basename, dirname, join } from 'node:path'
 import { type Contents, DIRECTORIES, empty, fill, REWRITTEN, remove } from './folders.ts'
 import { copyTasks, isUntouched, type TasksCopy } from './tasks-copy.ts'
@@ -55,8 +47,8 @@ export class WorkerFolders {
     const spare = this.#spares.pop()
     const draft = spare?.folder ?? this.#spareFolder()
     try {
-      for (const path of DIRECTORIES.map((name) => join(draft, name))) {
-        if (!existsSync(path)) mkdirSync(path, { recursive: true, mode: 0o700 })
+      for (const name of DIRECTORIES) {
+        mkdirSync(join(draft, name), { recursive: true, mode: 0o700 })
       }
       const tasks = copyTasks(tasksDir, join(draft, 'tasks'), this.#notCopied, spare?.tasks)
       fill(draft, contents)
