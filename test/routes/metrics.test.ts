@@ -1,4 +1,5 @@
-import { readdir, readFile } from 'node:fs/promises'
+import { mkdir, readdir, readFile, writeFile } from 'node:fs/promises'
+import { join } from 'node:path'
 import { expect, test } from 'vitest'
 import { startApp, taskRequest } from '../helpers/app.ts'
 import { startReceiver } from '../helpers/receiver.ts'
@@ -72,6 +73,40 @@ test('what runs and what waits is told as it is', async () => {
   expect(Object.keys(Object.fromEntries(samples(await app.text('/metrics'))))).not.toContain(
     'task_runner_tasks{status="queued"}',
   )
+})
+
+test('bytes of a log that were not kept are told', async () => {
+  await using app = await startApp()
+  const SCRIPT = 'head -c 6000000 /dev/zero | tr "\\0" x'
+  const request = taskRequest({
+    task_file_name: 'w-eval.sh',
+    worker_config: { env_variables: { SCRIPT } },
+  })
+  await app.submit(request)
+  await app.finished(request.task_id)
+  const told = samples(await app.text('/metrics'))
+  expect(told.get('task_runner_log_bytes_total')).toBe(6_000_000)
+  expect(told.get('task_runner_log_bytes_cut_total')).toBe(6_000_000 - 5 * 1024 * 1024)
+})
+
+test('a worker that no task knows is told, and ended', async () => {
+  await using app = await startApp()
+  expect((await app.get('/workers')).body.workers).toEqual([])
+  const worker = join(app.dataDir, 'workers', 'task-leaked')
+  await mkdir(worker)
+  const record = { name: 'task-leaked', taskId: 'unknown', size: null, createdAt: 1 }
+  const slot = { pid: 1, startedAt: 'before the machine restarted' }
+  await writeFile(join(worker, 'worker.json'), JSON.stringify({ ...record, maxLogBytes: 1, slot }))
+  await app.app.reaper.sweepWorkers()
+  const told = samples(await app.text('/metrics'))
+  expect(told.get('task_runner_workers_leaked_total')).toBe(1)
+  expect((await app.get('/workers')).body.workers).toEqual([])
+})
+
+test('the loop of the HTTP process and its delays are told', async () => {
+  await using app = await startApp()
+  const told = samples(await app.text('/metrics'))
+  expect(told.get('nodejs_eventloop_lag_p99_seconds')).toBeGreaterThan(0)
 })
 
 test('metrics want a token where there are any', async () => {

@@ -1,6 +1,10 @@
+import { mkdtemp, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
 import { expect, test } from 'vitest'
 import { startApp, taskRequest } from '../helpers/app.ts'
 import { startReceiver } from '../helpers/receiver.ts'
+import { startService } from '../helpers/service.ts'
 
 const TRACEPARENT = '00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01'
 
@@ -47,4 +51,34 @@ test('a variable of the request comes before it', async () => {
   const env_variables = { SCRIPT: 'echo "trace $TRACEPARENT"', TRACEPARENT: 'of the caller' }
   const { callback } = await traced(TRACEPARENT, { worker_config: { env_variables } })
   expect(callback.body.logs).toBe('trace of the caller\n')
+})
+
+test('every line that the service logs of a task names its trace', async () => {
+  await using receiver = await startReceiver()
+  const dataDir = await mkdtemp(join(tmpdir(), 'task-runner-test-'))
+  const service = await startService({ DATA_DIR: dataDir })
+  try {
+    const request = taskRequest({ callback_url: receiver.url })
+    const answer = await fetch(`${service.url}/task-runner`, {
+      method: 'POST',
+      headers: { 'content-type': 'application/json', traceparent: TRACEPARENT },
+      body: JSON.stringify(request),
+    })
+    expect(answer.status).toBe(200)
+    const lines = () =>
+      service.log
+        .filter((line) => line.includes(request.task_id))
+        .map((line): { msg: string; traceId?: string } => JSON.parse(line))
+    await expect
+      .poll(() => lines().map(({ msg }) => msg), { timeout: 20_000 })
+      .toEqual(
+        expect.arrayContaining([
+          ...['task accepted', 'task running', 'task finished', 'callback delivered'],
+        ]),
+      )
+    for (const { msg, traceId } of lines()) expect(traceId, msg).toBe(TRACEPARENT.split('-')[1])
+  } finally {
+    await service.kill('SIGTERM')
+    await rm(dataDir, { recursive: true, force: true, maxRetries: 10 })
+  }
 })
