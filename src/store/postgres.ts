@@ -130,8 +130,10 @@ async function applied(pool: pg.Pool): Promise<Record<string, { up: () => Promis
 
 /** A pool whose failures are the store's. */
 function telling(pool: pg.Pool): PostgresPool {
+  const unused = new WeakSet<pg.PoolClient>()
+  pool.on('connect', (client) => unused.add(client))
   const connect = async () => {
-    const connection = new Borrowed(pool)
+    const connection = new Borrowed(pool, unused)
     await connection.open()
     // Holds: what Kysely uses of it, which is not cursors.
     return connection as unknown as PostgresPoolClient
@@ -141,25 +143,30 @@ function telling(pool: pg.Pool): PostgresPool {
 
 /**
  * A connection of the pool, until its release. What begins on one that turns out to be cut, as all are when the database
- * is restarted, is begun once more on another, unless it may have changed something.
+ * is restarted, is begun once more on another, unless it may have changed something; and again, as long as the pool has old ones.
  */
 class Borrowed {
   readonly #pool: pg.Pool
+  /** Connections that were just made. */
+  readonly #unused: WeakSet<pg.PoolClient>
   #client: pg.PoolClient | undefined
   #isFresh = true
   #isCut = false
 
-  constructor(pool: pg.Pool) {
+  constructor(pool: pg.Pool, unused: WeakSet<pg.PoolClient>) {
     this.#pool = pool
+    this.#unused = unused
   }
 
-  async open(): Promise<void> {
+  /** True: it may have been cut while it lay in the pool. */
+  async open(): Promise<boolean> {
     this.#client = await this.#pool.connect().catch((err: unknown) => {
       throw storeUnavailable(err)
     })
     this.#isCut = false
     // The statement under way is told as well; unheard it would end the process.
     this.#client.on('error', this.#onError)
+    return !this.#unused.delete(this.#client)
   }
 
   async query(text: string, parameters: readonly unknown[]): Promise<pg.QueryResult> {
@@ -173,7 +180,7 @@ class Borrowed {
       if (!(err instanceof pg.DatabaseError)) this.#isCut = true
       if (!canBeRepeated || !isCutOff(err)) throw storeUnavailable(err)
       this.release(true)
-      await this.open()
+      this.#isFresh = await this.open()
       return await this.query(text, parameters)
     }
   }

@@ -132,6 +132,14 @@ describe('a connection that fails', () => {
     }
   })
 
+  test('while nobody uses it is not noticed though all in the pool are cut, and the pool has not heard of it', async () => {
+    const { store } = stores()
+    await Promise.all([store.get('x'), store.get('y')])
+    const losses = [1, 2].map(() => proxy.lose('request', 'where "tasks"."task_id"'))
+    expect(await store.get('x')).toBeUndefined()
+    expect(losses.map(({ hits }) => hits)).toEqual([1, 1])
+  })
+
   test('in the middle of many transactions leaves none half done, and the pool as large as it was', async () => {
     const { store } = stores()
     const tasks = await Promise.all(Array.from({ length: 10 }, () => claimed()))
