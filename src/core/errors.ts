@@ -43,6 +43,19 @@ export class TaskRunnerError extends Error {
   }
 }
 
+/**
+ * Workers are unavailable at the moment: the machine, its disk, the engine or a name server fails, which is never the
+ * outcome of a task. Tasks wait, and nothing new is claimed until the backend's `check` passes. The message is a sentence
+ * for people, such as "The Docker engine does not answer (ECONNREFUSED)".
+ */
+export class UnavailableError extends TaskRunnerError {
+  override name = 'UnavailableError'
+
+  constructor(message: string, options: { cause?: unknown } = {}) {
+    super('workers_unavailable', message, { ...options, retryAfterSeconds: 5 })
+  }
+}
+
 /** A hostile request can be wrong in a hundred thousand places. */
 const ERRORS_TOLD_MAX = 100
 

