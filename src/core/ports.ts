@@ -291,6 +291,11 @@ export interface TaskStore {
   claim(taskId: string, at: number, seen?: number): Promise<ClaimedTask | undefined>
   /** Keeps, sealed, what must not show in the task's log, until the task ends. */
   keepSecretValues(task: Task, values: readonly string[]): Promise<void>
+  /**
+   * Notes what a live task waits for, as long as the claim is ours; null: nothing any more. `claim`, `markRunning` and
+   * `finish` clear it.
+   */
+  noteWaiting(task: Pick<Task, 'taskId' | 'claim'>, waitingFor: string | null): Promise<void>
   /** False: the claim is not ours any more, or the task is final. */
   markRunning(task: Task, startedAt: number): Promise<boolean>
   /**

@@ -2,6 +2,7 @@ import type { Migration } from 'kysely/migration'
 import * as tasksAndDeliveries from './migrations/0001-tasks-and-deliveries.ts'
 import * as instances from './migrations/0002-instances.ts'
 import * as listing from './migrations/0003-listing.ts'
+import * as settings from './migrations/0004-settings.ts'
 
 /** In their order. `types` are the database's own names for those types. */
 export function migrations(types: { serial: string; bytes: string }): Record<string, Migration> {
@@ -9,5 +10,6 @@ export function migrations(types: { serial: string; bytes: string }): Record<str
     '0001-tasks-and-deliveries': { up: (db) => tasksAndDeliveries.up(db, types) },
     '0002-instances': { up: (db) => instances.up(db) },
     '0003-listing': { up: (db) => listing.up(db) },
+    '0004-settings': { up: (db) => settings.up(db) },
   }
 }

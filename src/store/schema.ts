@@ -8,6 +8,7 @@ export interface Database {
   deliveries: DeliveriesTable
   delivery_attempts: DeliveryAttemptsTable
   instances: InstancesTable
+  settings: SettingsTable
 }
 
 export interface TasksTable {
@@ -42,6 +43,8 @@ export interface TasksTable {
   sealed: Uint8Array
   /** Where its log was read to, for backends that read it from elsewhere. */
   log_cursor: string | null
+  /** What a live task waits for, for people. */
+  waiting_for: string | null
 }
 
 export interface TaskLogsTable {
@@ -81,4 +84,10 @@ export interface InstancesTable {
   host_bound: number
   /** By the database's clock; 0: it has left. */
   seen_at: number
+}
+
+/** What holds for the database as a whole. */
+export interface SettingsTable {
+  name: string
+  value: string
 }

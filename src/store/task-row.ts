@@ -30,6 +30,7 @@ export const SUMMARY_COLUMNS = [
   'tasks.claimed_at',
   'tasks.started_at',
   'tasks.finished_at',
+  'tasks.waiting_for',
   'tasks.log_bytes',
 ] as const
 
@@ -70,6 +71,7 @@ export function summaryFromRow(row: SummaryRow): TaskSummary {
     claimedAt: numberOrNull(row.claimed_at),
     startedAt: numberOrNull(row.started_at),
     finishedAt: numberOrNull(row.finished_at),
+    waitingFor: row.waiting_for,
     callbackStatus: row.delivery_status ?? (row.has_callback === 1 ? 'pending' : 'none'),
     logBytes: numberOrNull(row.log_bytes),
   }

@@ -141,6 +141,19 @@ export class SqlTaskStore implements TaskStore {
       .execute()
   }
 
+  async noteWaiting(
+    task: Pick<Task, 'taskId' | 'claim'>,
+    waitingFor: string | null,
+  ): Promise<void> {
+    await this.#db
+      .updateTable('tasks')
+      .set({ waiting_for: withoutNul(waitingFor) })
+      .where('task_id', '=', task.taskId)
+      .where('claim', '=', task.claim)
+      .where('status', 'in', LIVE_STATUSES)
+      .execute()
+  }
+
   async markRunning(task: Task, startedAt: number): Promise<boolean> {
     return (
       (await this.#connection.atomically(this.#writes.markRunning({ ...task, startedAt }))) !==
@@ -156,8 +169,7 @@ export class SqlTaskStore implements TaskStore {
     const taken = task.claim === 0 ? this.#queue?.taken(task.taskId) : undefined
     const setOutcome = this.#writes.setOutcome({
       ...outcome,
-      // Postgres takes no NUL, and a program's last words may hold one.
-      message: outcome.message?.replaceAll('\0', '') ?? null,
+      message: withoutNul(outcome.message),
       finishedAt,
       logBytes: end.logBytes,
       sealed: this.#seal(withoutSpentSecrets(task)),
@@ -388,4 +400,9 @@ export class SqlTaskStore implements TaskStore {
     const sealed = JSON.parse(this.#sealer.unseal(row.sealed, row.task_id)) as Sealed
     return { ...sealed, secretValues: sealed.secretValues ?? [] }
   }
+}
+
+/** Postgres takes no NUL, and a program's last words may hold one. */
+function withoutNul(text: string | null): string | null {
+  return text?.replaceAll('\0', '') ?? null
 }

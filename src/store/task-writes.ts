@@ -37,6 +37,7 @@ export const taskWrites = (db: Kysely<Database>) => ({
         digest: p.digest,
         sealed: p.sealed,
         log_cursor: null,
+        waiting_for: null,
       })
       .onConflict((conflict) => conflict.column('task_id').doNothing()),
   ),
@@ -53,6 +54,7 @@ export const taskWrites = (db: Kysely<Database>) => ({
             'provisioning' | 'running'
           >`case when status = 'queued' then 'provisioning' else status end`,
           worker_state: 'live' as const,
+          waiting_for: null,
         })
         .where('task_id', '=', p.taskId)
         .where('status', 'in', LIVE_STATUSES)
@@ -69,7 +71,7 @@ export const taskWrites = (db: Kysely<Database>) => ({
   markRunning: prepared((p: { taskId: string; claim: number; startedAt: number }) =>
     db
       .updateTable('tasks')
-      .set({ status: 'running', started_at: p.startedAt })
+      .set({ status: 'running', started_at: p.startedAt, waiting_for: null })
       .where('task_id', '=', p.taskId)
       .where('claim', '=', p.claim)
       .where('status', 'in', LIVE_STATUSES),
@@ -96,6 +98,7 @@ export const taskWrites = (db: Kysely<Database>) => ({
           exit_code: p.exitCode,
           signal: p.signal,
           finished_at: p.finishedAt,
+          waiting_for: null,
           log_bytes: p.logBytes,
           sealed: p.sealed,
           worker_state: sql<'kept'>`coalesce(${p.workerState}, worker_state)`,

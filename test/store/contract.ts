@@ -172,6 +172,7 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
           claim: 0,
           instance: null,
           callbackStatus: 'pending',
+          waitingFor: null,
           secretValues: [],
           ...{ reason: null, message: null, exitCode: null, signal: null },
           ...{ claimedAt: null, startedAt: null, finishedAt: null, logBytes: null },
@@ -276,6 +277,56 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
         expect(await store.log(stale.taskId)).toBeUndefined()
         expect(await deliveries.state(stale.taskId)).toBeUndefined()
         expect(task && (await store.finish(task, end()))).toBe(true)
+      })
+    })
+
+    describe('what a task waits for', () => {
+      const waitingFor = async (taskId: string) => {
+        const [listed] = await store.list({ limit: 1 })
+        const { waitingFor } = (await store.get(taskId)) ?? {}
+        expect(listed, 'the list says the same').toMatchObject({ taskId, waitingFor })
+        return waitingFor
+      }
+
+      test('is kept, replaced and cleared, of tasks in the queue, too', async () => {
+        const { taskId } = await inserted()
+        await store.noteWaiting({ taskId, claim: 0 }, 'No disk space is left')
+        expect(await waitingFor(taskId)).toBe('No disk space is left')
+        const task = await store.claim(taskId, 0)
+        if (!task) throw new Error('not claimed')
+        for (const words of ['The engine does not answer', 'a\0b', null]) {
+          await store.noteWaiting(task, words)
+          expect(await waitingFor(taskId)).toBe(words?.replace('\0', '') ?? null)
+        }
+      })
+
+      test('is over once the task is claimed, runs, or has ended', async () => {
+        const { taskId } = await inserted()
+        await store.noteWaiting({ taskId, claim: 0 }, 'words')
+        expect(await store.claim(taskId, 0)).toMatchObject({ claim: 1, waitingFor: null })
+        const task = await store.claim(taskId, 0)
+        if (!task) throw new Error('not claimed')
+        await store.noteWaiting(task, 'words')
+        expect(await store.markRunning(task, 1)).toBe(true)
+        expect(await waitingFor(taskId)).toBeNull()
+        await store.noteWaiting(task, 'words')
+        expect(await waitingFor(taskId)).toBe('words')
+        expect(await store.finish(task, end())).toBe(true)
+        expect(await waitingFor(taskId)).toBeNull()
+      })
+
+      test('is not noted by an instance whose claim was taken over, nor after the end', async () => {
+        const stale = await claimed()
+        const task = await store.claim(stale.taskId, 0, stale.claim)
+        if (!task) throw new Error('not claimed')
+        await store.noteWaiting(stale, 'stale words')
+        expect(await waitingFor(stale.taskId)).toBeNull()
+        await store.noteWaiting(task, 'words')
+        await store.noteWaiting(stale, null)
+        expect(await waitingFor(stale.taskId)).toBe('words')
+        await store.finish(task, end())
+        await store.noteWaiting(task, 'late words')
+        expect(await waitingFor(stale.taskId)).toBeNull()
       })
     })
 

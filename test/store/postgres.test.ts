@@ -39,6 +39,7 @@ describe('migrations', () => {
       '0001-tasks-and-deliveries',
       '0002-instances',
       '0003-listing',
+      '0004-settings',
     ])
   })
 

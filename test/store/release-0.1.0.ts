@@ -88,6 +88,7 @@ export function describeReleaseBefore(
 
 /** What takes our tables back to those of 0.1.0: there was only one migration then. */
 const BACK = [
+  'drop table settings',
   'drop table instances',
   ...[
     'tasks_running',
@@ -95,7 +96,7 @@ const BACK = [
     'tasks_has_callback',
     'deliveries_given_up',
   ].map((name) => `drop index ${name}`),
-  ...['priority', 'instance', 'log_cursor', 'traceparent', 'claimed_at'].map(
+  ...['priority', 'instance', 'log_cursor', 'traceparent', 'claimed_at', 'waiting_for'].map(
     (name) => `alter table tasks drop column ${name}`,
   ),
   `delete from kysely_migration where name <> '0001-tasks-and-deliveries'`,
