@@ -1,4 +1,5 @@
 /** What the rules need from the outside world. Adapters implement these; nothing here knows which. */
+import type { Slot } from './slots.ts'
 import type {
   CallbackStatus,
   Outcome,
@@ -188,8 +189,11 @@ export interface WaitingTask {
   priority: number
 }
 
-/** Settles when the task has been run. False: there was nothing to run, the task is final or somebody else's. */
-export type Handler = (task: SeenTask) => Promise<boolean>
+/**
+ * Settles when the task has been run. False: there was nothing to run, the task is final or somebody else's. While the task
+ * waits for something that is ours to mend, it gives its slot to others.
+ */
+export type Handler = (task: SeenTask, slot: Slot) => Promise<boolean>
 
 /** How a waiting task reaches an instance that will run it. */
 export interface TaskQueue {
@@ -203,6 +207,9 @@ export interface TaskQueue {
   resume(task: SeenTask): void
   /** Hands waiting tasks to `handler`, by their `queuePosition`, at most `concurrency` at a time. */
   work(concurrency: number, handler: Handler): void
+  /** Hands out nothing new until `goOn`: workers are unavailable. Idempotent, as that is. */
+  hold(): void
+  goOn(): void
   /** Hands out no more. Idempotent. */
   stop(): Promise<void>
 }
@@ -292,8 +299,8 @@ export interface TaskStore {
   /** Keeps, sealed, what must not show in the task's log, until the task ends. */
   keepSecretValues(task: Task, values: readonly string[]): Promise<void>
   /**
-   * Notes what a live task waits for, as long as the claim is ours; null: nothing any more. `claim`, `markRunning` and
-   * `finish` clear it.
+   * Notes what hinders the task, in a sentence, while this claim holds and it has not ended; null: nothing any more. `claim`,
+   * `markRunning` and `finish` note null by themselves.
    */
   noteWaiting(task: Pick<Task, 'taskId' | 'claim'>, waitingFor: string | null): Promise<void>
   /** False: the claim is not ours any more, or the task is final. */

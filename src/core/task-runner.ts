@@ -1,9 +1,11 @@
 import { setTimeout as pause } from 'node:timers/promises'
+import { Availability } from './availability.ts'
 import type { CallbackDispatcher } from './callbacks.ts'
 import { Deadline } from './deadline.ts'
 import { TaskRunnerError } from './errors.ts'
 import { type Masker, maskedTail } from './masking.ts'
 import { Membership } from './membership.ts'
+import { Patience, wordsOf } from './patience.ts'
 import type {
   ClaimedTask,
   Cluster,
@@ -19,6 +21,7 @@ import type {
   WorkerBackend,
 } from './ports.ts'
 import { WorkerError } from './ports.ts'
+import type { Slot } from './slots.ts'
 import { isFinal, type Outcome, type Task, traceOf } from './task.ts'
 import { until } from './until.ts'
 import type { WorkerSetup } from './worker-setup.ts'
@@ -26,6 +29,9 @@ import type { WorkerSetup } from './worker-setup.ts'
 export const LOG_BYTES_KEPT = 5 * 1024 * 1024
 const RETRY_MS = 500
 const RETRY_MAX_MS = 15_000
+const HOPELESS_MS = 600_000
+/** How long the log of a task that has ended is asked for, should its worker not give it. */
+const LOG_PATIENCE_MS = 5_000
 
 export interface TaskRunnerOptions {
   store: TaskStore
@@ -41,6 +47,8 @@ export interface TaskRunnerOptions {
   onProvisioningFailed: () => Promise<void>
   /** Knows what must not show in the task's log. */
   maskerFor: (task: Task) => Masker
+  /** How long a task may fail at a step that others pass. Default: ten minutes. */
+  hopelessMs?: number
   now: () => number
   log: Logger
 }
@@ -54,6 +62,8 @@ interface Run {
   /** It is not ours any more, or we shut down: nothing is decided, and the worker goes on without us. */
   letGo: AbortController
   done: Promise<void>
+  /** What hinders the task at the moment, in a sentence. */
+  waitingFor: string | null
 }
 
 /**
@@ -72,6 +82,8 @@ export class TaskRunner {
   readonly #afterwards = new Set<Promise<void>>()
   readonly #closing = new AbortController()
   readonly #membership: Membership | undefined
+  readonly #availability: Availability
+  readonly #patience: Patience
 
   constructor(options: TaskRunnerOptions) {
     this.#options = options
@@ -81,6 +93,30 @@ export class TaskRunner {
     this.#callbacks = options.callbacks
     this.#log = options.log
     this.#membership = options.cluster && this.#memberOf(options.cluster)
+    const { now, log, hopelessMs = HOPELESS_MS } = options
+    const pauses = { retryMs: RETRY_MS, retryMaxMs: RETRY_MAX_MS }
+    this.#availability = new Availability({
+      ...{ ...pauses, log },
+      check: () => this.#backend.check(),
+      onChange: (isAvailable) => (isAvailable ? this.#queue.goOn() : this.#queue.hold()),
+    })
+    this.#patience = new Patience({
+      ...{ ...pauses, hopelessMs, now, log },
+      availability: this.#availability,
+    })
+  }
+
+  /** What hinders a task that has not ended, as far as this instance knows, in a sentence. */
+  waitingFor({ taskId, status }: Pick<Task, 'taskId' | 'status'>): string | undefined {
+    const own = this.#runs.get(taskId)?.waitingFor
+    return own ?? (status === 'queued' ? this.#availability.problem : undefined)
+  }
+
+  /** What hinders tasks of this instance, a sentence each. */
+  hindrances(): string[] {
+    const sentences = [...this.#runs.values()].flatMap(({ waitingFor }) => waitingFor ?? [])
+    const { problem } = this.#availability
+    return [...new Set(problem === undefined ? sentences : [problem, ...sentences])]
   }
 
   /** Takes up what an earlier process left, then new work. */
@@ -90,7 +126,7 @@ export class TaskRunner {
       this.#store.live(),
       this.#store.workersToTerminate(),
     ])
-    this.#queue.work(this.#options.concurrency, (task) => this.#runOnce(task))
+    this.#queue.work(this.#options.concurrency, (task, slot) => this.#runOnce(task, slot))
     for (const task of live) {
       if (task.status !== 'queued') this.#queue.resume(task)
       else if (task.cancelRequested) this.#background(this.cancel(task.taskId))
@@ -105,6 +141,7 @@ export class TaskRunner {
   async close(): Promise<void> {
     const stopped = this.#queue.stop()
     this.#closing.abort()
+    this.#availability.close()
     this.#membership?.stop()
     for (const run of this.#runs.values()) run.letGo.abort()
     await Promise.all([...this.#runs.values()].map((run) => run.done))
@@ -135,8 +172,8 @@ export class TaskRunner {
   }
 
   /** False: there is nothing to run. */
-  async #runOnce(seen: SeenTask): Promise<boolean> {
-    return (await this.#once(seen.taskId, (run) => this.#run(seen, run))) ?? true
+  async #runOnce(seen: SeenTask, slot: Slot): Promise<boolean> {
+    return (await this.#once(seen.taskId, (run) => this.#run(seen, run, slot))) ?? true
   }
 
   /** Undefined: the task is in hand already. `work` never rejects. */
@@ -148,6 +185,7 @@ export class TaskRunner {
       cancel: new AbortController(),
       letGo: new AbortController(),
       done: done.promise,
+      waitingFor: null,
     }
     this.#runs.set(taskId, run)
     const answer = await work(run)
@@ -157,17 +195,16 @@ export class TaskRunner {
   }
 
   /** The whole story. Never rejects. False: the task is final, or somebody else's. */
-  async #run({ taskId, claim }: SeenTask, run: Run): Promise<boolean> {
+  async #run({ taskId, claim }: SeenTask, run: Run, slot: Slot): Promise<boolean> {
     const letGo = run.letGo.signal
     const claiming = () => this.#store.claim(taskId, this.#options.now(), claim)
-    const task = await this.#persistently('claiming a task', claiming, letGo)
+    const task = await this.#persistently('claiming a task', claiming, { signal: letGo })
     if (!task) return letGo.aborted
-    await this.#seeTaskThrough(task, run)
+    await this.#seeTaskThrough(task, run, slot)
     return true
   }
 
-  async #seeTaskThrough(task: ClaimedTask, run: Run): Promise<void> {
-    const { taskId } = task
+  async #seeTaskThrough(task: ClaimedTask, run: Run, slot: Slot): Promise<void> {
     const letGo = run.letGo.signal
     run.claim = task.claim
     if (task.cancelRequested) run.cancel.abort()
@@ -175,7 +212,7 @@ export class TaskRunner {
     let worker: Worker | undefined
     let outcome: Outcome | undefined
     try {
-      worker = await this.#attachOrProvision(task, cancelled, letGo)
+      worker = await this.#attachOrProvision(task, run, slot)
       if (!worker) {
         outcome = cancelled.aborted
           ? CANCELLED
@@ -184,26 +221,26 @@ export class TaskRunner {
         const startedAt = task.startedAt ?? this.#options.now()
         task.startedAt = startedAt
         // Together: a short task ends before the disk has taken down that it began.
-        const seeing = this.#seeThrough(worker, { ...task, startedAt }, cancelled, letGo)
+        const seeing = this.#seeThrough(worker, { ...task, startedAt }, run)
         const marking = this.#markRunning(task, startedAt, run)
         outcome = await seeing.finally(() => marking)
       }
     } catch (err) {
       if (letGo.aborted) return this.#leave(task)
-      outcome = cancelled.aborted ? CANCELLED : this.#failureOf(err, taskId)
+      outcome = cancelled.aborted ? CANCELLED : this.#failureOf(err, task)
       const isForWantOfWorker = !worker && !['cancelled', 'startup_failed'].includes(outcome.reason)
       if (isForWantOfWorker) this.#background(this.#options.onProvisioningFailed())
     }
     // Let go: nothing is decided, and the worker goes on without us.
     if (outcome === undefined) return this.#leave(task)
-    await this.#settle(task, outcome, worker)
+    await this.#settle(task, outcome, { worker, run })
   }
 
   /** Never rejects. Lets go of the run when the task is not ours any more. */
   async #markRunning(task: ClaimedTask, startedAt: number, run: Run): Promise<void> {
     const marking = () => this.#store.markRunning(task, startedAt)
     const letGo = run.letGo.signal
-    const isOurs = await this.#persistently('marking a task running', marking, letGo)
+    const isOurs = await this.#persistently('marking a task running', marking, { signal: letGo })
     if (isOurs === false) run.letGo.abort()
     const { taskId, workerName } = task
     if (isOurs) this.#log.info({ taskId, ...traceOf(task), worker: workerName }, 'task running')
@@ -226,62 +263,135 @@ export class TaskRunner {
     )
   }
 
-  async #attachOrProvision(
-    task: ClaimedTask,
-    cancelled: AbortSignal,
-    letGo: AbortSignal,
-  ): Promise<Worker | undefined> {
-    const find = () => this.#backend.find(task.workerName)
+  /** Undefined: there is no worker of the task any more. Throws the `WorkerError` that ends the task. */
+  async #attachOrProvision(task: ClaimedTask, run: Run, slot: Slot): Promise<Worker | undefined> {
+    const { taskId, workerName } = task
+    const [letGo, cancelled] = [run.letGo.signal, run.cancel.signal]
+    const find = async () => {
+      const worker = await this.#backend.find(workerName)
+      // Another task's worker is none of this one.
+      return worker?.taskId === taskId ? worker : undefined
+    }
+    const onWaiting = (waitingFor: string | null) => this.#noteWaiting(task, run, waitingFor)
     if (task.status === 'running' || cancelled.aborted) {
-      const worker = await this.#persistently('finding a worker', find, letGo)
-      letGo.throwIfAborted()
-      return worker
+      const hindered = { taskId, ends: [letGo], onWaiting }
+      return this.#patience.repeat('finding its worker', hindered, find)
     }
-    using deadline = new Deadline(this.#options.provisioningTimeoutMs, [letGo, cancelled])
-    const { signal } = deadline
-    const setup = this.#options.setup.specFor(task)
-    const { spec, secretValues } = await until(setup, signal).catch(async (err: unknown) => {
-      // What a worker needs may be gone, and the worker there all the same: from a run that a crash cut short.
-      const begun = task.claim > 1 ? await find() : undefined
-      if (!begun) throw err
-      return { spec: begun, secretValues: [] }
+    // An earlier attempt may have begun one, before a crash or a trouble cut it short.
+    let mayBeBegun = task.claim > 1
+    const hindered = { taskId, ends: [letGo, cancelled], slot, onWaiting }
+    const worker = await this.#patience.repeat('getting a worker', hindered, () => {
+      const found = mayBeBegun ? find : async () => undefined
+      mayBeBegun = true
+      return this.#provision(task, [letGo, cancelled], found)
     })
-    if (!('environment' in spec)) return spec
-    if (secretValues.length > 0) {
-      // Before the worker can print one. A worker of an earlier claim may know older values.
-      const known = [...new Set([...task.secretValues, ...secretValues])]
-      const keeping = () => this.#store.keepSecretValues(task, known)
-      await this.#persistently('keeping secret values', keeping, letGo)
-      task.secretValues = known
+    this.#availability.passed()
+    return worker
+  }
+
+  async #provision(
+    task: ClaimedTask,
+    ends: readonly AbortSignal[],
+    find: () => Promise<Worker | undefined>,
+  ): Promise<Worker> {
+    const { provisioningTimeoutMs } = this.#options
+    using deadline = new Deadline(provisioningTimeoutMs, ends)
+    const { signal } = deadline
+    let isSure = true
+    const sure = async () => {
+      isSure = false
+      await this.#membership?.sure(signal)
+      isSure = true
     }
-    const sure = async () => this.#membership?.sure(signal)
-    await sure()
-    return await this.#backend.provision(spec, signal, sure)
+    try {
+      const setup = this.#options.setup.specFor(task)
+      const { spec, secretValues } = await until(setup, signal).catch(async (err: unknown) => {
+        // What a worker needs may be gone, and the worker there all the same.
+        const begun = await find()
+        if (!begun) throw err
+        return { spec: begun, secretValues: [] }
+      })
+      if (!('environment' in spec)) return spec
+      if (secretValues.length > 0) {
+        // Before the worker can print one. A worker of an earlier claim may know older values.
+        const known = [...new Set([...task.secretValues, ...secretValues])]
+        await this.#store.keepSecretValues(task, known)
+        task.secretValues = known
+      }
+      await sure()
+      return await this.#backend.provision(spec, signal, sure)
+    } catch (err) {
+      if (!isSure) {
+        const message = 'The database does not answer: no task may begin meanwhile'
+        throw new TaskRunnerError('store_unavailable', message, { cause: err })
+      }
+      if (!(err instanceof DOMException && err.name === 'TimeoutError')) throw err
+      // Time in which workers were unavailable does not count.
+      await this.#backend.check()
+      const seconds = provisioningTimeoutMs / 1000
+      const message = `The worker was not ready within ${seconds} seconds`
+      throw new WorkerError('provisioning_timeout', message, { cause: err })
+    }
+  }
+
+  /** Tells on every instance what hinders the task. */
+  #noteWaiting(task: ClaimedTask, run: Run, waitingFor: string | null): void {
+    if (run.waitingFor === waitingFor) return
+    const words = waitingFor === null ? null : this.#masked(waitingFor, task)
+    run.waitingFor = words
+    this.#background(
+      this.#store.noteWaiting(task, words).catch((err: unknown) => {
+        this.#log.debug({ err, taskId: task.taskId }, 'what a task waits for could not be stored')
+      }),
+    )
   }
 
   /** Waits for the task's exit, a cancel, or its time limit. Undefined: we are shutting down. */
   async #seeThrough(
     worker: Worker,
     task: ClaimedTask & { startedAt: number },
-    cancelled: AbortSignal,
-    letGo: AbortSignal,
+    run: Run,
   ): Promise<Outcome | undefined> {
-    const endsAt = task.startedAt + task.timeoutSeconds * 1000
-    using deadline = new Deadline(Math.max(0, endsAt - this.#options.now()), [letGo, cancelled])
+    const hindered = {
+      taskId: task.taskId,
+      ends: [run.letGo.signal],
+      wake: run.cancel.signal,
+      onWaiting: (waitingFor: string | null) => this.#noteWaiting(task, run, waitingFor),
+    }
+    const limitMs = task.timeoutSeconds * 1000
+    return this.#patience.repeat('watching its worker', hindered, async () => {
+      // Never more than the limit, should the clock have been set back meanwhile.
+      const leftMs = Math.min(task.startedAt + limitMs - this.#options.now(), limitMs)
+      return this.#watch(worker, task, { run, leftMs: Math.max(0, leftMs) })
+    })
+  }
+
+  async #watch(
+    worker: Worker,
+    task: ClaimedTask,
+    { run, leftMs }: { run: Run; leftMs: number },
+  ): Promise<Outcome | undefined> {
+    const [letGo, cancelled] = [run.letGo.signal, run.cancel.signal]
+    using deadline = new Deadline(leftMs, [letGo, cancelled])
     try {
       return this.#outcomeOf(await worker.completion(deadline.signal), task)
     } catch (err) {
       if (!deadline.signal.aborted) throw err
       if (letGo.aborted) return undefined
       await this.#membership?.sure(letGo)
+      if (cancelled.aborted) {
+        // The caller's word counts, whatever hinders us; the worker is terminated in any case.
+        await worker.stop().catch((stopping: unknown) => {
+          this.#log.error({ err: stopping, taskId: task.taskId }, 'stopping a task failed')
+        })
+        return CANCELLED
+      }
       // It may have ended in time, with nobody here to see it.
-      if (!cancelled.aborted && (await worker.status()) === 'Completed') {
+      if ((await worker.status()) === 'Completed') {
         return this.#outcomeOf(await worker.completion(letGo), task)
       }
       await worker.stop()
-      return cancelled.aborted
-        ? CANCELLED
-        : failure('timed_out', `Ran longer than its limit of ${task.timeoutSeconds} seconds`)
+      return failure('timed_out', `Ran longer than its limit of ${task.timeoutSeconds} seconds`)
     }
   }
 
@@ -289,7 +399,11 @@ export class TaskRunner {
    * The end of a run: take the log, commit outcome + log + delivery, and the slot is free. Then make the
    * first attempt and end the worker whatever it gave.
    */
-  async #settle(task: Task, outcome: Outcome, worker?: Worker): Promise<void> {
+  async #settle(
+    task: Task,
+    outcome: Outcome,
+    { worker, run }: { worker?: Worker | undefined; run?: Run | undefined } = {},
+  ): Promise<void> {
     const { taskId, callbackUrl } = task
     const { log, rawBytes } = worker
       ? await this.#takeLog(worker, task, outcome.exitCode !== null)
@@ -297,7 +411,7 @@ export class TaskRunner {
     const delivery = callbackUrl === null ? undefined : this.#callbacks.prepare(callbackUrl)
     const keepWorker =
       !task.terminateOnCompletion && worker !== undefined && outcome.status !== 'cancelled'
-    const committed = await this.#persistently('committing an outcome', () =>
+    const committing = () =>
       this.#store.finish(task, {
         outcome,
         log,
@@ -305,8 +419,14 @@ export class TaskRunner {
         delivery,
         finishedAt: this.#options.now(),
         keepWorker,
-      }),
-    )
+      })
+    const committed = await this.#persistently('committing an outcome', committing, {
+      onFailure: async (err) => {
+        if (run) run.waitingFor = wordsOf(err)
+        // Its own files may be what fills the disk.
+        await worker?.freeSpace?.()
+      },
+    })
     if (!committed) {
       if (delivery) this.#callbacks.abandon(delivery)
       if (worker) this.#leave(task)
@@ -348,21 +468,19 @@ export class TaskRunner {
     task: Task,
     hasEnded: boolean,
   ): Promise<{ log: LogTail; rawBytes: number }> {
-    try {
-      return await maskedTail(worker, this.#options.maskerFor(task), LOG_BYTES_KEPT, hasEnded)
-    } catch (err) {
-      // The outcome is worth more than the log.
-      this.#log.error({ err, taskId: worker.taskId }, 'the log could not be read')
-      return ownLog('the log could not be read')
-    }
+    const reading = () =>
+      maskedTail(worker, this.#options.maskerFor(task), LOG_BYTES_KEPT, hasEnded)
+    using deadline = new Deadline(LOG_PATIENCE_MS, [this.#closing.signal])
+    const taken = await this.#persistently('reading a log', reading, deadline)
+    // The outcome is worth more than the log.
+    return taken ?? ownLog('the log could not be read')
   }
 
   /** Success is an observed exit code 0, and nothing else. */
   #outcomeOf(completion: Completion, task: Task): Outcome {
     const succeeded = completion.reason === 'completed' && completion.exitCode === 0
     // It may hold words of other programs.
-    const words = Buffer.from(completion.message ?? '')
-    const message = this.#options.maskerFor(task).mask(words).toString() || null
+    const message = this.#masked(completion.message ?? '', task) || null
     return { ...completion, message, status: succeeded ? 'succeeded' : 'failed' }
   }
 
@@ -375,13 +493,17 @@ export class TaskRunner {
     })
   }
 
-  #failureOf(err: unknown, taskId: string): Outcome {
-    if (err instanceof WorkerError) return failure(err.reason, err.message)
-    if (err instanceof DOMException && err.name === 'TimeoutError') {
-      const seconds = this.#options.provisioningTimeoutMs / 1000
-      return failure('provisioning_timeout', `The worker was not ready within ${seconds} seconds`)
+  #masked(words: string, task: Task): string {
+    return this.#options.maskerFor(task).mask(Buffer.from(words)).toString()
+  }
+
+  /** What ends a task that has no completion. */
+  #failureOf(err: unknown, task: Task): Outcome {
+    if (err instanceof WorkerError) {
+      return failure(err.reason, this.#masked(err.message, task))
     }
-    this.#log.error({ err, taskId }, 'running a task failed')
+    // No step throws anything else: a contradiction of ours.
+    this.#log.error({ err, taskId: task.taskId }, 'running a task failed')
     return failure('internal_error', 'The service could not run the task; its own log says why')
   }
 
@@ -389,13 +511,19 @@ export class TaskRunner {
   async #persistently<T>(
     what: string,
     step: () => Promise<T>,
-    signal = this.#closing.signal,
+    {
+      signal = this.#closing.signal,
+      onFailure,
+    }: { signal?: AbortSignal; onFailure?: (err: unknown) => Promise<void> } = {},
   ): Promise<T | undefined> {
     for (let waitMs = RETRY_MS; ; waitMs = Math.min(waitMs * 2, RETRY_MAX_MS)) {
       try {
         return await step()
       } catch (err) {
         this.#log.error({ err }, `${what} failed, trying again`)
+        await onFailure?.(err).catch((worse: unknown) => {
+          this.#log.error({ err: worse }, `after ${what} failed, another step did`)
+        })
         await pause(waitMs, undefined, { signal }).catch(() => {})
         if (signal.aborted) return undefined
       }
@@ -408,7 +536,7 @@ export class TaskRunner {
    */
   async #giveUp(orphan: OrphanedTask, run: Run): Promise<void> {
     const claiming = () => this.#store.claim(orphan.taskId, this.#options.now(), orphan.claim)
-    const task = await this.#persistently('claiming a task', claiming, run.letGo.signal)
+    const task = await this.#persistently('claiming a task', claiming, { signal: run.letGo.signal })
     if (!task) return
     run.claim = task.claim
     const message = `The host of instance ${orphan.instance} has not come back, and the worker ran there`

@@ -1,13 +1,14 @@
 import type { Handler, SeenTask, TaskQueue, WaitingTask } from '../core/ports.ts'
+import { Slots } from '../core/slots.ts'
 import { queuePosition } from '../core/task.ts'
 
 /** A queue inside the process. It may be lost at any time: the store is the truth. */
 export class EmbeddedQueue implements TaskQueue {
   /** By priority: within one, tasks go in the order they came. */
   readonly #lanes = new Map<number, Lane>()
-  readonly #active = new Set<Promise<unknown>>()
+  readonly #slots = new Slots(() => this.#fill())
   #length = 0
-  #concurrency = 0
+  #isHeld = false
   #handler: Handler | undefined
 
   get length(): number {
@@ -30,8 +31,17 @@ export class EmbeddedQueue implements TaskQueue {
   }
 
   work(concurrency: number, handler: Handler): void {
-    this.#concurrency = concurrency
+    this.#slots.limit = concurrency
     this.#handler = handler
+    this.#fill()
+  }
+
+  hold(): void {
+    this.#isHeld = true
+  }
+
+  goOn(): void {
+    this.#isHeld = false
     this.#fill()
   }
 
@@ -40,7 +50,7 @@ export class EmbeddedQueue implements TaskQueue {
   }
 
   #fill(): void {
-    while (this.#handler && this.#active.size < this.#concurrency) {
+    while (this.#handler && !this.#isHeld && this.#slots.free > 0) {
       const next = this.#next()
       if (!next) return
       this.remove(next.taskId)
@@ -59,11 +69,8 @@ export class EmbeddedQueue implements TaskQueue {
 
   #hand(task: SeenTask): void {
     if (!this.#handler) return
-    const done = this.#handler(task).finally(() => {
-      this.#active.delete(done)
-      this.#fill()
-    })
-    this.#active.add(done)
+    const slot = this.#slots.take()
+    void this.#handler(task, slot).finally(() => slot.release())
   }
 }
 

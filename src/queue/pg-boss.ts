@@ -2,6 +2,7 @@ import { createHash } from 'node:crypto'
 import { setTimeout as pause } from 'node:timers/promises'
 import { fromKysely, type KyselyTransactionLike, PgBoss } from 'pg-boss'
 import type { Handler, Logger, SeenTask, TaskQueue, WaitingTask } from '../core/ports.ts'
+import { type Slot, Slots } from '../core/slots.ts'
 import { queuePosition } from '../core/task.ts'
 import { until } from '../core/until.ts'
 
@@ -56,8 +57,10 @@ export interface PgBossQueueOptions {
 export class PgBossQueue implements TaskQueue {
   readonly #options: PgBossQueueOptions
   readonly #boss: PgBoss
-  readonly #active = new Set<Promise<unknown>>()
-  #concurrency = 0
+  readonly #slots = new Slots(() => {
+    if (!this.#isDrained) this.#wake.resolve()
+  })
+  #isHeld = false
   #handler: Handler | undefined
   #onCancel: (taskId: string) => void = () => {}
   #length = 0
@@ -157,7 +160,7 @@ export class PgBossQueue implements TaskQueue {
   }
 
   work(concurrency: number, handler: Handler): void {
-    this.#concurrency = concurrency
+    this.#slots.limit = concurrency
     this.#handler = handler
     this.#fetching = this.#fetchWhileThereIsRoom()
     this.#counting = setInterval(() => {
@@ -165,6 +168,15 @@ export class PgBossQueue implements TaskQueue {
         this.#options.log.warn({ err }, 'counting waiting tasks failed, trying again')
       })
     }, POLL_MS)
+  }
+
+  hold(): void {
+    this.#isHeld = true
+  }
+
+  goOn(): void {
+    this.#isHeld = false
+    this.#look()
   }
 
   async stop(): Promise<void> {
@@ -201,7 +213,7 @@ export class PgBossQueue implements TaskQueue {
   async #fetchWhileThereIsRoom(): Promise<void> {
     while (this.#handler) {
       this.#wake = Promise.withResolvers()
-      const room = Math.min(this.#concurrency - this.#active.size, FETCHED_AT_ONCE)
+      const room = this.#isHeld ? 0 : Math.min(this.#slots.free, FETCHED_AT_ONCE)
       if (room > 0) {
         // Where all instances together may run no more, the end of any task makes room.
         this.#isDrained = this.#options.runningMax === undefined
@@ -267,15 +279,15 @@ export class PgBossQueue implements TaskQueue {
   #hand(task: SeenTask, job?: Fetched[number]): void {
     if (!this.#handler) return
     if (job) this.#length = Math.max(0, this.#length - 1)
-    const done = this.#run(this.#handler, task, job).finally(() => {
-      this.#active.delete(done)
-      if (!this.#isDrained) this.#wake.resolve()
-    })
-    this.#active.add(done)
+    const slot = this.#slots.take()
+    void this.#run({ handler: this.#handler, task, slot }, job).finally(() => slot.release())
   }
 
-  async #run(handler: Handler, task: SeenTask, job?: Fetched[number]): Promise<void> {
-    if ((await handler(task)) || !job) return
+  async #run(
+    { handler, task, slot }: { handler: Handler; task: SeenTask; slot: Slot },
+    job?: Fetched[number],
+  ): Promise<void> {
+    if ((await handler(task, slot)) || !job) return
     // Its task waits no more, and it is still there: the engine had it in hand when it was to be taken out.
     await this.#boss.deleteJob(TASKS, job).catch((err: unknown) => {
       this.#options.log.warn({ err, taskId: task.taskId }, 'a job of no use stays, and comes again')

@@ -3,6 +3,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest'
 import { CallbackDispatcher } from '../../src/core/callbacks.ts'
+import { UnavailableError } from '../../src/core/errors.ts'
 import { Masker } from '../../src/core/masking.ts'
 import {
   type AttemptResult,
@@ -61,8 +62,12 @@ class ScriptedWorker implements Worker {
     return 'Running' as const
   }
 
+  /** Fails what waits for the completion at the moment. */
+  interrupt: () => void = () => {}
+
   completion(signal: AbortSignal): Promise<Completion> {
     return new Promise((resolve, reject) => {
+      this.interrupt = () => reject(new Error('interrupted'))
       void this.ended.promise.then(resolve)
       if (signal.aborted) reject(signal.reason)
       signal.addEventListener('abort', () => reject(signal.reason))
@@ -99,11 +104,19 @@ class ScriptedBackend implements WorkerBackend {
   readonly specs: WorkerSpec[] = []
   /** Stands in front of each provisioning. */
   before: (signal: AbortSignal, spec: WorkerSpec) => Promise<void> = async () => {}
+  /** Hinders all workers. */
+  problem: UnavailableError | undefined
+  checks = 0
+  /** How new workers' tasks end at once; undefined: the test ends them. */
+  ending: Completion | undefined
 
   async provision(spec: WorkerSpec, signal: AbortSignal): Promise<Worker> {
     this.specs.push(spec)
     await this.before(signal, spec)
-    return this.workers.get(spec.name) ?? this.make(spec)
+    if (this.problem) throw this.problem
+    const worker = this.workers.get(spec.name) ?? this.make(spec)
+    if (this.ending) worker.ended.resolve(this.ending)
+    return worker
   }
 
   make(spec: WorkerSpec): ScriptedWorker {
@@ -120,7 +133,11 @@ class ScriptedBackend implements WorkerBackend {
     return [...this.workers.values()]
   }
 
-  async check(): Promise<void> {}
+  async check(): Promise<void> {
+    this.checks += 1
+    if (this.problem) throw this.problem
+  }
+
   async close(): Promise<void> {}
 }
 
@@ -177,7 +194,12 @@ describe('TaskRunner', () => {
     await rm(folder, { recursive: true, force: true })
   })
 
-  function open(overrides: Partial<TaskStore> = {}, concurrency = 4, cluster?: Cluster) {
+  function open(
+    overrides: Partial<TaskStore> = {},
+    concurrency = 4,
+    cluster?: Cluster,
+    { hopelessMs }: { hopelessMs?: number } = {},
+  ) {
     const queue = new EmbeddedQueue()
     const callbacks = new CallbackDispatcher({
       store: deliveries,
@@ -205,6 +227,7 @@ describe('TaskRunner', () => {
       cluster,
       concurrency,
       provisioningTimeoutMs: PROVISIONING_MS,
+      ...(hopelessMs === undefined ? {} : { hopelessMs }),
       setup: new WorkerSetup({
         secrets: { read: async () => undefined },
         gitHosts: { refusal: () => undefined, addresses: async () => [] },
@@ -445,16 +468,170 @@ describe('TaskRunner', () => {
       })
       await delivered(task)
     })
+  })
 
-    test('through a fault of ours tells nothing of it', async () => {
-      backend.before = async () => {
-        throw new Error('secret detail')
+  describe('a trouble of ours', () => {
+    const unavailable = new UnavailableError('The engine does not answer')
+
+    test('hinders all tasks alike: none is burnt, nothing new is claimed, all succeed once it has passed', async () => {
+      backend.problem = unavailable
+      const tasks: NewTask[] = []
+      for (let count = 0; count < 500; count += 1) tasks.push(await stored())
+      const { runner, queue } = open({}, 4)
+      await runner.start()
+      await expect.poll(() => backend.checks, WAIT).toBeGreaterThan(1)
+      expect(await store.countLive()).toMatchObject([
+        { status: 'provisioning', count: 4 },
+        { status: 'queued', count: 496 },
+      ])
+      expect(queue.length).toBe(496)
+      for (const task of [tasks[0], tasks[499]]) {
+        const seen = await store.get(task?.taskId ?? '')
+        expect(seen && runner.waitingFor(seen)).toBe('The engine does not answer')
       }
-      const { task } = await started()
-      const end = await finalOf(task)
-      expect(end).toMatchObject({ status: 'failed', reason: 'internal_error' })
-      expect(end.message).not.toContain('secret')
-      await delivered(task)
+      expect(runner.hindrances()).toEqual(['The engine does not answer'])
+      backend.ending = DONE
+      backend.problem = undefined
+      for (const task of tasks) {
+        expect(await finalOf(task)).toMatchObject({ status: 'succeeded', reason: 'completed' })
+      }
+      expect(runner.hindrances()).toEqual([])
+    }, 60_000)
+
+    test('that only one task has lets others pass, in its slot', async () => {
+      const [hindered, other] = [await stored(), await stored()]
+      backend.before = async (_, spec) => {
+        if (spec.taskId === hindered.taskId) throw new Error('EMFILE: too many open files')
+      }
+      const { runner } = open({}, 1)
+      await runner.start()
+      ;(await workerOf(other)).ended.resolve(DONE)
+      expect(await finalOf(other)).toMatchObject({ status: 'succeeded' })
+      const seen = await isIn(hindered, 'provisioning')
+      expect(runner.waitingFor(seen)).toContain('EMFILE')
+      await expect
+        .poll(async () => (await store.get(hindered.taskId))?.waitingFor, WAIT)
+        .toContain('EMFILE')
+      backend.before = async () => {}
+      ;(await workerOf(hindered)).ended.resolve(DONE)
+      const end = await finalOf(hindered)
+      expect(end).toMatchObject({ status: 'succeeded', waitingFor: null })
+      expect(runner.waitingFor(end)).toBeUndefined()
+    })
+
+    test('ends a task as internal_error, with its words, when others pass for too long', async () => {
+      const hindered = await stored({ callbackUrlToken: 'the-token' })
+      backend.ending = DONE
+      backend.before = async (_, spec) => {
+        if (spec.taskId === hindered.taskId) throw new Error('cannot be, said the-token')
+      }
+      const { runner, queue } = open({}, 1, undefined, { hopelessMs: 1_000 })
+      await runner.start()
+      await expect
+        .poll(() => runner.waitingFor({ taskId: hindered.taskId, status: 'provisioning' }), WAIT)
+        .toBeDefined()
+      // Alone it would wait for ever: perhaps nobody could pass.
+      const other = await stored()
+      queue.enqueue(other)
+      await finalOf(other)
+      expect(await finalOf(hindered)).toMatchObject({
+        ...{ status: 'failed', reason: 'internal_error' },
+        message: expect.stringContaining('cannot be, said ***'),
+      })
+      await delivered(hindered)
+    })
+
+    test('amid provisioning stops its clock', async () => {
+      backend.before = async (signal) => {
+        backend.problem = unavailable
+        await untilAborted(signal)
+      }
+      const { task, runner } = await started()
+      const seen = await isIn(task, 'provisioning')
+      await expect.poll(() => runner.waitingFor(seen), WAIT).toBe('The engine does not answer')
+      backend.before = async () => {}
+      backend.problem = undefined
+      ;(await workerOf(task)).ended.resolve(DONE)
+      expect(await finalOf(task)).toMatchObject({ status: 'succeeded' })
+    })
+
+    test('lets a waiting task be cancelled, and leaves no worker', async () => {
+      backend.before = async (_, spec) => {
+        backend.make(spec)
+        throw unavailable
+      }
+      backend.problem = unavailable
+      const { task, runner } = await started()
+      const seen = await isIn(task, 'provisioning')
+      await expect.poll(() => runner.waitingFor(seen), WAIT).toBeDefined()
+      await runner.cancel(task.taskId)
+      expect(await finalOf(task)).toMatchObject({ status: 'cancelled' })
+      await workerGone(task)
+    })
+
+    test('is left to the next start, which goes on', async () => {
+      backend.problem = unavailable
+      const { task, close } = await started()
+      await isIn(task, 'provisioning')
+      await close()
+      backend.problem = undefined
+      await open().runner.start()
+      ;(await workerOf(task)).ended.resolve(DONE)
+      expect(await finalOf(task)).toMatchObject({ status: 'succeeded' })
+    })
+
+    test('while a task runs is no outcome: its end is asked for again', async () => {
+      const { task, runner } = await started()
+      const worker = await workerOf(task)
+      const seen = await isIn(task, 'running')
+      const completion = worker.completion.bind(worker)
+      let failures = 0
+      worker.completion = async () => {
+        failures += 1
+        throw new Error('garbage from the engine')
+      }
+      worker.interrupt()
+      await expect.poll(() => failures, WAIT).toBeGreaterThan(1)
+      expect(runner.waitingFor(seen)).toContain('garbage')
+      worker.completion = completion
+      worker.ended.resolve({ ...DONE, reason: 'exit_code', exitCode: 3 })
+      expect(await finalOf(task)).toMatchObject({ reason: 'exit_code', exitCode: 3 })
+    })
+
+    test("another task's worker is no worker of this one", async () => {
+      const task = await stored()
+      await store.claim(task.taskId, 1)
+      await store.markRunning({ ...(await store.get(task.taskId)) } as Task, 1)
+      backend.make({ name: task.workerName, taskId: 'another' } as WorkerSpec)
+      await open().runner.start()
+      expect(await finalOf(task)).toMatchObject({ status: 'failed', reason: 'worker_lost' })
+    })
+
+    test('a store that is full lets the worker free its space', async () => {
+      let isFull = true
+      const finish: TaskStore['finish'] = async (...args) => {
+        if (isFull) throw new Error('database or disk is full')
+        return store.finish(...args)
+      }
+      const { task } = await started({}, { finish })
+      const worker = await workerOf(task)
+      Object.assign(worker, {
+        freeSpace: async () => {
+          isFull = false
+        },
+      })
+      worker.ended.resolve(DONE)
+      expect(await finalOf(task)).toMatchObject({ status: 'succeeded' })
+    })
+
+    test('a clock set back does not lengthen a limit', async () => {
+      const task = await stored({ timeoutSeconds: 0.2 })
+      await store.claim(task.taskId, 1)
+      const claimed = (await store.get(task.taskId)) as Task
+      await store.markRunning(claimed, Date.now() + 3_600_000)
+      backend.make({ name: task.workerName, taskId: task.taskId } as WorkerSpec)
+      await open().runner.start()
+      expect(await finalOf(task)).toMatchObject({ reason: 'timed_out' })
     })
   })
 
