@@ -6,7 +6,7 @@ import { open } from './open.ts'
 import { NodeProcess } from './process.ts'
 
 /** As `npm start` has them. */
-const NODE_OPTIONS = ['--max-semi-space-size=2']
+const NODE_OPTIONS = ['--disable-sigusr1', '--max-semi-space-size=2']
 const COMPILED = new URL('../node_modules/.cache/node', import.meta.url).pathname
 const MAIN = new URL('../src/main.ts', import.meta.url).pathname
 /** Of those that wait for an answer before they send the next request. */

@@ -62,11 +62,15 @@ export interface AppOptions {
   wrapPorts?: (ports: Ports) => Ports
   now?: () => number
   random?: () => number
+  /** Listens here before any task is taken up: an address in use ends the start with nothing begun. */
+  listen?: { host: string; port: number }
 }
 
 export interface App {
-  /** Ready, not listening. Closing it releases everything; running local tasks go on. */
+  /** Ready. Closing it releases everything; running local tasks go on. */
   http: FastifyInstance
+  /** URL it listens at; undefined without `listen`. */
+  address: string | undefined
   /**
    * Takes no more tasks, lets go of those that run, and waits for callback attempts under way; requests are
    * still answered, new tasks and `/health/ready` with 503. Closing does this as well. Idempotent.
@@ -280,6 +284,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
       { prefix: basePath },
     )
     await http.ready()
+    const address = options.listen && (await http.listen(options.listen))
     await runner.start()
     callbacks.start()
     if (!shared) reaper.start()
@@ -288,6 +293,6 @@ export async function buildApp(options: AppOptions): Promise<App> {
       reaper.start(() => reaper.sweepWorkers())
       await shared.everyMinute(() => reaper.sweepTasks())
     }
-    return { http, stop, reaper }
+    return { http, address, stop, reaper }
   }
 }

@@ -1,12 +1,16 @@
 import { buildApp } from './app.ts'
 import { ConfigError, loadConfig } from './config.ts'
 
+/** Time for what is closed once callback attempts are over: open requests, the store. */
+const STOP_MARGIN_MS = 3_000
+
 // Whatever we write is ours alone; tasks get the mask that we were started with.
 const taskUmask = process.umask(0o077)
 
 try {
   const config = loadConfig()
-  const app = await buildApp({ config, taskUmask })
+  const { host, port } = config
+  const app = await buildApp({ config, taskUmask, listen: { host, port } })
   const { log } = app.http
   if (config.authOff) log.warn('AUTH=off: whoever reaches this service can run scripts on it')
 
@@ -16,6 +20,11 @@ try {
     if (stopping) process.exit(1)
     stopping = true
     log.info({ signal }, 'stopping; local tasks go on and are found again at the next start')
+    // An engine, a database or a disk that never answers must not keep the service from ending.
+    setTimeout(() => {
+      log.warn('stopping took too long: the next start takes up what is left')
+      process.exit(0)
+    }, config.shutdownGraceMs + STOP_MARGIN_MS)
     try {
       await app.stop()
       await app.http.close()
@@ -28,7 +37,7 @@ try {
   process.on('SIGTERM', stop)
   process.on('SIGINT', stop)
 
-  const address = await app.http.listen({ host: config.host, port: config.port })
+  const { address } = app
   log.info(
     { address: address + config.basePath, docs: `${address}${config.basePath}/docs` },
     'listening',

@@ -21,12 +21,16 @@ export interface RawConnection {
   closed: boolean
 }
 
-/** `behave` is called for each connection; `received` fills by itself unless it pauses the socket. */
+/**
+ * `behave` is called for each connection; `received` fills by itself unless it pauses the socket. With a `path` it
+ * listens on a Unix socket and has no port.
+ */
 export async function startRawServer(
   behave: (connection: RawConnection, count: number) => void = () => {},
-  address: { host?: string; port?: number } = {},
+  address: { host?: string; port?: number; path?: string } = {},
 ): Promise<RawServer> {
-  const { host = '127.0.0.1', port = 0 } = address
+  const { path } = address
+  const where = path === undefined ? { host: '127.0.0.1', port: 0, ...address } : { path }
   const connections: RawConnection[] = []
   const server: Server = createServer((socket) => {
     const chunks: Buffer[] = []
@@ -42,13 +46,13 @@ export async function startRawServer(
   })
   await new Promise<void>((resolve, reject) => {
     server.on('error', reject)
-    server.listen(port, host, resolve)
+    server.listen(where, resolve)
   })
-  // Holds: it listens on TCP.
-  const bound = server.address() as { port: number }
+  const bound = server.address()
+  const port = typeof bound === 'object' && bound !== null ? bound.port : 0
   return {
-    port: bound.port,
-    url: `http://${host}:${bound.port}/hook`,
+    port,
+    url: `http://${address.host ?? '127.0.0.1'}:${port}/hook`,
     connections,
     open: () => connections.filter(({ closed }) => !closed).length,
     async [Symbol.asyncDispose]() {

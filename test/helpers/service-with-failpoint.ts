@@ -28,9 +28,9 @@ const killAt = process.env.KILL_AT
 let passes = Number(process.env.KILL_ON ?? 1)
 
 if (import.meta.main) {
-  const app = await buildApp({ config: loadConfig(), wrapPorts })
-  const address = await app.http.listen({ host: '127.0.0.1', port: 0 })
-  app.http.log.info({ address }, 'listening')
+  const listen = { host: '127.0.0.1', port: 0 }
+  const app = await buildApp({ config: loadConfig(), wrapPorts, listen })
+  app.http.log.info({ address: app.address }, 'listening')
   process.on('SIGTERM', async () => {
     await app.stop()
     await app.http.close()

@@ -1,7 +1,8 @@
-import { type ChildProcess, spawn } from 'node:child_process'
+import { type ChildProcess, type ChildProcessByStdio, spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { readdirSync, readFileSync } from 'node:fs'
 import { createInterface } from 'node:readline'
+import type { Readable } from 'node:stream'
 import { testEnv } from './app.ts'
 
 export interface Service {
@@ -14,16 +15,35 @@ export interface Service {
   kill(signal?: NodeJS.Signals): Promise<number | string>
 }
 
+const ROOT = new URL('../..', import.meta.url).pathname
 const MAIN = new URL('../../src/main.ts', import.meta.url).pathname
 const WITH_FAILPOINT = new URL('./service-with-failpoint.ts', import.meta.url).pathname
 
 /** The real service as a process; with KILL_AT in `env`, one that dies at that point. */
-export async function startService(env: Record<string, string>): Promise<Service> {
+export function startService(env: Record<string, string>): Promise<Service> {
   const script = env.KILL_AT === undefined ? MAIN : WITH_FAILPOINT
-  const child = spawn(process.execPath, [script], {
-    env: testEnv({ PORT: '0', LOG_LEVEL: 'info', ...env }),
-    stdio: ['ignore', 'pipe', 'pipe'],
-  })
+  return listeningService(
+    spawn(process.execPath, [script], {
+      env: testEnv({ PORT: '0', LOG_LEVEL: 'info', ...env }),
+      stdio: ['ignore', 'pipe', 'pipe'],
+    }),
+  )
+}
+
+/** The service by `npm start`, in a process group of its own. `process` is npm. */
+export function npmStart(env: Record<string, string>): Promise<Service> {
+  return listeningService(
+    spawn('npm', ['start'], {
+      cwd: ROOT,
+      env: testEnv({ PORT: '0', LOG_LEVEL: 'info', ...env }),
+      stdio: ['ignore', 'pipe', 'pipe'],
+      detached: true,
+    }),
+  )
+}
+
+/** Waits until the service listens, or has ended. */
+async function listeningService(child: ChildProcessByStdio<null, Readable, Readable>) {
   const ended = once(child, 'exit').then(([code, signal]) => code ?? signal)
   const log: string[] = []
   const listening = Promise.withResolvers<string>()
@@ -39,7 +59,7 @@ export async function startService(env: Record<string, string>): Promise<Service
     process: child,
     log,
     ended,
-    async kill(signal = 'SIGKILL') {
+    async kill(signal: NodeJS.Signals = 'SIGKILL') {
       child.kill(signal)
       return ended
     },

@@ -1,20 +1,27 @@
 import { once } from 'node:events'
+import { writeFile } from 'node:fs/promises'
 import type { ServerResponse } from 'node:http'
 import { connect } from 'node:net'
+import { dirname, join } from 'node:path'
 import { describe, expect, test } from 'vitest'
+import type { Ports } from '../../src/app.ts'
 import type { AttemptResult } from '../../src/core/ports.ts'
+import { kubeconfigOf } from '../fakes/kubernetes/credentials.ts'
 import { startApp, taskRequest } from '../helpers/app.ts'
+import { startRawServer } from '../helpers/hostile-servers.ts'
 import {
   eventually,
   exitAfter,
   expectNoWorkers,
   finalTask,
   get,
+  isAlive,
+  killIfThere,
   post,
   type Stage,
   startStage,
 } from '../helpers/recovery.ts'
-import { processesOf, type Service } from '../helpers/service.ts'
+import { npmStart, processesOf, type Service } from '../helpers/service.ts'
 
 const TIMEOUT_MS = 90_000
 
@@ -182,6 +189,92 @@ describe.concurrent('a service that is told to stop (SIGTERM)', () => {
     },
     TIMEOUT_MS,
   )
+})
+
+/** Environments with a platform that accepts connections and never answers. */
+const PLATFORMS = {
+  docker: async (folder: string) => {
+    const path = join(folder, 'silent.sock')
+    const server = await startRawServer(() => {}, { path })
+    return { server, env: { WORKER_BACKEND: 'docker', DOCKER_HOST: `unix://${path}` } }
+  },
+  kubernetes: async (folder: string) => {
+    const server = await startRawServer()
+    const path = join(folder, 'kubeconfig')
+    const access = { token: 'a-token', namespace: 'default', ca: undefined }
+    await writeFile(path, kubeconfigOf(`https://127.0.0.1:${server.port}`, access))
+    return { server, env: { WORKER_BACKEND: 'kubernetes', KUBECONFIG: path } }
+  },
+}
+
+test.each(['docker', 'kubernetes'] as const)(
+  'SIGTERM ends the service in time though its %s never answers',
+  async (platform) => {
+    await using stage = await startStage({ env: { SHUTDOWN_GRACE_SECONDS: '1' } })
+    const { server, env } = await PLATFORMS[platform](dirname(stage.dataDir))
+    await using silent = server
+    const service = await stage.start(env)
+    await stage.submit(service, 'waits', 'r-story.sh')
+    // A sweep, a request and a task are in the middle of their calls.
+    const listing = fetch(`${service.url}/workers`).catch(() => undefined)
+    await eventually(() => expect(silent.connections.length).toBeGreaterThan(0))
+    expect(await exitAfter(service, 'SIGTERM', 8_000)).toBe(0)
+    await listing
+
+    const again = await stage.start({ WORKER_BACKEND: 'local' })
+    expect((await get(again, '/tasks/waits')).body).toMatchObject({ finished_at: null })
+  },
+  TIMEOUT_MS,
+)
+
+test(
+  'SIGTERM to `npm start` ends the service, and its port is free; SIGUSR1 opens no debugger',
+  async () => {
+    await using stage = await startStage()
+    const service = await npmStart({ DATA_DIR: stage.dataDir })
+    const npm = Number(service.process.pid)
+    try {
+      const line = service.log.find((each) => each.includes('"msg":"listening"'))
+      const { pid } = JSON.parse(line ?? '{}')
+      // Node would open its debugger to every user of the machine.
+      process.kill(pid, 'SIGUSR1')
+      expect((await get(service, '/health/live')).status).toBe(200)
+      expect(service.log.join('\n')).not.toContain('Debugger')
+      expect(await exitAfter(service, 'SIGTERM')).toBe(0)
+      expect(isAlive(pid)).toBe(false)
+      const socket = connect(Number(new URL(service.url).port), '127.0.0.1')
+      const [err] = await once(socket, 'error')
+      expect(err).toMatchObject({ code: 'ECONNREFUSED' })
+    } finally {
+      killIfThere(-npm)
+    }
+  },
+  TIMEOUT_MS,
+)
+
+test('a service whose port is taken ends before it takes up any task', async () => {
+  await using taken = await startRawServer()
+  const calls: string[] = []
+  const wrapPorts = (ports: Ports): Ports => ({
+    ...ports,
+    tasks: new Proxy(ports.tasks, {
+      get(tasks, name) {
+        const method = Reflect.get(tasks, name, tasks)
+        if (typeof method !== 'function') return method
+        return (...args: unknown[]) => {
+          calls.push(String(name))
+          return method.apply(tasks, args)
+        }
+      },
+    }),
+  })
+  const listen = { host: '127.0.0.1', port: taken.port }
+  await expect(startApp({}, { wrapPorts, listen })).rejects.toThrow('EADDRINUSE')
+  expect(calls).toEqual([])
+
+  await using app = await startApp({}, { wrapPorts, listen: { ...listen, port: 0 } })
+  expect(calls).not.toEqual([])
+  expect((await fetch(`${app.app.address}/health/live`)).status).toBe(200)
 })
 
 test('the grace bounds an attempt as well whose outcome was being committed when the stop came', async () => {
