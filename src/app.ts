@@ -44,6 +44,8 @@ const PARAM_LENGTH_MAX = 4096
 const REQUEST_TIMEOUT_MS = 30_000
 /** For requests under way when the service closes. */
 const CLOSE_GRACE_MS = 2_000
+/** Of the time to stop in: for callback attempts under way. The rest is for requests and the store. */
+const ATTEMPTS_SHARE = 0.9
 const CONNECTIONS_MAX = 10_000
 const SWEEP_MS = 60_000
 
@@ -224,7 +226,8 @@ export async function buildApp(options: AppOptions): Promise<App> {
       isStopping = true
       // What we take in still, others run.
       if (!shared) submissions.drain()
-      await Promise.all([runner.close(), callbacks.close(config.shutdownGraceMs), reaper.close()])
+      const attemptsMs = config.shutdownGraceMs * ATTEMPTS_SHARE
+      await Promise.all([runner.close(), callbacks.close(attemptsMs), reaper.close()])
     }
     http.addHook('onClose', stop)
     http.addHook('onSend', async (_request, reply) => {
@@ -261,7 +264,10 @@ export async function buildApp(options: AppOptions): Promise<App> {
             workers: () => backend.check(),
             tasks_folder: () => files.check(),
           },
-          warnings: () => files.warnings(),
+          warnings: async () => [
+            ...(await files.warnings()),
+            ...runner.hindrances().map((hindrance) => `Tasks wait: ${hindrance}`),
+          ],
           isDraining: () => isStopping,
         })
         await api.register(sessionRoutes, { authentication, basePath })

@@ -1,9 +1,6 @@
 import { buildApp } from './app.ts'
 import { ConfigError, loadConfig } from './config.ts'
 
-/** Time for what is closed once callback attempts are over: open requests, the store. */
-const STOP_MARGIN_MS = 3_000
-
 // Whatever we write is ours alone; tasks get the mask that we were started with.
 const taskUmask = process.umask(0o077)
 
@@ -24,7 +21,7 @@ try {
     setTimeout(() => {
       log.warn('stopping took too long: the next start takes up what is left')
       process.exit(0)
-    }, config.shutdownGraceMs + STOP_MARGIN_MS)
+    }, config.shutdownGraceMs)
     try {
       await app.stop()
       await app.http.close()

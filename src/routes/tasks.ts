@@ -3,7 +3,13 @@ import { z } from 'zod'
 import type { CallbackDispatcher } from '../core/callbacks.ts'
 import { InvalidRequestError, TaskRunnerError } from '../core/errors.ts'
 import type { DeliveryStore, TaskStore } from '../core/ports.ts'
-import { CALLBACK_STATUSES, isFinal, TASK_STATUSES, type Task } from '../core/task.ts'
+import {
+  CALLBACK_STATUSES,
+  isFinal,
+  TASK_STATUSES,
+  type Task,
+  type TaskSummary,
+} from '../core/task.ts'
 import type { TaskRunner } from '../core/task-runner.ts'
 import { line } from '../wire/fields.ts'
 import {
@@ -32,6 +38,12 @@ export const taskRoutes: FastifyPluginAsyncZod<{
   runner: TaskRunner
   callbacks: CallbackDispatcher
 }> = async (app, { tasks, deliveries, runner, callbacks }) => {
+  /** With what hinders it here and now: a store that is full could not be told. */
+  const asSeen = <T extends TaskSummary>(task: T): T => {
+    const waitingFor = runner.waitingFor(task)
+    return waitingFor === undefined ? task : { ...task, waitingFor }
+  }
+
   app.get(
     '/tasks',
     {
@@ -74,7 +86,7 @@ export const taskRoutes: FastifyPluginAsyncZod<{
       const page = found.slice(0, limit)
       const last = page.at(-1)
       return {
-        tasks: page.map(fromTaskSummary),
+        tasks: page.map((task) => fromTaskSummary(asSeen(task))),
         next_cursor: found.length > limit && last ? toCursor(last.seq) : null,
       }
     },
@@ -91,7 +103,7 @@ export const taskRoutes: FastifyPluginAsyncZod<{
         response: { ...answer('The task', taskSchema), ...errorResponses(401, 404, 422, 503) },
       },
     },
-    async ({ params }) => fromTask(await taskOr404(tasks, params.task_id)),
+    async ({ params }) => fromTask(asSeen(await taskOr404(tasks, params.task_id))),
   )
 
   app.post(
