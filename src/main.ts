@@ -1,6 +1,9 @@
 import { buildApp } from './app.ts'
 import { ConfigError, loadConfig } from './config.ts'
 
+/** Closing takes a moment, even where nothing is waited for. */
+const STOP_MS_MIN = 1_000
+
 // Whatever we write is ours alone; tasks get the mask that we were started with.
 const taskUmask = process.umask(0o077)
 
@@ -21,7 +24,7 @@ try {
     setTimeout(() => {
       log.warn('stopping took too long: the next start takes up what is left')
       process.exit(0)
-    }, config.shutdownGraceMs)
+    }, Math.max(config.shutdownGraceMs, STOP_MS_MIN))
     try {
       await app.stop()
       await app.http.close()
