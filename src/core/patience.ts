@@ -1,4 +1,5 @@
 import { once } from 'node:events'
+import { setTimeout as pause } from 'node:timers/promises'
 import type { Availability } from './availability.ts'
 import { Deadline } from './deadline.ts'
 import { TaskRunnerError, UnavailableError } from './errors.ts'
@@ -110,4 +111,31 @@ export function wordsOf(err: unknown): string {
   const words = err instanceof Error ? err.message : String(err)
   const line = words.split('\n', 1)[0] ?? ''
   return `The service met an error and tries again: ${line.slice(0, WORDS_MAX)}`
+}
+
+/** Repeats an idempotent step, with growing pauses, until it succeeds. Undefined: `signal` has aborted. */
+export async function persistently<T>(
+  what: string,
+  step: () => Promise<T>,
+  options: {
+    signal: AbortSignal
+    retryMs: number
+    retryMaxMs: number
+    onFailure?: (err: unknown) => Promise<void>
+    log: Logger
+  },
+): Promise<T | undefined> {
+  const { signal, retryMs, retryMaxMs, onFailure, log } = options
+  for (let waitMs = retryMs; ; waitMs = Math.min(waitMs * 2, retryMaxMs)) {
+    try {
+      return await step()
+    } catch (err) {
+      log.error({ err }, `${what} failed, trying again`)
+      await onFailure?.(err).catch((worse: unknown) => {
+        log.error({ err: worse }, `what is done when ${what} fails failed as well`)
+      })
+      await pause(waitMs, undefined, { signal }).catch(() => {})
+      if (signal.aborted) return undefined
+    }
+  }
 }

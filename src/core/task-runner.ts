@@ -1,11 +1,11 @@
-import { setTimeout as pause } from 'node:timers/promises'
 import { Availability } from './availability.ts'
 import type { CallbackDispatcher } from './callbacks.ts'
 import { Deadline } from './deadline.ts'
 import { TaskRunnerError } from './errors.ts'
 import { type Masker, maskedTail } from './masking.ts'
 import { Membership } from './membership.ts'
-import { Patience, wordsOf } from './patience.ts'
+import { CANCELLED, failure, ownLog } from './outcome.ts'
+import { Patience, persistently, wordsOf } from './patience.ts'
 import type {
   ClaimedTask,
   Cluster,
@@ -21,14 +21,13 @@ import type {
   WorkerBackend,
 } from './ports.ts'
 import { WorkerError } from './ports.ts'
+import { Provisioning } from './provisioning.ts'
 import type { Slot } from './slots.ts'
 import { isFinal, type Outcome, type Task, traceOf } from './task.ts'
-import { until } from './until.ts'
 import type { WorkerSetup } from './worker-setup.ts'
 
 export const LOG_BYTES_KEPT = 5 * 1024 * 1024
-const RETRY_MS = 500
-const RETRY_MAX_MS = 15_000
+const PAUSES = { retryMs: 500, retryMaxMs: 15_000 }
 const HOPELESS_MS = 600_000
 /** How long the log of a task that has ended is asked for, should its worker not give it. */
 const LOG_PATIENCE_MS = 5_000
@@ -84,6 +83,7 @@ export class TaskRunner {
   readonly #membership: Membership | undefined
   readonly #availability: Availability
   readonly #patience: Patience
+  readonly #provisioning: Provisioning
 
   constructor(options: TaskRunnerOptions) {
     this.#options = options
@@ -94,16 +94,16 @@ export class TaskRunner {
     this.#log = options.log
     this.#membership = options.cluster && this.#memberOf(options.cluster)
     const { now, log, hopelessMs = HOPELESS_MS } = options
-    const pauses = { retryMs: RETRY_MS, retryMaxMs: RETRY_MAX_MS }
     this.#availability = new Availability({
-      ...{ ...pauses, log },
+      ...{ ...PAUSES, log },
       check: () => this.#backend.check(),
       onChange: (isAvailable) => (isAvailable ? this.#queue.goOn() : this.#queue.hold()),
     })
     this.#patience = new Patience({
-      ...{ ...pauses, hopelessMs, now, log },
+      ...{ ...PAUSES, hopelessMs, now, log },
       availability: this.#availability,
     })
+    this.#provisioning = new Provisioning({ ...options, membership: this.#membership })
   }
 
   /** What hinders a task that has not ended, as far as this instance knows, in a sentence. */
@@ -198,7 +198,7 @@ export class TaskRunner {
   async #run({ taskId, claim }: SeenTask, run: Run, slot: Slot): Promise<boolean> {
     const letGo = run.letGo.signal
     const claiming = () => this.#store.claim(taskId, this.#options.now(), claim)
-    const task = await this.#persistently('claiming a task', claiming, { signal: letGo })
+    const task = await this.#repeat('claiming a task', claiming, { signal: letGo })
     if (!task) return letGo.aborted
     await this.#seeTaskThrough(task, run, slot)
     return true
@@ -240,7 +240,7 @@ export class TaskRunner {
   async #markRunning(task: ClaimedTask, startedAt: number, run: Run): Promise<void> {
     const marking = () => this.#store.markRunning(task, startedAt)
     const letGo = run.letGo.signal
-    const isOurs = await this.#persistently('marking a task running', marking, { signal: letGo })
+    const isOurs = await this.#repeat('marking a task running', marking, { signal: letGo })
     if (isOurs === false) run.letGo.abort()
     const { taskId, workerName } = task
     if (isOurs) this.#log.info({ taskId, ...traceOf(task), worker: workerName }, 'task running')
@@ -250,14 +250,15 @@ export class TaskRunner {
    * Somebody else has the task, unless we shut down. Where that one has ended it, a worker that we made too late, or that
    * only we can reach, is nobody's.
    */
-  #leave({ taskId, workerName }: Pick<Task, 'taskId' | 'workerName'>): void {
+  #leave(task: Pick<Task, 'taskId' | 'workerName'>): void {
+    const { taskId } = task
     if (this.#closing.signal.aborted) return
     this.#log.warn({ taskId }, 'the task was taken over by another instance')
     this.#background(
-      this.#persistently('leaving a task', async () => {
+      this.#repeat('leaving a task', async () => {
         const owner = await this.#store.workerOwner(taskId)
         if (owner && (!isFinal(owner.status) || owner.kept)) return
-        const worker = await this.#backend.find(workerName)
+        const worker = await this.#provisioning.find(task)
         await worker?.terminate()
       }),
     )
@@ -265,73 +266,25 @@ export class TaskRunner {
 
   /** Undefined: there is no worker of the task any more. Throws the `WorkerError` that ends the task. */
   async #attachOrProvision(task: ClaimedTask, run: Run, slot: Slot): Promise<Worker | undefined> {
-    const { taskId, workerName } = task
+    const { taskId } = task
     const [letGo, cancelled] = [run.letGo.signal, run.cancel.signal]
-    const find = async () => {
-      const worker = await this.#backend.find(workerName)
-      // Another task's worker is none of this one.
-      return worker?.taskId === taskId ? worker : undefined
-    }
     const onWaiting = (waitingFor: string | null) => this.#noteWaiting(task, run, waitingFor)
     if (task.status === 'running' || cancelled.aborted) {
       const hindered = { taskId, ends: [letGo], onWaiting }
-      return this.#patience.repeat('finding its worker', hindered, find)
+      return this.#patience.repeat('finding its worker', hindered, () =>
+        this.#provisioning.find(task),
+      )
     }
+    const hindered = { taskId, ends: [letGo, cancelled], slot, onWaiting }
     // An earlier attempt may have begun one, before a crash or a trouble cut it short.
     let mayBeBegun = task.claim > 1
-    const hindered = { taskId, ends: [letGo, cancelled], slot, onWaiting }
     const worker = await this.#patience.repeat('getting a worker', hindered, () => {
-      const found = mayBeBegun ? find : async () => undefined
+      const attempt = this.#provisioning.attempt(task, [letGo, cancelled], mayBeBegun)
       mayBeBegun = true
-      return this.#provision(task, [letGo, cancelled], found)
+      return attempt
     })
     this.#availability.passed()
     return worker
-  }
-
-  async #provision(
-    task: ClaimedTask,
-    ends: readonly AbortSignal[],
-    find: () => Promise<Worker | undefined>,
-  ): Promise<Worker> {
-    const { provisioningTimeoutMs } = this.#options
-    using deadline = new Deadline(provisioningTimeoutMs, ends)
-    const { signal } = deadline
-    let isSure = true
-    const sure = async () => {
-      isSure = false
-      await this.#membership?.sure(signal)
-      isSure = true
-    }
-    try {
-      const setup = this.#options.setup.specFor(task)
-      const { spec, secretValues } = await until(setup, signal).catch(async (err: unknown) => {
-        // What a worker needs may be gone, and the worker there all the same.
-        const begun = await find()
-        if (!begun) throw err
-        return { spec: begun, secretValues: [] }
-      })
-      if (!('environment' in spec)) return spec
-      if (secretValues.length > 0) {
-        // Before the worker can print one. A worker of an earlier claim may know older values.
-        const known = [...new Set([...task.secretValues, ...secretValues])]
-        await this.#store.keepSecretValues(task, known)
-        task.secretValues = known
-      }
-      await sure()
-      return await this.#backend.provision(spec, signal, sure)
-    } catch (err) {
-      if (!isSure) {
-        const message = 'The database does not answer: no task may begin meanwhile'
-        throw new TaskRunnerError('store_unavailable', message, { cause: err })
-      }
-      if (!(err instanceof DOMException && err.name === 'TimeoutError')) throw err
-      // Time in which workers were unavailable does not count.
-      await this.#backend.check()
-      const seconds = provisioningTimeoutMs / 1000
-      const message = `The worker was not ready within ${seconds} seconds`
-      throw new WorkerError('provisioning_timeout', message, { cause: err })
-    }
   }
 
   /** Tells on every instance what hinders the task. */
@@ -420,7 +373,7 @@ export class TaskRunner {
         finishedAt: this.#options.now(),
         keepWorker,
       })
-    const committed = await this.#persistently('committing an outcome', committing, {
+    const committed = await this.#repeat('committing an outcome', committing, {
       onFailure: async (err) => {
         if (run) run.waitingFor = wordsOf(err)
         // Its own files may be what fills the disk.
@@ -471,7 +424,7 @@ export class TaskRunner {
     const reading = () =>
       maskedTail(worker, this.#options.maskerFor(task), LOG_BYTES_KEPT, hasEnded)
     using deadline = new Deadline(LOG_PATIENCE_MS, [this.#closing.signal])
-    const taken = await this.#persistently('reading a log', reading, deadline)
+    const taken = await this.#repeat('reading a log', reading, deadline)
     // The outcome is worth more than the log.
     return taken ?? ownLog('the log could not be read')
   }
@@ -486,8 +439,8 @@ export class TaskRunner {
 
   /** Terminates a worker, again and again until it is gone or we are shutting down. */
   async #terminate(task: Pick<Task, 'taskId' | 'workerName'>, known?: Worker): Promise<void> {
-    await this.#persistently('terminating a worker', async () => {
-      const worker = known ?? (await this.#backend.find(task.workerName))
+    await this.#repeat('terminating a worker', async () => {
+      const worker = known ?? (await this.#provisioning.find(task))
       await worker?.terminate()
       await this.#store.workerTerminated(task.taskId)
     })
@@ -507,36 +460,13 @@ export class TaskRunner {
     return failure('internal_error', 'The service could not run the task; its own log says why')
   }
 
-  /** Repeats an idempotent step until it succeeds. Undefined: `signal` has aborted. */
-  async #persistently<T>(
-    what: string,
-    step: () => Promise<T>,
-    {
-      signal = this.#closing.signal,
-      onFailure,
-    }: { signal?: AbortSignal; onFailure?: (err: unknown) => Promise<void> } = {},
-  ): Promise<T | undefined> {
-    for (let waitMs = RETRY_MS; ; waitMs = Math.min(waitMs * 2, RETRY_MAX_MS)) {
-      try {
-        return await step()
-      } catch (err) {
-        this.#log.error({ err }, `${what} failed, trying again`)
-        await onFailure?.(err).catch((worse: unknown) => {
-          this.#log.error({ err: worse }, `after ${what} failed, another step did`)
-        })
-        await pause(waitMs, undefined, { signal }).catch(() => {})
-        if (signal.aborted) return undefined
-      }
-    }
-  }
-
   /**
    * Ends a task whose worker is out of reach with the host of the instance that has died. Claimed until it is answered:
    * a claim that got through unheard would leave the task ours, with nobody to look after it.
    */
   async #giveUp(orphan: OrphanedTask, run: Run): Promise<void> {
     const claiming = () => this.#store.claim(orphan.taskId, this.#options.now(), orphan.claim)
-    const task = await this.#persistently('claiming a task', claiming, { signal: run.letGo.signal })
+    const task = await this.#repeat('claiming a task', claiming, { signal: run.letGo.signal })
     if (!task) return
     run.claim = task.claim
     const message = `The host of instance ${orphan.instance} has not come back, and the worker ran there`
@@ -567,6 +497,16 @@ export class TaskRunner {
     )
   }
 
+  /** Repeats an idempotent step until it succeeds. Undefined: `signal`, or the service's end, has cut that short. */
+  #repeat<T>(
+    what: string,
+    step: () => Promise<T>,
+    options: { signal?: AbortSignal; onFailure?: (err: unknown) => Promise<void> } = {},
+  ): Promise<T | undefined> {
+    const signal = options.signal ?? this.#closing.signal
+    return persistently(what, step, { ...options, ...PAUSES, signal, log: this.#log })
+  }
+
   #background(work: Promise<unknown>): void {
     const tracked = work.then(
       () => {},
@@ -576,16 +516,3 @@ export class TaskRunner {
     void tracked.then(() => this.#afterwards.delete(tracked))
   }
 }
-
-/** What stands in for a log that is not there: a receiver gets nothing else that tells why. */
-function ownLog(message: string): { log: LogTail; rawBytes: number } {
-  const content = Buffer.from(`[task-runner] ${message}\n`)
-  return { log: { content, totalBytes: content.length }, rawBytes: content.length }
-}
-
-function failure(reason: Outcome['reason'], message: string): Outcome {
-  const status = reason === 'cancelled' ? 'cancelled' : 'failed'
-  return { status, reason, message, exitCode: null, signal: null }
-}
-
-const CANCELLED = failure('cancelled', 'Cancelled on request')

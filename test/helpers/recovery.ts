@@ -51,6 +51,8 @@ export async function startStage(
   options: {
     dataDir?: string
     env?: Record<string, string>
+    /** A command that becomes the service. */
+    as?: readonly string[]
     answer?: Parameters<typeof startReceiver>[0]
   } = {},
 ): Promise<Stage> {
@@ -73,7 +75,7 @@ export async function startStage(
     receiver,
     request,
     async start(env = {}) {
-      const service = await startService({ DATA_DIR: dataDir, ...options.env, ...env })
+      const service = await startService({ DATA_DIR: dataDir, ...options.env, ...env }, options.as)
       services.push(service)
       return service
     },

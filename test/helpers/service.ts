@@ -20,10 +20,15 @@ const MAIN = new URL('../../src/main.ts', import.meta.url).pathname
 const WITH_FAILPOINT = new URL('./service-with-failpoint.ts', import.meta.url).pathname
 
 /** The real service as a process; with KILL_AT in `env`, one that dies at that point. */
-export function startService(env: Record<string, string>): Promise<Service> {
+export function startService(
+  env: Record<string, string>,
+  /** A command that becomes it: `setpriv` and its options, say. */
+  as: readonly string[] = [],
+): Promise<Service> {
   const script = env.KILL_AT === undefined ? MAIN : WITH_FAILPOINT
+  const [command = '', ...args] = [...as, process.execPath, script]
   return listeningService(
-    spawn(process.execPath, [script], {
+    spawn(command, args, {
       env: testEnv({ PORT: '0', LOG_LEVEL: 'info', ...env }),
       stdio: ['ignore', 'pipe', 'pipe'],
     }),
