@@ -1,5 +1,6 @@
 import { describe, expect, test } from 'vitest'
 import type { SeenTask, WaitingTask } from '../../src/core/ports.ts'
+import type { Slot } from '../../src/core/slots.ts'
 import { EmbeddedQueue } from '../../src/queue/embedded.ts'
 
 function waiting(taskId: string, more: Partial<WaitingTask> = {}): WaitingTask {
@@ -47,6 +48,38 @@ describe('EmbeddedQueue', () => {
     queue.enqueue(waiting('b'))
     expect(started).toEqual(['a'])
     expect(queue.length).toBe(1)
+  })
+
+  test('nothing new is handed out while workers are unavailable', () => {
+    const queue = new EmbeddedQueue()
+    const { started, handler } = scripted()
+    queue.work(2, handler)
+    queue.hold()
+    queue.enqueue(waiting('a'))
+    queue.resume({ taskId: 'r', claim: 1 })
+    expect(started).toEqual(['r'])
+    expect(queue.length).toBe(1)
+    queue.goOn()
+    expect(started).toEqual(['r', 'a'])
+  })
+
+  test('a task that waits gives its slot to others, and comes back before new ones', async () => {
+    const queue = new EmbeddedQueue()
+    const { started, handler, end } = scripted()
+    const slots: Slot[] = []
+    queue.work(1, (task, slot) => {
+      slots.push(slot)
+      return handler(task)
+    })
+    for (const taskId of ['a', 'b', 'c']) queue.enqueue(waiting(taskId))
+    slots[0]?.release()
+    expect(started).toEqual(['a', 'b'])
+    const back = slots[0]?.retake(new AbortController().signal)
+    await end('b')
+    await back
+    expect(started).toEqual(['a', 'b'])
+    await end('a')
+    expect(started).toEqual(['a', 'b', 'c'])
   })
 
   test('a task that runs already is resumed beyond the limit, and counts against it', async () => {
