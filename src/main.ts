@@ -21,10 +21,13 @@ try {
     stopping = true
     log.info({ signal }, 'stopping; local tasks go on and are found again at the next start')
     // An engine, a database or a disk that never answers must not keep the service from ending.
-    setTimeout(() => {
-      log.warn('stopping took too long: the next start takes up what is left')
-      process.exit(0)
-    }, Math.max(config.shutdownGraceMs, STOP_MS_MIN))
+    setTimeout(
+      () => {
+        log.warn('stopping took too long: the next start takes up what is left')
+        process.exit(0)
+      },
+      Math.max(config.shutdownGraceMs, STOP_MS_MIN),
+    )
     try {
       await app.stop()
       await app.http.close()

@@ -282,6 +282,15 @@ export interface NewDelivery {
   leaseUntil: number | null
 }
 
+export interface WorkerOwner {
+  status: TaskStatus
+  finishedAt: number | null
+  /** The worker stays for a look inside. */
+  kept: boolean
+  /** The task waits for what is ours to mend. */
+  isHindered: boolean
+}
+
 export interface TaskStore {
   /** Durable when it resolves. False: the id is taken. */
   insert(task: NewTask): Promise<boolean>
@@ -328,9 +337,7 @@ export interface TaskStore {
   /** Live tasks that are for this instance to take up at its start, in the order they came. */
   live(): Promise<LiveTask[]>
   /** What is remembered about the task a worker says it is for. */
-  workerOwner(
-    taskId: string,
-  ): Promise<{ status: TaskStatus; finishedAt: number | null; kept: boolean } | undefined>
+  workerOwner(taskId: string): Promise<WorkerOwner | undefined>
   /** Finished tasks of this instance whose worker is still to be terminated. */
   workersToTerminate(): Promise<Array<{ taskId: string; workerName: string }>>
   workerTerminated(taskId: string): Promise<void>

@@ -102,11 +102,16 @@ export class Reaper {
     }
   }
 
-  /** Ends workers stuck in Provisioning, at once instead of at the next sweep. Never rejects. */
+  /**
+   * Ends workers stuck in Provisioning, at once instead of at the next sweep; never those whose task waits for what is ours to
+   * mend. Never rejects.
+   */
   cleanUpStuck(): Promise<void> {
-    const { log, provisioningTimeoutMs } = this.#options
+    const { store, log, provisioningTimeoutMs } = this.#options
+    const isWaitedFor = async ({ taskId }: Worker) =>
+      (await store.workerOwner(taskId))?.isHindered === true
     // Many tasks may fail at the same moment for the same want.
-    this.#cleanupOfStuck ??= this.cleanup(provisioningTimeoutMs)
+    this.#cleanupOfStuck ??= this.cleanup(provisioningTimeoutMs, isWaitedFor)
       .then(
         (workers) => {
           if (workers.length > 0) log.warn({ workers }, 'terminated workers stuck in Provisioning')
@@ -119,13 +124,18 @@ export class Reaper {
     return this.#cleanupOfStuck
   }
 
-  /** Ends workers that have been in Provisioning for longer than `olderThanMs`. Returns their names. */
-  async cleanup(olderThanMs: number): Promise<string[]> {
+  /**
+   * Ends workers that have been in Provisioning for longer than `olderThanMs`, but for those to be kept. Returns their names.
+   */
+  async cleanup(
+    olderThanMs: number,
+    isKept: (worker: Worker) => Promise<boolean> = async () => false,
+  ): Promise<string[]> {
     const { backend, now } = this.#options
     const ended: string[] = []
     for (const worker of await backend.list()) {
       if ((await worker.status()) !== 'Provisioning') continue
-      if (worker.createdAt + olderThanMs > now()) continue
+      if (worker.createdAt + olderThanMs > now() || (await isKept(worker))) continue
       if (await this.#end(worker)) ended.push(worker.name)
     }
     return ended

@@ -260,7 +260,7 @@ export class SqlTaskStore implements TaskStore {
   async workerOwner(taskId: string) {
     const row = await this.#db
       .selectFrom('tasks')
-      .select(['status', 'finished_at', 'worker_state'])
+      .select(['status', 'finished_at', 'worker_state', 'waiting_for'])
       .where('task_id', '=', taskId)
       .executeTakeFirst()
     return (
@@ -268,6 +268,7 @@ export class SqlTaskStore implements TaskStore {
         status: row.status,
         finishedAt: numberOrNull(row.finished_at),
         kept: row.worker_state === 'kept',
+        isHindered: row.waiting_for !== null,
       }
     )
   }

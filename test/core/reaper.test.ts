@@ -98,17 +98,19 @@ describe('a sweep', () => {
 
   test('ends workers of live tasks that are stuck in Provisioning, and none that got past it', async () => {
     await using stores = await openStores()
-    for (const taskId of ['stuck', 'slow', 'young']) {
+    for (const taskId of ['stuck', 'slow', 'young', 'hindered']) {
       await stores.tasks.insert(newTask(taskId))
       await stores.tasks.claim(taskId, 0)
     }
+    await stores.tasks.noteWaiting({ taskId: 'hindered', claim: 1 }, 'The engine is away')
     const { backend, left } = fakeBackend([
       { taskId: 'stuck', status: 'Provisioning', createdAt: NOW - 60 * SECOND_MS },
       { taskId: 'slow', status: 'Running', createdAt: NOW - HOUR_MS },
       { taskId: 'young', status: 'Provisioning', createdAt: NOW - 58 * SECOND_MS },
+      { taskId: 'hindered', status: 'Provisioning', createdAt: NOW - HOUR_MS },
     ])
     expect(await reaperOf(stores, backend, NOW).sweep()).toBe(0)
-    expect(left()).toEqual(['slow', 'young'])
+    expect(left()).toEqual(['hindered', 'slow', 'young'])
   })
 
   test('goes on with the others, and with old tasks, when one worker cannot be ended', async () => {
