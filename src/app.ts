@@ -123,7 +123,6 @@ export async function buildApp(options: AppOptions): Promise<App> {
     http.addHook('onClose', () => storage.close())
     const { queue, shared } = storage
     const now = options.now ?? shared?.now ?? Date.now
-    await storage.tasks.verifyKey()
 
     const guard = new AddressGuard(config.callbackAllowedNetworks)
     const gitGuard = new AddressGuard(config.gitAllowedNetworks)

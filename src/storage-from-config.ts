@@ -1,6 +1,4 @@
 /** Where tasks are kept and wait, as a configuration says: a file of our own, or a Postgres that instances share. */
-import { randomUUID } from 'node:crypto'
-import { readFile, writeFile } from 'node:fs/promises'
 import { hostname } from 'node:os'
 import { join } from 'node:path'
 import type { Config } from './config.ts'
@@ -8,7 +6,9 @@ import type { Cluster, DeliveryStore, Logger, TaskQueue } from './core/ports.ts'
 import type { StatisticsStore } from './core/statistics.ts'
 import { EmbeddedQueue } from './queue/embedded.ts'
 import { SqlDeliveryStore } from './store/delivery-store.ts'
+import { keptInstanceName, newInstanceName } from './store/instance-name.ts'
 import { lockFile } from './store/lock-file.ts'
+import { deploymentOf, verifyKey } from './store/settings.ts'
 import { openSqlite } from './store/sqlite.ts'
 import { SqlStatistics } from './store/statistics.ts'
 import { type Seal, SqlTaskStore } from './store/task-store.ts'
@@ -16,6 +16,8 @@ import { type Seal, SqlTaskStore } from './store/task-store.ts'
 export interface Storage {
   /** The name of this instance, as tasks show it. */
   instance: string
+  /** The id that owns workers, 16 hex digits: who shares the database shares them. */
+  deployment: string
   tasks: SqlTaskStore
   deliveries: DeliveryStore
   statistics: StatisticsStore
@@ -31,7 +33,10 @@ export interface Storage {
   close(): Promise<void>
 }
 
-/** Throws when the data folder cannot be used, or the database not be reached. */
+/**
+ * Throws when the data folder cannot be used, the database not be reached, or `seal` is not what it
+ * was sealed with.
+ */
 export async function openStorage(config: Config, seal: Seal, log: Logger): Promise<Storage> {
   return config.databaseUrl === undefined
     ? openEmbedded(config, seal)
@@ -40,14 +45,21 @@ export async function openStorage(config: Config, seal: Seal, log: Logger): Prom
 
 async function openEmbedded({ dataDir }: Config, seal: Seal): Promise<Storage> {
   const connection = await openSqlite(join(dataDir, 'task-runner.db'))
-  const instance = hostname()
-  const tasks = new SqlTaskStore(connection, seal, { instance })
-  return {
-    ...{ instance, tasks },
-    deliveries: new SqlDeliveryStore(connection, tasks),
-    statistics: new SqlStatistics(connection),
-    queue: new EmbeddedQueue(),
-    close: () => connection.close(),
+  try {
+    await verifyKey(connection, seal)
+    const deployment = await deploymentOf(connection)
+    const instance = hostname()
+    const tasks = new SqlTaskStore(connection, seal, { instance })
+    return {
+      ...{ instance, deployment, tasks },
+      deliveries: new SqlDeliveryStore(connection, tasks),
+      statistics: new SqlStatistics(connection),
+      queue: new EmbeddedQueue(),
+      close: () => connection.close(),
+    }
+  } catch (err) {
+    await connection.close()
+    throw err
   }
 }
 
@@ -68,9 +80,13 @@ async function openShared(
   try {
     const hostBound = config.workerBackend === 'local'
     if (hostBound) closing.push(await lockFile(join(config.dataDir, 'lock')))
-    const instance = hostBound ? await keptName(config.dataDir) : newName()
+    const instance = hostBound
+      ? await keptInstanceName(join(config.dataDir, 'instance'), log)
+      : newInstanceName()
     const connection = await openPostgres(url, { instance, poolSize: config.databasePoolSize })
     closing.push(() => connection.close())
+    await verifyKey(connection, seal)
+    const deployment = await deploymentOf(connection)
     // Beats wait for nothing else: who is late is taken for dead.
     const beats = await openPostgres(url, { instance, poolSize: 1 })
     closing.push(() => beats.close())
@@ -88,7 +104,7 @@ async function openShared(
     closing.push(() => queue.close())
     const tasks = new SqlTaskStore(connection, seal, { instance, queue })
     return {
-      ...{ instance, tasks, queue, close },
+      ...{ instance, deployment, tasks, queue, close },
       deliveries: new SqlDeliveryStore(connection, tasks),
       statistics: new SqlStatistics(connection),
       shared: {
@@ -102,24 +118,4 @@ async function openShared(
     await close()
     throw err
   }
-}
-
-/** The same after a restart, whatever the host is called by then: whoever has the folder has its workers. */
-async function keptName(dataDir: string): Promise<string> {
-  const path = join(dataDir, 'instance')
-  // Empty: killed before it was written.
-  const kept = (await readFile(path, 'utf8').catch(ifMissing)).trim()
-  if (kept !== '') return kept
-  const name = newName()
-  await writeFile(path, name, { mode: 0o600 })
-  return name
-}
-
-function newName(): string {
-  return `${hostname()}-${randomUUID().slice(0, 8)}`
-}
-
-function ifMissing(err: NodeJS.ErrnoException): string {
-  if (err.code === 'ENOENT') return ''
-  throw err
 }

@@ -261,6 +261,21 @@ export interface ClaimedTask extends Task {
   cancelRequested: boolean
 }
 
+/**
+ * What is sealed of a stored task is damaged. `task` is the rest of it, with nothing sealed, so
+ * that the task can still be noted as waiting, or ended. The secrets that its log may hold are
+ * unknown: the log must not be kept.
+ */
+export class DamagedTaskError extends Error {
+  override name = 'DamagedTaskError'
+  readonly task: Task
+
+  constructor(task: Task, options: { cause: unknown }) {
+    super(`The stored parameters of task "${task.taskId}" are damaged`, options)
+    this.task = task
+  }
+}
+
 export interface LiveTask extends SeenTask, WaitingTask {
   status: TaskStatus
   cancelRequested: boolean
@@ -295,14 +310,16 @@ export interface TaskStore {
   /** Durable when it resolves. False: the id is taken. */
   insert(task: NewTask): Promise<boolean>
   digestOf(taskId: string): Promise<{ digest: string; status: TaskStatus } | undefined>
+  /** Throws `DamagedTaskError`. */
   get(taskId: string): Promise<Task | undefined>
   /** Newest first. */
   list(filter: TaskFilter): Promise<TaskSummary[]>
   log(taskId: string): Promise<LogTail | undefined>
   /**
-   * Takes a live task that is still at the claim `seen`, or was taken by this very call before: raises its claim,
-   * moves `queued` to `provisioning`. Without `seen`: one that nobody has claimed. Undefined: it is final, gone, or
-   * someone else's. Safe to repeat.
+   * Takes a live task that is still at the claim `seen`, or was taken by this very call before:
+   * raises its claim, moves `queued` to `provisioning`. Without `seen`: one that nobody has
+   * claimed. Undefined: it is final, gone, or someone else's. Safe to repeat. Throws
+   * `DamagedTaskError`, with the task claimed.
    */
   claim(taskId: string, at: number, seen?: number): Promise<ClaimedTask | undefined>
   /** Keeps, sealed, what must not show in the task's log, until the task ends. */

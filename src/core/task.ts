@@ -93,7 +93,10 @@ export interface TaskSummary {
   claimedAt: number | null
   startedAt: number | null
   finishedAt: number | null
-  /** What a live task waits for, as a sentence for people: a trouble of the service, its machine or its engine. */
+  /**
+   * What a live task waits for, as a sentence for people: a trouble of the service, its machine or
+   * its engine.
+   */
   waitingFor: string | null
   callbackStatus: CallbackStatus
   /** Bytes the task logged in all, also where only the tail of them was kept. */

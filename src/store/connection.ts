@@ -18,6 +18,13 @@ export interface Connection {
   untaken<Table extends keyof Database, Row>(
     rows: SelectQueryBuilder<Database, Table, Row>,
   ): SelectQueryBuilder<Database, Table, Row>
+  /**
+   * Returns what tells this database from its copies. SQLite: the identity of its file. Postgres:
+   * its server's system identifier, which a physical standby shares and a restored dump does not,
+   * and its own number on that server. Neither tells a snapshot of a whole volume or machine from
+   * its original.
+   */
+  identity(): Promise<string>
   close(): Promise<void>
 }
 

@@ -4,6 +4,7 @@ import {
   PostgresDialect,
   type PostgresPool,
   type PostgresPoolClient,
+  sql,
 } from 'kysely'
 import { Migrator } from 'kysely/migration'
 import pg from 'pg'
@@ -93,6 +94,7 @@ export async function openPostgres(
       })
     },
     untaken: (rows) => rows.forUpdate().skipLocked(),
+    identity: () => identityOf(db),
     close: () => db.destroy(),
   }
 }
@@ -104,6 +106,29 @@ async function changed<Row>(
 ): Promise<Row[] | undefined> {
   const { rows, numAffectedRows } = await db.executeQuery(statement.compile())
   return numAffectedRows === 0n ? undefined : rows
+}
+
+async function identityOf(db: Kysely<Database>): Promise<string> {
+  const system = sql<{ id: string }>`select system_identifier::text as id from pg_control_system()`
+  const database = sql<{
+    id: string
+  }>`select oid::text as id from pg_database where datname = current_database()`
+  const [ofServer, ofDatabase] = await Promise.all([
+    // Every role may ask for it, unless its administrator or a server that is not quite Postgres
+    // says no.
+    system.execute(db).catch((err: unknown) => {
+      if (isRefusal(err)) return { rows: [] }
+      throw err
+    }),
+    database.execute(db),
+  ])
+  return [...ofServer.rows, ...ofDatabase.rows].map(({ id }) => id).join(' ')
+}
+
+/** `feature_not_supported`, `insufficient_privilege`, `undefined_function`. */
+function isRefusal(err: unknown): boolean {
+  const cause = err instanceof Error ? err.cause : undefined
+  return cause instanceof pg.DatabaseError && ['0A000', '42501', '42883'].includes(cause.code ?? '')
 }
 
 /** Without the time limits of every day: to build an index may take long. Kysely holds an advisory lock meanwhile. */

@@ -14,6 +14,7 @@ import {
 } from 'kysely'
 import { Migrator } from 'kysely/migration'
 import { type Connection, storeUnavailable } from './connection.ts'
+import { fileIdentity } from './file-identity.ts'
 import { migrations } from './migrations.ts'
 import type { Database } from './schema.ts'
 import type { Answer, Batch, StatementResult } from './sqlite-thread.ts'
@@ -68,6 +69,7 @@ export async function openSqlite(path: string): Promise<Connection> {
     },
     // One statement at a time: there is nobody else.
     untaken: (rows) => rows,
+    identity: () => fileIdentity(path),
     close: () => db.destroy(),
   }
 }

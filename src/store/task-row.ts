@@ -34,7 +34,7 @@ export const SUMMARY_COLUMNS = [
   'tasks.log_bytes',
 ] as const
 
-type SummaryRow = Pick<
+export type SummaryRow = Pick<
   Selectable<TasksTable>,
   (typeof SUMMARY_COLUMNS)[number] extends `tasks.${infer Name}` ? Name & keyof TasksTable : never
 > & { delivery_status?: Exclude<CallbackStatus, 'none'> | null }

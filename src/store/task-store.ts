@@ -1,13 +1,14 @@
 import { sql } from 'kysely'
-import type {
-  ClaimedTask,
-  LiveTask,
-  LogTail,
-  NewDelivery,
-  NewTask,
-  TaskFilter,
-  TaskStore,
-  WaitingTask,
+import {
+  type ClaimedTask,
+  DamagedTaskError,
+  type LiveTask,
+  type LogTail,
+  type NewDelivery,
+  type NewTask,
+  type TaskFilter,
+  type TaskStore,
+  type WaitingTask,
 } from '../core/ports.ts'
 import { LIVE_STATUSES, type Task, type TaskSummary } from '../core/task.ts'
 import type { Connection, InTransaction } from './connection.ts'
@@ -16,6 +17,7 @@ import {
   numberOrNull,
   type Sealed,
   SUMMARY_COLUMNS,
+  type SummaryRow,
   summaryFromRow,
   withoutSpentSecrets,
 } from './task-row.ts'
@@ -89,7 +91,7 @@ export class SqlTaskStore implements TaskStore {
       .select('tasks.sealed')
       .where('tasks.task_id', '=', taskId)
       .executeTakeFirst()
-    return row && { ...summaryFromRow(row), ...this.#unseal(row) }
+    return row && this.#unsealed(row)
   }
 
   async list(filter: TaskFilter): Promise<TaskSummary[]> {
@@ -124,8 +126,7 @@ export class SqlTaskStore implements TaskStore {
     const [row] = (await this.#connection.atomically(taken, [], this.#queue?.taken(taskId))) ?? []
     return (
       row && {
-        ...summaryFromRow(row),
-        ...this.#unseal(row),
+        ...this.#unsealed(row),
         cancelRequested: row.cancel_requested_at !== null,
       }
     )
@@ -345,22 +346,6 @@ export class SqlTaskStore implements TaskStore {
     return Number(numDeletedRows)
   }
 
-  /** Throws when the newest task was sealed with another key: better at the start than task by task. */
-  async verifyKey(): Promise<void> {
-    const row = await this.#db
-      .selectFrom('tasks')
-      .select(['task_id', 'sealed'])
-      .orderBy('seq', 'desc')
-      .limit(1)
-      .executeTakeFirst()
-    if (!row) return
-    try {
-      this.#unseal(row)
-    } catch (cause) {
-      throw new Error('the stored tasks were encrypted with another SEALING_KEY', { cause })
-    }
-  }
-
   async check(): Promise<void> {
     await this.#db.selectFrom('tasks').select('seq').limit(1).execute()
   }
@@ -396,11 +381,23 @@ export class SqlTaskStore implements TaskStore {
     return this.#sealer.seal(JSON.stringify(sealed), task.taskId)
   }
 
-  #unseal(row: { task_id: string; sealed: Uint8Array }): Sealed {
-    // Holds: nobody else has the key. What was sealed before there were named secrets has none.
-    const sealed = JSON.parse(this.#sealer.unseal(row.sealed, row.task_id)) as Sealed
-    return { ...sealed, secretValues: sealed.secretValues ?? [] }
+  #unsealed(row: SummaryRow & { sealed: Uint8Array }): Task {
+    const summary = summaryFromRow(row)
+    try {
+      // Holds: nobody else has the key. What was sealed before there were named secrets has none.
+      const sealed = JSON.parse(this.#sealer.unseal(row.sealed, row.task_id)) as Sealed
+      return { ...summary, ...sealed, secretValues: sealed.secretValues ?? [] }
+    } catch (cause) {
+      throw new DamagedTaskError({ ...summary, ...NOTHING_SEALED }, { cause })
+    }
   }
+}
+
+const NOTHING_SEALED: Sealed = {
+  workerConfig: {},
+  callbackUrl: null,
+  callbackUrlToken: null,
+  secretValues: [],
 }
 
 /** Postgres takes no NUL, and a program's last words may hold one. */

@@ -1,7 +1,12 @@
 /** What TaskStore and DeliveryStore must do over every database. Each adapter's test calls this. */
 import { randomBytes } from 'node:crypto'
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from 'vitest'
-import type { LogTail, NewDelivery, NewTask } from '../../src/core/ports.ts'
+import {
+  DamagedTaskError,
+  type LogTail,
+  type NewDelivery,
+  type NewTask,
+} from '../../src/core/ports.ts'
 import type { Outcome } from '../../src/core/task.ts'
 import { Sealer } from '../../src/secrets/sealing.ts'
 import type { Connection } from '../../src/store/connection.ts'
@@ -255,6 +260,36 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
         expect(claims.filter((task) => task !== undefined)).toEqual([
           expect.objectContaining({ claim: 1 }),
         ])
+      })
+    })
+
+    describe('a task whose parameters are damaged', () => {
+      test('is claimed with words that say so, and can be noted as waiting and ended', async () => {
+        const { taskId } = await inserted({ callbackUrl: `${ORIGIN}/hook` })
+        await damage(connection, taskId)
+        for (const attempt of ['first', 'second']) {
+          const error = await store.claim(taskId, 0).catch((err: unknown) => err)
+          expect(error, attempt).toBeInstanceOf(DamagedTaskError)
+          if (!(error instanceof DamagedTaskError)) throw error
+          expect(error.message).toBe(`The stored parameters of task "${taskId}" are damaged`)
+          expect(error.task).toMatchObject({ taskId, claim: 1, callbackUrl: null })
+          await store.noteWaiting(error.task, error.message)
+        }
+        const error = await store.get(taskId).catch((err: unknown) => err)
+        if (!(error instanceof DamagedTaskError)) throw error
+        expect(error.task).toMatchObject({ status: 'provisioning', waitingFor: error.message })
+        const outcome: Outcome = { ...SUCCESS, status: 'failed', reason: 'internal_error' }
+        expect(await store.finish(error.task, end({ outcome }))).toBe(true)
+        expect(await store.get(taskId)).toMatchObject({ ...outcome, callbackUrl: null })
+      })
+
+      test('hinders no other', async () => {
+        const damaged = await inserted()
+        const other = await inserted()
+        await damage(connection, damaged.taskId)
+        expect(await store.list({ limit: 10 })).toHaveLength(2)
+        expect(await store.live()).toHaveLength(2)
+        expect(await store.claim(other.taskId, 0)).toMatchObject({ claim: 1 })
       })
     })
 
@@ -789,4 +824,16 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
 
 function attempt(number: number) {
   return { number, startedAt: 1_000 * number, durationMs: 12, statusCode: 200, error: null }
+}
+
+/** As a disk does that gives back other bytes than it was given. */
+export async function damage({ db }: Connection, taskId: string): Promise<void> {
+  const row = await db
+    .selectFrom('tasks')
+    .select('sealed')
+    .where('task_id', '=', taskId)
+    .executeTakeFirstOrThrow()
+  const sealed = Buffer.from(row.sealed)
+  sealed[sealed.length - 1] = Number(sealed.at(-1)) ^ 1
+  await db.updateTable('tasks').set({ sealed }).where('task_id', '=', taskId).execute()
 }

@@ -4,10 +4,12 @@ import pg from 'pg'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import type { Connection } from '../../src/store/connection.ts'
 import { openPostgres } from '../../src/store/postgres.ts'
+import { deploymentOf } from '../../src/store/settings.ts'
 import { type Postgres, startPostgres } from '../helpers/postgres.ts'
 import { startTcpProxy, type TcpProxy } from '../helpers/tcp-proxy.ts'
 import { describeStores, end, newTask, ORIGIN, SUCCESS, storesOver } from './contract.ts'
 import { describeReleaseBefore } from './release-0.1.0.ts'
+import { describeSettings } from './settings.ts'
 
 let postgres: Postgres
 
@@ -21,10 +23,57 @@ const open = async (url: string, poolSize = 10) => openPostgres(url, { instance:
 describeStores('Postgres', async () => open(await postgres.database()))
 
 const named = new Map<string, string>()
-describeReleaseBefore('postgres', async (name) => {
+const urlOf = async (name: string) => {
   const url = named.get(name) ?? (await postgres.database())
   named.set(name, url)
-  return open(url)
+  return url
+}
+describeReleaseBefore('postgres', async (name) => open(await urlOf(name)))
+
+const databaseOf = (url: string) => new URL(url).pathname.slice(1)
+describeSettings('Postgres', {
+  open: async (name) => open(await urlOf(name), 2),
+  async copy(from, to) {
+    const original = await urlOf(from)
+    const copy = original.replace(databaseOf(original), `${databaseOf(original)}_copy`)
+    const admin = original.replace(databaseOf(original), 'postgres')
+    await query(admin, `create database ${databaseOf(copy)} template ${databaseOf(original)}`)
+    named.set(to, copy)
+  },
+  async openFive(name) {
+    const url = await urlOf(name)
+    return Promise.all(Array.from({ length: 5 }, () => open(url, 2)))
+  },
+})
+
+describe('the id of a deployment', () => {
+  test('goes by the server, too: a dump that another server took in has an id of its own', async () => {
+    const url = await postgres.database()
+    const here = await open(url)
+    const id = await deploymentOf(here)
+    const identity = await here.identity()
+    expect(identity).toMatch(/^\d{15,20} \d+$/)
+    const elsewhere = { ...here, identity: async () => identity.replace(/^\d/, '0') }
+    const other = await deploymentOf(elsewhere)
+    expect(other).not.toBe(id)
+    await here.close()
+  })
+
+  test('is told to an ordinary role, and to one that may not ask for the server', async () => {
+    const url = await postgres.database()
+    await query(url, `create role ordinary login password 'not-a-secret'`)
+    await query(url, 'grant create on schema public to ordinary')
+    const asOrdinary = new URL(url)
+    asOrdinary.username = 'ordinary'
+    const plain = await open(asOrdinary.href)
+    const identity = await plain.identity()
+    const id = await deploymentOf(plain)
+    expect(identity).toMatch(/^\d{15,20} \d+$/)
+    expect(id).toMatch(/^[0-9a-f]{16}$/)
+    await query(url, 'revoke execute on function pg_control_system() from public')
+    expect(await plain.identity()).toBe(identity.split(' ')[1])
+    await plain.close()
+  })
 })
 
 describe('migrations', () => {

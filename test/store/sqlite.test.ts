@@ -1,15 +1,27 @@
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
-import { mkdtemp, readdir, readFile, rm, stat, truncate, writeFile } from 'node:fs/promises'
+import {
+  copyFile,
+  mkdtemp,
+  readdir,
+  readFile,
+  rename,
+  rm,
+  stat,
+  truncate,
+  writeFile,
+} from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest'
 import { TaskRunnerError } from '../../src/core/errors.ts'
 import type { Connection } from '../../src/store/connection.ts'
+import { deploymentOf } from '../../src/store/settings.ts'
 import { openSqlite } from '../../src/store/sqlite.ts'
 import { describeStores, end, newTask, ORIGIN, storesOver } from './contract.ts'
 import { describeReleaseBefore } from './release-0.1.0.ts'
+import { describeSettings } from './settings.ts'
 
 let contractFolder: string
 let files = 0
@@ -25,6 +37,16 @@ describeStores('SQLite', async () => {
 })
 
 describeReleaseBefore('sqlite', (name) => openSqlite(join(contractFolder, `${name}.db`)))
+
+const fileOf = (name: string) => join(contractFolder, `${name}.db`)
+describeSettings('SQLite', {
+  open: (name) => openSqlite(fileOf(name)),
+  copy: (from, to) => copyFile(fileOf(from), fileOf(to)),
+  async openFive(name) {
+    const connection = await openSqlite(fileOf(name))
+    return Array.from({ length: 5 }, () => connection)
+  },
+})
 
 describe('the SQLite file', () => {
   let folder: string
@@ -95,6 +117,20 @@ describe('the SQLite file', () => {
     const second = await open()
     const taken = await second.deliveries.takeDue({ now: 1, leaseUntil: 2, exceptOrigins: [] })
     expect(taken?.taskId).toBe(task.taskId)
+  })
+
+  test('its deployment is the same after a restore in place, or under another name', async () => {
+    const { connection } = await open()
+    const id = await deploymentOf(connection)
+    await close(connection)
+    const backup = await readFile(path)
+    await writeFile(path, backup)
+    const restored = await open()
+    expect(await deploymentOf(restored.connection)).toBe(id)
+    await close(restored.connection)
+    path = join(folder, 'data', 'renamed.db')
+    await rename(join(folder, 'data', 'task-runner.db'), path)
+    expect(await deploymentOf((await open()).connection)).toBe(id)
   })
 
   test('a second opener fails with an error that says why, and disturbs nothing', async () => {
