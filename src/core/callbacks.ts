@@ -7,7 +7,7 @@ import type {
   Logger,
   NewDelivery,
 } from './ports.ts'
-import { type RetrySchedule, retryDelayMs } from './retry.ts'
+import { longestDelaysMs, type RetrySchedule, retryDelayMs } from './retry.ts'
 import { type CallbackStatus, traceOf } from './task.ts'
 
 /** A receiver may ask us to wait, but not for ever. */
@@ -70,6 +70,7 @@ export class CallbackDispatcher {
   readonly #dues = new Map<string, DueDelivery>()
   readonly #abort = new AbortController()
   #clock: { now: number; steady: number }
+  #isBounded = false
   #timer: NodeJS.Timeout | undefined
   #draining: Promise<void> | undefined
   #timerAt = Number.POSITIVE_INFINITY
@@ -207,6 +208,7 @@ export class CallbackDispatcher {
   async #drain(): Promise<number> {
     this.#backlog = false
     await this.#heedClock()
+    await this.#boundOnce()
     while (!this.#closed) {
       if (this.#total() >= ATTEMPTS_MAX) {
         this.#backlog = true
@@ -245,6 +247,19 @@ export class CallbackDispatcher {
     if (jumpMs > -CLOCK_JUMP_MS) return
     this.#log.warn({ jumpMs }, 'the clock was set back')
     await this.#store.shiftDue(jumpMs)
+  }
+
+  /**
+   * A clock that was set back while the service was down would put off what was pending by as much.
+   */
+  async #boundOnce(): Promise<void> {
+    if (this.#isBounded) return
+    await this.#store.boundDue({
+      now: this.#now(),
+      toleranceMs: CLOCK_JUMP_MS,
+      longestDelaysMs: longestDelaysMs(this.#schedule),
+    })
+    this.#isBounded = true
   }
 
   async #attempt(due: DueDelivery, known?: DeliveryContent): Promise<void> {

@@ -434,6 +434,16 @@ export interface DeliveryStore {
   ): Promise<void>
   /** Moves all that is due in the future by as much as the clock was set back or forth. */
   shiftDue(byMs: number): Promise<void>
+  /**
+   * Bounds what a clock set back while nobody ran would put off: a delivery whose last attempt, or
+   * whose task's end, lies more than `toleranceMs` ahead of `now` is due no later than
+   * `longestDelaysMs[attempts made]` from now, and at once where there is none. Safe to repeat.
+   */
+  boundDue(options: {
+    now: number
+    toleranceMs: number
+    longestDelaysMs: readonly number[]
+  }): Promise<void>
   /** Gives a delivery back without an attempt made, if that lease is still held. */
   release(taskId: string, leaseUntil?: number): Promise<void>
   /** Makes the delivery due now. `in_flight`: an attempt is under way. Undefined: there is none. */

@@ -17,3 +17,11 @@ export function retryDelayMs(attempt: number, schedule: RetrySchedule): number |
   if (delayMs === undefined) return undefined
   return Math.round(delayMs * (1 - JITTER + 2 * JITTER * schedule.random()))
 }
+
+/**
+ * Milliseconds that `retryDelayMs` returns at most, by the number of attempts made: none before the
+ * first.
+ */
+export function longestDelaysMs({ delaysMs }: RetrySchedule): number[] {
+  return [0, ...delaysMs.map((delayMs) => Math.round(delayMs * (1 + JITTER)))]
+}

@@ -157,6 +157,26 @@ export class SqlDeliveryStore implements DeliveryStore {
       .execute()
   }
 
+  async boundDue(options: Parameters<DeliveryStore['boundDue']>[0]): Promise<void> {
+    const { now, toleranceMs, longestDelaysMs } = options
+    const delays = longestDelaysMs.map(
+      (delayMs, attempts) => sql`when ${sql.lit(attempts)} then ${sql.lit(delayMs)}`,
+    )
+    const latest = sql<number>`${sql.lit(now)} + case attempts ${sql.join(delays, sql` `)} else 0 end`
+    const lastEventAt = sql<number>`coalesce(
+      (select max(started_at + duration_ms) from delivery_attempts
+       where delivery_attempts.task_id = deliveries.task_id),
+      (select finished_at from tasks where tasks.task_id = deliveries.task_id))`
+    await this.#db
+      .updateTable('deliveries')
+      .set({ next_attempt_at: latest })
+      .where('status', '=', PENDING)
+      .where('leased', '=', 0)
+      .where('next_attempt_at', '>', latest)
+      .where(lastEventAt, '>', now + toleranceMs)
+      .execute()
+  }
+
   async release(taskId: string, leaseUntil?: number): Promise<void> {
     await this.#db
       .updateTable('deliveries')

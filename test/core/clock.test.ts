@@ -35,10 +35,12 @@ function startScene(
   stores: Stores,
   options: {
     delaysMs: number[]
+    /** How far the wall clock is off from the start. */
+    setBy?: number
     reply?: (attempt: Sent, count: number) => AttemptResult | undefined
   },
 ): Scene {
-  let setBy = 0
+  let { setBy = 0 } = options
   const now = () => Date.now() + setBy
   const sent: Sent[] = []
   const open = new Map<string, number>()
@@ -153,10 +155,68 @@ describe('when the clock is set back by an hour', () => {
   })
 })
 
+describe('when the clock was set back by an hour while the service was down', () => {
+  test('a delivery keeps the delay that its last attempt was followed by', async () => {
+    await using stores = await openStores()
+    {
+      await using before = startScene(stores, { delaysMs: [3_000, 10_000], reply: () => BUSY })
+      await stores.finished('pending', { finishedAt: before.now(), origin: 'http://a.test' })
+      before.dispatcher.start()
+      const attempts = async () => (await stores.deliveries.state('pending'))?.attempts.length
+      await expect.poll(attempts, PATIENTLY).toBe(1)
+    }
+    const startedAt = performance.now()
+    await using after = startScene(stores, {
+      ...{ delaysMs: [3_000, 10_000], setBy: -HOUR_MS },
+      reply: () => OK,
+    })
+    after.dispatcher.start()
+    await expect.poll(() => after.sent.length, PATIENTLY).toBe(1)
+    const delayMs = Number(after.sent[0]?.at) - startedAt
+    expect(delayMs).toBeGreaterThan(1_000)
+    expect(delayMs).toBeLessThan(9_000)
+  })
+
+  test('a first attempt is made at once', async () => {
+    await using stores = await openStores()
+    await using scene = startScene(stores, {
+      ...{ delaysMs: [HOUR_MS], setBy: -HOUR_MS },
+      reply: () => OK,
+    })
+    await stores.finished('first', { finishedAt: Date.now(), origin: 'http://a.test' })
+    scene.dispatcher.start()
+    await expect.poll(() => scene.sent.length, PATIENTLY).toBe(1)
+  })
+})
+
+test('a restart on a clock that is right changes nothing of what a receiver has asked for', async () => {
+  await using stores = await openStores()
+  const nextAttemptAt = async () => (await stores.deliveries.state('asked'))?.nextAttemptAt
+  {
+    await using before = startScene(stores, {
+      delaysMs: [1_000],
+      reply: () => ({ ...BUSY, retryAfterMs: HOUR_MS }),
+    })
+    await stores.finished('asked', { finishedAt: before.now(), origin: 'http://a.test' })
+    before.dispatcher.start()
+    await expect.poll(async () => Number(await nextAttemptAt()) > Date.now(), PATIENTLY).toBe(true)
+  }
+  const askedFor = await nextAttemptAt()
+  await using after = startScene(stores, { delaysMs: [1_000], reply: () => OK })
+  await stores.finished('other', { finishedAt: after.now(), origin: 'http://b.test' })
+  after.dispatcher.start()
+  await expect.poll(() => after.attemptsOf('other').length, PATIENTLY).toBe(1)
+  expect(await nextAttemptAt()).toBe(askedFor)
+})
+
 describe('when the clock is set forth by an hour', () => {
   test('what became due is sent, and no more at once than the caps allow', async () => {
     await using stores = await openStores()
     await using scene = startScene(stores, { delaysMs: [] })
+    const names = () => scene.sent.map(({ taskId }) => taskId)
+    await stores.finished('first', { finishedAt: scene.now(), origin: 'http://first.test' })
+    scene.dispatcher.start()
+    await expect.poll(names, PATIENTLY).toEqual(['first'])
     const dueAt = scene.now() + HOUR_MS / 2
     const taskIds = Array.from({ length: 300 }, (_, index) => `due-${index}`)
     await Promise.all(
@@ -164,16 +224,16 @@ describe('when the clock is set forth by an hour', () => {
         stores.finished(taskId, { finishedAt: dueAt, origin: `http://r${index % 12}.test` }),
       ),
     )
-    await stores.finished('first', { finishedAt: scene.now(), origin: 'http://first.test' })
-    scene.dispatcher.start()
-    await expect.poll(() => scene.sent.map(({ taskId }) => taskId), PATIENTLY).toEqual(['first'])
-    scene.sent[0]?.answer(OK)
+    await stores.finished('second', { finishedAt: scene.now(), origin: 'http://second.test' })
+    scene.dispatcher.wake()
+    await expect.poll(names, PATIENTLY).toEqual(['first', 'second'])
+    for (const attempt of scene.sent) attempt.answer(OK)
 
     scene.setClock(HOUR_MS)
     scene.dispatcher.wake()
     await expect.poll(() => scene.underWay.now, PATIENTLY).toBe(IN_ALL_MAX)
-    let answered = 1
-    while (answered < taskIds.length + 1) {
+    let answered = 2
+    while (answered < taskIds.length + 2) {
       await expect.poll(() => scene.sent.length, PATIENTLY).toBeGreaterThan(answered)
       scene.sent[answered]?.answer(OK)
       answered += 1
@@ -181,7 +241,7 @@ describe('when the clock is set forth by an hour', () => {
     await expect.poll(() => scene.underWay.now, PATIENTLY).toBe(0)
     expect(scene.underWay.most).toBe(IN_ALL_MAX)
     expect(scene.underWay.mostPerOrigin).toBeLessThanOrEqual(PER_ORIGIN_MAX)
-    expect(scene.sent.map(({ taskId }) => taskId).sort()).toEqual(['first', ...taskIds].sort())
+    expect(names().sort()).toEqual(['first', 'second', ...taskIds].sort())
   })
 
   test('an attempt under way is not made a second time beside the first', async () => {

@@ -1,6 +1,6 @@
 import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
-import { retryDelayMs } from '../../src/core/retry.ts'
+import { longestDelaysMs, retryDelayMs } from '../../src/core/retry.ts'
 
 const delaysMs = [5_000, 300_000, 0]
 const middle = () => 0.5
@@ -22,6 +22,14 @@ describe('retryDelayMs', () => {
   test('the jitter spans 20 % both ways', () => {
     expect(retryDelayMs(1, { delaysMs, random: () => 0 })).toBe(4_000)
     expect(retryDelayMs(1, { delaysMs, random: () => 1 - Number.EPSILON })).toBe(6_000)
+  })
+
+  test('the longest delays, by the attempts made, are what the jitter can make of the schedule', () => {
+    expect(longestDelaysMs({ delaysMs, random: middle })).toEqual([0, 6_000, 360_000, 0])
+    for (const [attempts, longestMs] of longestDelaysMs({ delaysMs, random: middle }).entries()) {
+      const delayMs = retryDelayMs(attempts, { delaysMs, random: () => 1 - Number.EPSILON }) ?? 0
+      expect(delayMs).toBeLessThanOrEqual(longestMs)
+    }
   })
 
   test('any delay stays within 20 % of the schedule, and is whole', () => {

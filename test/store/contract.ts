@@ -756,6 +756,54 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
         })
       })
 
+      test('a clock that was set back meanwhile puts off none for longer than its schedule', async () => {
+        const bounds = { now: 10_000, toleranceMs: 100, longestDelaysMs: [0, 500, 7_000] }
+        const nextAttemptAt = async (taskId: string) =>
+          (await deliveries.state(taskId))?.nextAttemptAt
+        /** Ended at `at`, or attempted then for the last time. */
+        const pending = async (attempts: number, at: number, nextAt: number) => {
+          const taskId = await due(at)
+          for (let number = 1; number <= attempts; number += 1) {
+            await deliveries.recordAttempt(
+              taskId,
+              { ...attempt(number), startedAt: at - 12 },
+              { status: 'pending', nextAttemptAt: nextAt },
+            )
+          }
+          return taskId
+        }
+        const first = await pending(0, 90_000, 90_000)
+        const second = await pending(1, 90_000, 90_300)
+        const third = await pending(2, 90_000, 95_000)
+        const byHand = await pending(3, 90_000, 95_000)
+        const soon = await pending(2, 90_000, 10_400)
+        const asked = await pending(1, 10_050, 60_000)
+        const given = await due(90_000)
+        await deliveries.recordAttempt(
+          given,
+          { ...attempt(1), startedAt: 90_000 },
+          {
+            ...{ status: 'given_up', nextAttemptAt: null },
+          },
+        )
+        const leased = await due(90_000, { leaseUntil: 95_000 })
+        for (const _ of ['once', 'again']) {
+          await deliveries.boundDue(bounds)
+          expect(await nextAttemptAt(first)).toBe(10_000)
+          expect(await nextAttemptAt(second)).toBe(10_500)
+          expect(await nextAttemptAt(third)).toBe(17_000)
+          expect(await nextAttemptAt(byHand), 'the schedule has ended').toBe(10_000)
+          expect(await nextAttemptAt(soon)).toBe(10_400)
+          expect(await nextAttemptAt(asked), 'the clock is right').toBe(60_000)
+          expect(await nextAttemptAt(given)).toBeNull()
+        }
+        const taken = [await take(10_000), await take(10_000)].map((each) => each?.taskId)
+        expect(taken.sort()).toEqual([first, byHand].sort())
+        expect(await take(10_000)).toBeUndefined()
+        await deliveries.release(leased, 95_000)
+        expect((await take(10_000))?.taskId, 'its lease was left alone').toBe(leased)
+      })
+
       test('a released delivery is due at once, without an attempt', async () => {
         const taskId = await due(1_000)
         await take(1_000)
