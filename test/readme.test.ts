@@ -6,6 +6,7 @@ import { join } from 'node:path'
 import { promisify } from 'node:util'
 import { afterAll, beforeAll, expect, test } from 'vitest'
 import { testEnv } from './helpers/app.ts'
+import { needs } from './helpers/needs.ts'
 import { type Service, startService } from './helpers/service.ts'
 
 const ROOT = new URL('..', import.meta.url).pathname
@@ -43,7 +44,7 @@ async function shell(code: string) {
   return run.catch((err: { stdout: string; stderr: string; code: number }) => err)
 }
 
-test('Use it: the task runs, and everything about it is answered', async () => {
+needs('curl')('Use it: the task runs, and everything about it is answered', async () => {
   const [, curls = ''] = blocks('Use it', 'sh')
   const { stdout } = await shell(curls)
   expect(stdout).toContain('"message":"Started Task successfully"')
@@ -58,7 +59,7 @@ test('Coming from Practicus AI: the worker file is the one that is shown', async
   expect((await shell(code)).stdout).toBe(`${shown}\n`)
 })
 
-test('From Jenkins or GitLab: the script shows the log of the task', async () => {
+needs('curl', 'jq')('From Jenkins or GitLab: the script shows the log of the task', async () => {
   const [code = ''] = blocks('From Jenkins or GitLab', 'sh')
   expect((await shell(code)).stdout).toMatch(/^Hello from Python 3\S*, task build-\d+\n$/)
 })

@@ -7,6 +7,7 @@ import { InvalidRequestError } from '../src/core/errors.ts'
 import { type RunTaskOptions, runTask } from '../src/run-task.ts'
 import { FIXTURE_TASKS } from './helpers/app.ts'
 import { startGitServer } from './helpers/git-server.ts'
+import { needs } from './helpers/needs.ts'
 import { processesOf } from './helpers/service.ts'
 
 let root: string
@@ -72,7 +73,7 @@ describe('runTask', () => {
     expect(await run.worker.logs()).toBe('WARNING *** 13\n')
   })
 
-  test('runs a file of a cloned repository', async () => {
+  needs('git')('runs a file of a cloned repository', async () => {
     await using git = await startGitServer({ username: 'x', password: 'y' })
     git.create('repo', { 'jobs/task.sh': 'echo from the repository\n' })
     const run = await runTask({

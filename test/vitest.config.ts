@@ -9,6 +9,8 @@ export default defineConfig({
     globalSetup: ['helpers/build.ts'],
     testTimeout: 30_000,
     hookTimeout: 30_000,
+    // Other processes may take long to answer on a busy machine.
+    expect: { poll: { timeout: 10_000 } },
     // The tests start processes: more of them than cores would only make them wait for each other.
     maxWorkers: 2,
     restoreMocks: true,

@@ -12,6 +12,8 @@ export default defineConfig({
     globalSetup: ['../helpers/build.ts'],
     testTimeout: 30_000,
     hookTimeout: 30_000,
+    // Other processes may take long to answer on a busy machine.
+    expect: { poll: { timeout: 10_000 } },
     // One after the other: each wants the machine for itself.
     fileParallelism: false,
   },

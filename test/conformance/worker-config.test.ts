@@ -1,5 +1,6 @@
 /** Each field of `worker_config`: what it takes, what it refuses, and what it does. */
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { skipReason } from '../helpers/programs.ts'
 import { expectError } from './expectations.ts'
 import { type GitServer, startGitServer } from './git-server.ts'
 import { useReceiver } from './receiver.ts'
@@ -335,7 +336,7 @@ describe('git_configs', () => {
   )
 
   test('are cloned before the startup script: where they say, what they say', async ({ skip }) => {
-    if (!server) return skip('no git here to serve a repository')
+    if (!server) return skip(skipReason('needs git, to serve a repository'))
     const remote_url = server.url
     const request = taskRequest({
       worker_config: {

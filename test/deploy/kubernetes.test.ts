@@ -9,10 +9,13 @@ import { Namespace } from 'kubernetes-models/v1/Namespace'
 import { PersistentVolumeClaim } from 'kubernetes-models/v1/PersistentVolumeClaim'
 import { Service } from 'kubernetes-models/v1/Service'
 import { ServiceAccount } from 'kubernetes-models/v1/ServiceAccount'
-import { describe, expect, test } from 'vitest'
+import { describe, expect } from 'vitest'
 import { parseAllDocuments } from 'yaml'
 import { loadConfig } from '../../src/config.ts'
 import { RIGHTS } from '../../src/workers/kubernetes/kubernetes-backend.ts'
+import { needs } from '../helpers/needs.ts'
+
+const test = needs('kubectl')
 
 const ROOT = new URL('../../deploy/kubernetes/', import.meta.url).pathname
 const MODELS = {

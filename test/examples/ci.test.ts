@@ -1,10 +1,12 @@
 import { chmod, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { afterAll, beforeAll, expect, test } from 'vitest'
+import { afterAll, beforeAll, expect } from 'vitest'
 import { parse } from 'yaml'
+import { needs } from '../helpers/needs.ts'
 import { EXAMPLES, type ExampleService, run, startExampleService } from './example-service.ts'
 
+const test = needs('curl', 'jq')
 const SCRIPT = join(EXAMPLES, 'ci/run-task.sh')
 const SLOW = { env_variables: { STEPS: 60 } }
 

@@ -5,6 +5,7 @@ import { writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { promisify } from 'node:util'
 import { describe, expect, test } from 'vitest'
+import { needs } from '../helpers/needs.ts'
 import { call, stream } from './kubernetes/client.ts'
 import { presets } from './kubernetes/presets.ts'
 import type { JobSpec, PodSpec } from './kubernetes/resources.ts'
@@ -1097,59 +1098,62 @@ describe('process mode', () => {
 
 const execute = promisify(execFile)
 
-describe.skipIf(!existsSync('/usr/bin/kubectl'))('stock kubectl', () => {
-  test('creates, lists, watches, reads logs, describes, asks and deletes, over TLS', async () => {
-    await using fake = await startFakeKubernetes({ tls: true, behave: () => presets.runs() })
-    const cache = join(fake.kubeconfig.path, '..', 'cache')
-    const options = [`--kubeconfig=${fake.kubeconfig.path}`, `--cache-dir=${cache}`]
-    const kubectl = async (...args: string[]) =>
-      (await execute('kubectl', [...options, ...args])).stdout
-    const background = (...args: string[]) => {
-      const child = spawn('kubectl', [...options, ...args], { stdio: ['ignore', 'pipe', 'pipe'] })
-      const seen = { text: '', ended: once(child, 'close'), stop: () => child.kill() }
-      for (const output of [child.stdout, child.stderr]) {
-        output.on('data', (bytes) => {
-          seen.text += bytes
-        })
+describe('stock kubectl', () => {
+  needs('kubectl')(
+    'creates, lists, watches, reads logs, describes, asks and deletes, over TLS',
+    async () => {
+      await using fake = await startFakeKubernetes({ tls: true, behave: () => presets.runs() })
+      const cache = join(fake.kubeconfig.path, '..', 'cache')
+      const options = [`--kubeconfig=${fake.kubeconfig.path}`, `--cache-dir=${cache}`]
+      const kubectl = async (...args: string[]) =>
+        (await execute('kubectl', [...options, ...args])).stdout
+      const background = (...args: string[]) => {
+        const child = spawn('kubectl', [...options, ...args], { stdio: ['ignore', 'pipe', 'pipe'] })
+        const seen = { text: '', ended: once(child, 'close'), stop: () => child.kill() }
+        for (const output of [child.stdout, child.stderr]) {
+          output.on('data', (bytes) => {
+            seen.text += bytes
+          })
+        }
+        return seen
       }
-      return seen
-    }
-    const watch = background('get', 'pods', '-w')
-    const file = join(fake.kubeconfig.path, '..', 'job.json')
-    await writeFile(file, JSON.stringify(jobOf('a')))
-    expect(await kubectl('create', '-f', file)).toBe('job.batch/a created\n')
-    await expect(kubectl('create', '-f', file)).rejects.toThrow(/AlreadyExists/)
-    const pod = await podName(fake, 'a')
-    expect(await kubectl('get', 'jobs')).toMatch(
-      /NAME +STATUS +COMPLETIONS +AGE\na +Running +0\/1 /,
-    )
-    const list = JSON.parse(await kubectl('get', 'pods', '-l', 'job-name=a', '-o', 'json'))
-    expect(list.items).toMatchObject([{ kind: 'Pod', metadata: { name: pod } }])
-    fake.kubelet.handle(pod).log('hello\n')
-    expect(await kubectl('logs', pod)).toBe('hello\n')
-    const follow = background('logs', '-f', 'job/a')
-    await expect.poll(() => follow.text, { timeout: 10_000 }).toContain('hello\n')
-    fake.kubelet.handle(pod).log('more\n')
-    await expect.poll(() => follow.text).toContain('more\n')
-    fake.kubelet.play(pod, presets.exits(3))
-    await follow.ended
-    expect(follow.text).toBe('hello\nmore\n')
-    const described = await kubectl('describe', 'pod', pod)
-    expect(described).toMatch(/Exit Code: +3/)
-    expect(described).toMatch(/Normal +Scheduled +.* default-scheduler +Successfully assigned/)
-    expect(await kubectl('describe', 'job', 'a')).toMatch(/BackoffLimitExceeded/)
-    fake.denied.add('create pods')
-    expect(await kubectl('auth', 'can-i', 'create', 'jobs')).toBe('yes\n')
-    await expect(kubectl('auth', 'can-i', 'create', 'pods')).rejects.toMatchObject({
-      stdout: 'no\n',
-    })
-    expect(await kubectl('delete', 'job', 'a')).toContain('job.batch "a" deleted')
-    await expect.poll(() => fake.objects('pods')).toEqual([])
-    await expect
-      .poll(() => watch.text)
-      .toMatch(new RegExp(`${pod} +1/1 +Running[^]*${pod} +0/1 +Error`))
-    watch.stop()
-    await watch.ended
-    expect(fake.warnings).toEqual([])
-  })
+      const watch = background('get', 'pods', '-w')
+      const file = join(fake.kubeconfig.path, '..', 'job.json')
+      await writeFile(file, JSON.stringify(jobOf('a')))
+      expect(await kubectl('create', '-f', file)).toBe('job.batch/a created\n')
+      await expect(kubectl('create', '-f', file)).rejects.toThrow(/AlreadyExists/)
+      const pod = await podName(fake, 'a')
+      expect(await kubectl('get', 'jobs')).toMatch(
+        /NAME +STATUS +COMPLETIONS +AGE\na +Running +0\/1 /,
+      )
+      const list = JSON.parse(await kubectl('get', 'pods', '-l', 'job-name=a', '-o', 'json'))
+      expect(list.items).toMatchObject([{ kind: 'Pod', metadata: { name: pod } }])
+      fake.kubelet.handle(pod).log('hello\n')
+      expect(await kubectl('logs', pod)).toBe('hello\n')
+      const follow = background('logs', '-f', 'job/a')
+      await expect.poll(() => follow.text, { timeout: 10_000 }).toContain('hello\n')
+      fake.kubelet.handle(pod).log('more\n')
+      await expect.poll(() => follow.text).toContain('more\n')
+      fake.kubelet.play(pod, presets.exits(3))
+      await follow.ended
+      expect(follow.text).toBe('hello\nmore\n')
+      const described = await kubectl('describe', 'pod', pod)
+      expect(described).toMatch(/Exit Code: +3/)
+      expect(described).toMatch(/Normal +Scheduled +.* default-scheduler +Successfully assigned/)
+      expect(await kubectl('describe', 'job', 'a')).toMatch(/BackoffLimitExceeded/)
+      fake.denied.add('create pods')
+      expect(await kubectl('auth', 'can-i', 'create', 'jobs')).toBe('yes\n')
+      await expect(kubectl('auth', 'can-i', 'create', 'pods')).rejects.toMatchObject({
+        stdout: 'no\n',
+      })
+      expect(await kubectl('delete', 'job', 'a')).toContain('job.batch "a" deleted')
+      await expect.poll(() => fake.objects('pods')).toEqual([])
+      await expect
+        .poll(() => watch.text)
+        .toMatch(new RegExp(`${pod} +1/1 +Running[^]*${pod} +0/1 +Error`))
+      watch.stop()
+      await watch.ended
+      expect(fake.warnings).toEqual([])
+    },
+  )
 })

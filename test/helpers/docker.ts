@@ -13,23 +13,17 @@ import { DockerBackend, type DockerSettings } from '../../src/workers/docker/doc
 import type { BackendHarness } from '../workers/contract.ts'
 import { FIXTURE_TASKS } from './app.ts'
 import { processesWith } from './processes.ts'
+import { TEST_IMAGE, whyNot } from './programs.ts'
 import { QUIET } from './stores.ts'
 
-/** The image that workers of tests run; `.ci/docker` makes it. */
-export const TEST_IMAGE = 'task-runner-test'
+export { TEST_IMAGE }
 
 export const docker = async (...args: string[]) =>
   (await promisify(execFile)('docker', args, { maxBuffer: 2 ** 28 })).stdout
 
-/** Why there are no tests with Docker here; undefined when there are. In continuous integration there have to be. */
+/** Returns why there are no tests with Docker here; undefined when there are. */
 export async function whyNoDocker(): Promise<string | undefined> {
-  try {
-    await docker('image', 'inspect', TEST_IMAGE)
-    return undefined
-  } catch (err) {
-    if (process.env.CI) throw new Error('no Docker engine with the test image', { cause: err })
-    return 'no Docker engine with the image task-runner-test: run .ci/docker and export what it prints'
-  }
+  return whyNot('docker')
 }
 
 /** Of a service whose workers are containers of the tests' engine. */

@@ -1,18 +1,9 @@
-import { existsSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { type Browser, type BrowserContextOptions, chromium, type Page } from 'playwright-core'
 import { expect } from 'vitest'
+import { CHROMIUM } from '../helpers/programs.ts'
 
-const CHROMIUM = process.env.CHROMIUM ?? '/usr/bin/chromium'
 const AXE = createRequire(import.meta.url).resolve('axe-core/axe.min.js')
-
-/** Why there is no browser to test with; in continuous integration that is a failure. */
-export function whyNoBrowser(): string | undefined {
-  if (existsSync(CHROMIUM)) return undefined
-  const reason = `there is no ${CHROMIUM}: install chromium, or say where it is in CHROMIUM`
-  if (process.env.CI) throw new Error(reason)
-  return reason
-}
 
 export function launch(): Promise<Browser> {
   return chromium.launch({ executablePath: CHROMIUM, args: ['--no-sandbox'] })

@@ -4,18 +4,12 @@ import { join } from 'node:path'
 import type { Browser, Page } from 'playwright-core'
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest'
 import { type PastTask, putPastTasks } from '../helpers/past-tasks.ts'
+import { whyNot } from '../helpers/programs.ts'
 import { type Receiver, startReceiver } from '../helpers/receiver.ts'
 import { type Service, startService } from '../helpers/service.ts'
-import {
-  expectAccessible,
-  launch,
-  longestTaskMs,
-  openPage,
-  type Watched,
-  whyNoBrowser,
-} from './browser.ts'
+import { expectAccessible, launch, longestTaskMs, openPage, type Watched } from './browser.ts'
 
-const skipped = whyNoBrowser()
+const skipped = whyNot('chromium')
 const POLL = { timeout: 20_000, interval: 20 }
 /** While other tests keep the machine busy. */
 const SLOW_MS = 90_000

@@ -3,11 +3,14 @@ import { execFile, execFileSync } from 'node:child_process'
 import { mkdir, readdir, readFile, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { promisify } from 'node:util'
-import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { afterAll, beforeAll, describe, expect } from 'vitest'
 import { startApp, type TestApp, taskRequest } from '../helpers/app.ts'
 import { type GitServer, startGitServer } from '../helpers/git-server.ts'
 import { startRawServer } from '../helpers/hostile-servers.ts'
+import { needs } from '../helpers/needs.ts'
 import { type Receiver, startReceiver } from '../helpers/receiver.ts'
+
+const test = needs('git')
 
 const TOKEN = 'canary git/token:with@odd?characters%20'
 const CREDENTIALS = { username: 'x-access-token', password: TOKEN }
