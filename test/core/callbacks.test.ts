@@ -278,7 +278,7 @@ describe('CallbackDispatcher', () => {
     const toA = await Promise.all(Array.from({ length: 20 }, () => commit(A)))
     const toB = await commit(B)
     open().start()
-    await expect.poll(() => sender.to(B).length, { timeout: 5_000 }).toBe(1)
+    await expect.poll(() => sender.to(B).length, { timeout: 10_000 }).toBe(1)
     expect(sender.to(A)).toHaveLength(16)
     sender.to(B)[0]?.end(OK)
     await statusOf(toB, 'delivered')
@@ -328,7 +328,7 @@ describe('CallbackDispatcher', () => {
     const taskId = await commit(A, late)
     await dispatcher.attemptNow(taskId, late, contentOf(taskId, A))
     await expect
-      .poll(async () => (await store.state(taskId))?.status, { timeout: 5_000, interval: 20 })
+      .poll(async () => (await store.state(taskId))?.status, { timeout: 10_000, interval: 20 })
       .toBe('delivered')
   })
 
@@ -359,7 +359,7 @@ describe('CallbackDispatcher', () => {
       },
     })
     dispatcher.start()
-    await expect.poll(() => failures, { timeout: 5_000 }).toBe(1)
+    await expect.poll(() => failures, { timeout: 10_000 }).toBe(1)
     movedMs += LEASE_MS
     dispatcher.wake()
     await statusOf(taskId, 'delivered')

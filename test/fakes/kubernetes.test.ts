@@ -1034,7 +1034,7 @@ describe('process mode', () => {
     })
   const pidIn = async (fake: FakeKubernetes, job: string) => {
     const pod = await podName(fake, job)
-    await expect.poll(() => fake.logOf(pod), { timeout: 5000 }).toMatch(/^\d+ ready\n/)
+    await expect.poll(() => fake.logOf(pod), { timeout: 10_000 }).toMatch(/^\d+ ready\n/)
     return { pod, pid: fake.logOf(pod).split(' ')[0] ?? '' }
   }
   let sleepers = 0
@@ -1071,7 +1071,7 @@ describe('process mode', () => {
     fake.create('jobs', jobOf('stubborn', { container, pod }))
     const stubborn = await pidIn(fake, 'stubborn')
     await call(fake, 'DELETE', `${JOBS}/stubborn`, BACKGROUND)
-    await expect.poll(() => fake.object('pods', stubborn.pod), { timeout: 5000 }).toBeUndefined()
+    await expect.poll(() => fake.object('pods', stubborn.pod), { timeout: 10_000 }).toBeUndefined()
     await expect.poll(() => watch.text).toContain('"exitCode":137')
     await expect.poll(() => alive(stubborn.pid)).toBe(false)
   })

@@ -433,7 +433,7 @@ describe('a cursor', () => {
     const { cursor, written } = startCursor(() => slow.promise)
     cursor.moved(position(1))
     const first = cursor.flush()
-    await vi.waitFor(() => expect(written).toEqual([1]))
+    await vi.waitFor(() => expect(written).toEqual([1]), 10_000)
     cursor.moved(position(2))
     let isOver = false
     const second = cursor.flush().then(() => {

@@ -160,7 +160,7 @@ async function openLocal(overrides: Partial<LocalSettings> = {}): Promise<LocalH
         })
         await harness.clean()
         await Promise.all(opened.map(close))
-        await vi.waitFor(async () => expect(await ownShells()).toEqual([]), 2_000)
+        await vi.waitFor(async () => expect(await ownShells()).toEqual([]), 10_000)
         expect(await processesWith(folder)).toEqual([])
       } finally {
         for (const left of await ownShells()) process.kill(Number(left), 'SIGKILL')
@@ -274,7 +274,7 @@ describe('local workers', () => {
       await kill(await harness.service(wanted))
       const slot = await slotOf(wanted.name)
       await touch(go)
-      await expect.poll(() => identify(slot.pid), { timeout: 5_000, interval: 10 }).toBeUndefined()
+      await expect.poll(() => identify(slot.pid), { timeout: 10_000, interval: 10 }).toBeUndefined()
       try {
         const worker = await harness.backend.find(wanted.name)
         expect(await worker?.completion(NEVER)).toMatchObject({ reason: 'completed' })
@@ -296,10 +296,10 @@ describe('local workers', () => {
         const wanted = spec(`: >${ready}; ${task(mark)}`)
         await kill(await harness.service(wanted))
         await fileThere(ready)
-        await expect.poll(() => processesWith(mark), { timeout: 5_000 }).not.toEqual([])
+        await expect.poll(() => processesWith(mark), { timeout: 10_000 }).not.toEqual([])
         const slot = await slotOf(wanted.name)
         process.kill(slot.pid, 'SIGKILL')
-        await expect.poll(() => identify(slot.pid), { timeout: 5_000 }).toBeUndefined()
+        await expect.poll(() => identify(slot.pid), { timeout: 10_000 }).toBeUndefined()
         try {
           const worker = await harness.backend.find(wanted.name)
           expect(await worker?.completion(NEVER)).toMatchObject({
