@@ -11,6 +11,7 @@ import { InvalidRequestError } from './core/errors.ts'
 import { Masker } from './core/masking.ts'
 import type { CallbackSender, DeliveryStore, TaskStore, WorkerBackend } from './core/ports.ts'
 import { Reaper } from './core/reaper.ts'
+import { Shared } from './core/shared.ts'
 import { Statistics } from './core/statistics.ts'
 import { Submissions } from './core/submissions.ts'
 import type { Task } from './core/task.ts'
@@ -175,8 +176,11 @@ export async function buildApp(options: AppOptions): Promise<App> {
     /** The instance that alone can read the log of a task that runs. */
     const elsewhere = ({ instance }: Task) =>
       isHostBound && instance !== storage.instance ? (instance ?? undefined) : undefined
-    const maskerFor = (task: Task) =>
-      new Masker([task.callbackUrlToken, ...task.secretValues, ...config.apiTokens])
+    const maskers = new Shared<Masker>()
+    const maskerFor = (task: Task) => {
+      const values = [task.callbackUrlToken, ...task.secretValues, ...config.apiTokens]
+      return maskers.get(JSON.stringify(values), () => new Masker(values))
+    }
     const files = new TaskFiles(config.tasksDir, (json) =>
       parseWorkerFile(json, config.workerSizes),
     )

@@ -1,95 +1,168 @@
 import type { LogTail, Worker } from './ports.ts'
+import { turn } from './turns.ts'
+import { ValueSearch } from './value-search.ts'
 
 /** Shorter values would turn half a log into stars, and are no secrets worth the name. */
 const MASKED_BYTES_MIN = 6
 const LINES_MAX = 100
 const MASK = Buffer.from('***')
+const NOTHING = Buffer.alloc(0)
+/** Bytes masked between two turns of the event loop: a millisecond's work. */
+export const MASKED_A_TURN = 32 * 1024
 
-/** A run of bytes that are part of a value: from, and up to but not including. */
-type Run = [from: number, to: number]
-
-/** Replaces secret values in logs by `***`, also where a value is split over two pieces. */
+/** Replaces secret values in logs by `***`, also where a value is split over two pieces. Linear in the log, whatever it holds. */
 export class Masker {
-  readonly #values: Buffer[]
+  readonly #search: ValueSearch
   /** How many bytes before a cut must be looked at, so that no value is cut in two. */
   readonly overlapBytes: number
 
   constructor(values: ReadonlyArray<string | null>) {
-    this.#values = [...new Set(values.flatMap((value) => (value ? withLines(value) : [])))]
+    const masked = [...new Set(values.flatMap((value) => (value ? withLines(value) : [])))]
       .map((value) => Buffer.from(value))
       .filter((value) => value.length >= MASKED_BYTES_MIN)
-    this.overlapBytes = Math.max(0, ...this.#values.map((value) => value.length - 1))
+    this.#search = new ValueSearch(masked)
+    this.overlapBytes = Math.max(0, this.#search.longestValue - 1)
   }
 
-  /** The text between two borders, with its values masked; what lies around is only looked at. */
-  mask(text: Buffer, from = 0, to = text.length): Buffer {
-    const runs = clipped(this.#runs(text), from, to)
-    const rest = text.subarray(from, to)
-    return runs.length === 0 ? rest : replaced(rest, runs)
+  /** Masks a text whole and at once; for short ones. */
+  mask(text: Buffer): Buffer {
+    const stream = this.stream()
+    return Buffer.concat([stream.push(text), stream.flush()])
   }
 
   /**
-   * Masks a text that comes in pieces. `flush` gives what was held back, at the end; `heldBytes` is how much
-   * of the text that is at the moment. The first `lookedAtBytes` are not given out: what stands before a
-   * beginning in the middle of a text tells whether it is in the middle of a value.
+   * Masks a text of any length, with turns of the event loop between pieces. The first `lookedAtBytes` are only looked at.
+   * `isGrowing`: what may be the beginning of a value at the end is left out.
    */
-  stream(lookedAtBytes = 0): { push(piece: Buffer): Buffer; flush(): Buffer; heldBytes(): number } {
-    let held: Buffer = Buffer.alloc(0)
-    let unshown = lookedAtBytes
-    // Of what is held: bytes that belong to a run whose mask went out already.
-    let maskedAhead = 0
-    const advance = (text: Buffer, border: number): Buffer => {
-      const from = Math.min(unshown, border)
-      const runs = this.#runs(text, maskedAhead)
-      const across = runs.find(([start, end]) => start < border && end > border)
-      const shown = clipped(runs, from, border)
-      const out = replaced(text.subarray(from, border), shown)
-      const wasShown = maskedAhead > from && border > from
-      maskedAhead = across ? across[1] - border : Math.max(0, maskedAhead - border)
-      unshown -= from
-      held = text.subarray(border)
-      return wasShown ? out.subarray(MASK.length) : out
+  async maskLong(
+    text: Buffer,
+    { lookedAtBytes = 0, isGrowing = false }: { lookedAtBytes?: number; isGrowing?: boolean } = {},
+  ): Promise<Buffer> {
+    await this.ready()
+    const stream = this.stream(lookedAtBytes)
+    const masked: Buffer[] = []
+    for (let at = 0; at < text.length; at += MASKED_A_TURN) {
+      if (text.length > MASKED_A_TURN) await turn()
+      masked.push(stream.push(text.subarray(at, at + MASKED_A_TURN)))
     }
-    return {
-      push: (piece) => {
-        const text = Buffer.concat([held, piece])
-        return advance(text, this.safeBorder(text))
-      },
-      flush: () => advance(held, held.length),
-      heldBytes: () => Math.max(0, held.length - maskedAhead - unshown),
-    }
+    if (!isGrowing) masked.push(stream.flush())
+    return Buffer.concat(masked)
   }
 
-  /** Where values lie; those that overlap are one run. `ahead`: bytes at the beginning known to be in one. */
-  #runs(text: Buffer, ahead = 0): Run[] {
-    const found: Run[] = ahead > 0 ? [[0, ahead]] : []
-    for (const value of this.#values) {
-      for (let at = text.indexOf(value); at >= 0; at = text.indexOf(value, at + 1)) {
-        found.push([at, at + value.length])
+  /** Prepares for many or long values with turns of the event loop between; the first use would do it at once. */
+  async ready(): Promise<void> {
+    while (this.#search.buildOn()) await turn()
+  }
+
+  /** Masks a text that comes in pieces. Of the first `lookedAtBytes` nothing is returned. */
+  stream(lookedAtBytes = 0): MaskedStream {
+    while (this.#search.buildOn());
+    return new MaskedStream(this.#search, lookedAtBytes)
+  }
+}
+
+/**
+ * A text that comes in pieces, masked. What stands before a beginning in the middle of a text is pushed as well, and only
+ * looked at: it tells whether the beginning is in the middle of a value.
+ */
+export class MaskedStream {
+  readonly #search: ValueSearch
+  /** Where the search stands. */
+  #node = 0
+  #readBytes = 0
+  /** Everything before was returned, or only looked at. */
+  #returnedTo: number
+  #hasReturned = false
+  /** The text from there on. */
+  #held: Buffer = NOTHING
+  /** Where values lie that do not end before that: from and to of each in turn. Those that overlap are one. */
+  readonly #runs: number[] = []
+
+  constructor(search: ValueSearch, lookedAtBytes: number) {
+    this.#search = search
+    this.#returnedTo = lookedAtBytes
+  }
+
+  /** Returns what no later piece can change, masked. */
+  push(piece: Buffer): Buffer {
+    const before = this.#readBytes
+    this.#node = this.#search.read(this.#node, piece, (from, to) => {
+      this.#found(before + from, before + to)
+    })
+    this.#readBytes += piece.length
+    const text = this.#held.length === 0 ? piece : Buffer.concat([this.#held, piece])
+    return this.#return(text, this.#readBytes - this.#search.openBytes(this.#node))
+  }
+
+  /** Returns what was held back, at the end of the text. */
+  flush(): Buffer {
+    return this.#return(this.#held, this.#readBytes)
+  }
+
+  /** How many bytes of the text are held back: neither returned nor masked yet. */
+  heldBytes(): number {
+    const [from = Number.POSITIVE_INFINITY, to = 0] = this.#runs
+    const isMaskOut = this.#hasReturned && from < this.#returnedTo
+    return Math.max(0, this.#readBytes - Math.max(this.#returnedTo, isMaskOut ? to : 0))
+  }
+
+  /** Values come in the order of their ends. */
+  #found(from: number, to: number): void {
+    const runs = this.#runs
+    const begin = from
+    while (runs.length > 0) {
+      const lastFrom = runs[runs.length - 2] ?? 0
+      if (begin >= (runs[runs.length - 1] ?? 0)) break
+      if (lastFrom <= begin) {
+        runs[runs.length - 1] = to
+        return
       }
+      runs.length -= 2
     }
-    const runs: Run[] = []
-    for (const [from, to] of found.sort(([a], [b]) => a - b)) {
-      const last = runs.at(-1)
-      if (last && from < last[1]) last[1] = Math.max(last[1], to)
-      else runs.push([from, to])
-    }
-    return runs
+    runs.push(begin, to)
   }
 
-  /** Where a value may begin whose rest is still to come; the text's length when none may. */
-  safeBorder(text: Buffer): number {
-    for (let at = Math.max(0, text.length - this.overlapBytes); at < text.length; at += 1) {
-      const length = text.length - at
-      const begins = this.#values.some(
-        (value) =>
-          value[0] === text[at] &&
-          value.length > length &&
-          value.subarray(0, length).equals(text.subarray(at)),
-      )
-      if (begins) return at
+  /** Returns the text up to a border, counted from the beginning of the whole, and holds the rest. */
+  #return(text: Buffer, border: number): Buffer {
+    const textFrom = this.#readBytes - text.length
+    const from = this.#returnedTo
+    if (border <= from) {
+      this.#held = text.subarray(Math.max(0, from - textFrom))
+      return NOTHING
     }
-    return text.length
+    const masked = this.#masked(text, textFrom, border)
+    this.#held = text.subarray(border - textFrom)
+    this.#returnedTo = border
+    this.#hasReturned = true
+    this.#forgetRuns(border)
+    return masked
+  }
+
+  #masked(text: Buffer, textFrom: number, border: number): Buffer {
+    const runs = this.#runs
+    const from = this.#returnedTo
+    if ((runs[0] ?? border) >= border) return text.subarray(from - textFrom, border - textFrom)
+    // A whole value is longer than its mask; the first and the last may be cut by the borders.
+    const masked = Buffer.allocUnsafe(border - from + 2 * MASK.length)
+    let length = 0
+    let at = from
+    for (let index = 0; index < runs.length; index += 2) {
+      const [runFrom = 0, runTo = 0] = [runs[index], runs[index + 1]]
+      if (runTo <= from) continue
+      if (runFrom >= border) break
+      if (runFrom > at) length += text.copy(masked, length, at - textFrom, runFrom - textFrom)
+      const isMaskOut = this.#hasReturned && runFrom < from
+      if (!isMaskOut) length += MASK.copy(masked, length)
+      at = Math.min(runTo, border)
+    }
+    length += text.copy(masked, length, at - textFrom, border - textFrom)
+    return masked.subarray(0, length)
+  }
+
+  #forgetRuns(before: number): void {
+    let count = 0
+    while (count < this.#runs.length && (this.#runs[count + 1] ?? 0) <= before) count += 2
+    this.#runs.splice(0, count)
   }
 }
 
@@ -99,24 +172,6 @@ function withLines(value: string): string[] {
   // Each is searched for: of longer ones, such as certificates, the whole has to do.
   if (lines.length === 1 || lines.length > LINES_MAX) return [value]
   return [value, ...lines.filter((line) => line.trim().length >= MASKED_BYTES_MIN)]
-}
-
-/** The runs between two borders, counted from the first. */
-function clipped(runs: Run[], from: number, border: number): Run[] {
-  return runs
-    .filter(([start, end]) => end > from && start < border)
-    .map(([start, end]) => [Math.max(start, from) - from, Math.min(end, border) - from])
-}
-
-function replaced(text: Buffer, runs: Run[]): Buffer {
-  const pieces: Buffer[] = []
-  let at = 0
-  for (const [from, to] of runs) {
-    pieces.push(text.subarray(at, from), MASK)
-    at = to
-  }
-  pieces.push(text.subarray(at))
-  return Buffer.concat(pieces)
 }
 
 /**
@@ -131,10 +186,9 @@ export async function maskedTail(
 ): Promise<{ log: LogTail; rawBytes: number }> {
   const isGrowing = !hasEnded && (await worker.status()) === 'Running'
   const { content, totalBytes } = await worker.logs({ maxBytes: maxBytes + masker.overlapBytes })
-  const from = Math.max(0, content.length - maxBytes)
+  const lookedAtBytes = Math.max(0, content.length - maxBytes)
   // Of a log that goes on, the end may be half a value.
-  const to = isGrowing ? Math.max(from, masker.safeBorder(content)) : content.length
-  const masked = masker.mask(content, from, to)
-  const removedBytes = content.length - from - masked.length
+  const masked = await masker.maskLong(content, { lookedAtBytes, isGrowing })
+  const removedBytes = content.length - lookedAtBytes - masked.length
   return { log: { content: masked, totalBytes: totalBytes - removedBytes }, rawBytes: totalBytes }
 }

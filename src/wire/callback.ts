@@ -1,6 +1,6 @@
-import { setImmediate } from 'node:timers/promises'
 import { z } from 'zod'
 import type { CallbackPayload } from '../core/ports.ts'
+import { turn } from '../core/turns.ts'
 import { logText } from './log-text.ts'
 
 /** What a receiver gets: exactly these four fields, whatever happened to the task. */
@@ -34,7 +34,7 @@ export async function encodeCallback(payload: CallbackPayload): Promise<Buffer> 
   const pieces = [Buffer.from(`${head.slice(0, -1)},"logs":"`)]
   const logs = logText(payload.logs)
   for (let at = 0; at < logs.length; ) {
-    if (at > 0) await setImmediate()
+    if (at > 0) await turn()
     let end = Math.min(at + PIECE_LENGTH, logs.length)
     // Half a surrogate pair would be escaped instead of encoded.
     if (end < logs.length && isHighSurrogate(logs.charCodeAt(end - 1))) end += 1
