@@ -22,7 +22,12 @@ import { publishOpenApi } from './openapi.ts'
 import { servePage } from './page.ts'
 import { Authentication, requireToken } from './routes/authentication.ts'
 import { installBodyParser } from './routes/body-parser.ts'
-import { answerBrokenHttp, answerError, installErrorHandler } from './routes/error-handler.ts'
+import {
+  answerBrokenHttp,
+  answerError,
+  answerUnknownExpectation,
+  installErrorHandler,
+} from './routes/error-handler.ts'
 import { healthRoutes } from './routes/health.ts'
 import { metricsRoute } from './routes/metrics.ts'
 import { sampleCallbackRoutes } from './routes/sample-callbacks.ts'
@@ -106,8 +111,11 @@ export async function buildApp(options: AppOptions): Promise<App> {
     return503OnClosing: false,
     frameworkErrors: answerError,
     clientErrorHandler: answerBrokenHttp,
+    // Refused by a hook of ours, with a body.
+    http: { requireHostHeader: false },
   }).withTypeProvider<ZodTypeProvider>()
   http.server.maxConnections = CONNECTIONS_MAX
+  http.server.on('checkExpectation', answerUnknownExpectation)
   try {
     return await wire()
   } catch (err) {
@@ -282,6 +290,8 @@ export async function buildApp(options: AppOptions): Promise<App> {
             files,
             timeoutSecondsMax: config.taskTimeoutSeconds,
             workerSizes: config.workerSizes,
+            basePath,
+            samplesAreOff: !config.sampleCallbacks,
           })
           await secured.register(taskRoutes, { tasks, deliveries, runner, callbacks })
           await secured.register(taskLogRoutes, { tasks, backend, maskerFor, elsewhere })

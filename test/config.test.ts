@@ -52,8 +52,10 @@ describe('defaults', () => {
     expect(loadConfig({ ...empty, SOMETHING_ELSE: 'x' })).toEqual(loadConfig({}))
   })
 
-  test('a HOST that is not loopback may call public addresses only', () => {
-    expect(loadConfig({ HOST: '0.0.0.0', API_TOKENS: 'a' }).callbackAllowedNetworks).toEqual([])
+  test('a HOST that is not loopback may call public addresses only, and has no sample receivers', () => {
+    const open = { HOST: '0.0.0.0', API_TOKENS: 'a' }
+    expect(loadConfig(open)).toMatchObject({ callbackAllowedNetworks: [], sampleCallbacks: false })
+    expect(loadConfig({ ...open, SAMPLE_CALLBACKS: 'true' }).sampleCallbacks).toBe(true)
   })
 })
 

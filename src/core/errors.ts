@@ -13,6 +13,7 @@ export type ErrorCode =
   | 'unsupported_media_type'
   | 'invalid_request'
   | 'queue_full'
+  | 'busy'
   | 'draining'
   | 'store_unavailable'
   | 'workers_unavailable'

@@ -10,6 +10,12 @@ const RETRY_AFTER_SECONDS = 5
 
 export type Submitted = { isNew: true } | { isNew: false; status: TaskStatus }
 
+export interface SubmissionContext {
+  traceparent?: string | null
+  /** Why the callback URL is refused by the way the request came. */
+  callbackRefusal?: string | undefined
+}
+
 export interface SubmissionOptions {
   queuedMax: number
   defaultTimeoutSeconds: number
@@ -58,10 +64,10 @@ export class Submissions {
    * Throws `task_id_conflict`, `task_file_not_found`, `invalid_request`, `queue_full`, `draining`,
    * `defaults_file_broken`, `store_unavailable`.
    */
-  async submit(request: TaskRequest, traceparent: string | null = null): Promise<Submitted> {
+  async submit(request: TaskRequest, context: SubmissionContext = {}): Promise<Submitted> {
     const digest = this.#digest(request)
     try {
-      return await this.#submitNew(request, digest, traceparent)
+      return await this.#submitNew(request, digest, context)
     } catch (err) {
       // What was accepted before stays so, whatever hinders a new task. Asked only now: most are new, and each look at the
       // store waits for the commit that is under way.
@@ -74,7 +80,7 @@ export class Submissions {
   async #submitNew(
     request: TaskRequest,
     digest: string,
-    traceparent: string | null,
+    context: SubmissionContext,
   ): Promise<Submitted> {
     if (this.#draining) {
       throw new TaskRunnerError('draining', 'The service is shutting down', {
@@ -89,7 +95,7 @@ export class Submissions {
     }
     this.#arriving += 1
     try {
-      return await this.#accept(request, digest, traceparent)
+      return await this.#accept(request, digest, context)
     } finally {
       this.#arriving -= 1
     }
@@ -98,9 +104,11 @@ export class Submissions {
   async #accept(
     request: TaskRequest,
     digest: string,
-    traceparent: string | null,
+    { traceparent = null, callbackRefusal }: SubmissionContext,
   ): Promise<Submitted> {
-    const refusal = request.callbackUrl && this.#options.callbackUrlRefusal(request.callbackUrl)
+    const refusal =
+      callbackRefusal ??
+      (request.callbackUrl && this.#options.callbackUrlRefusal(request.callbackUrl))
     if (refusal) throw new InvalidRequestError([{ path: 'callback_url', message: refusal }])
     const { taskId, taskFileName } = request
     const { isThere, defaults } = await this.#files.look(taskFileName)

@@ -1,4 +1,5 @@
 import { createHash, timingSafeEqual } from 'node:crypto'
+import { setTimeout as pause } from 'node:timers/promises'
 import type { FastifyInstance, FastifyRequest } from 'fastify'
 import { TaskRunnerError } from '../core/errors.ts'
 import { isLoopbackName } from '../core/loopback.ts'
@@ -6,14 +7,25 @@ import { isLoopbackName } from '../core/loopback.ts'
 /** Where the page's sign-in keeps the token; session.ts sets it. */
 export const TOKEN_COOKIE = 'task_runner_token'
 
+const WRONG_PAUSE_MS = 250
+/** Maximum answers that are paused at a time: each holds a connection and its request in memory. */
+const WRONG_PAUSES_MAX = 2_000
+
 /** Knows which requests may pass. */
 export class Authentication {
   readonly #digests: readonly Buffer[]
   readonly #loopbackOnly: boolean
+  readonly #wrongPauseMs: number
+  #pauses = 0
 
-  constructor(options: { tokens: readonly string[]; loopbackOnly: boolean }) {
+  constructor(options: {
+    tokens: readonly string[]
+    loopbackOnly: boolean
+    wrongPauseMs?: number
+  }) {
     this.#digests = options.tokens.map(digest)
     this.#loopbackOnly = options.loopbackOnly
+    this.#wrongPauseMs = options.wrongPauseMs ?? WRONG_PAUSE_MS
   }
 
   /** False: whoever reaches us may do everything. */
@@ -21,10 +33,19 @@ export class Authentication {
     return this.#digests.length > 0
   }
 
-  knows(token: string): boolean {
+  /**
+   * Tells whether a token is right. The answer to a wrong one is paused, for whoever waits for it before the next guess;
+   * nobody else waits, since many people may share an address. Beyond so many pauses at a time there is none.
+   */
+  async knows(token: string): Promise<boolean> {
     const given = digest(token)
     // Of digests, which are equally long, and every one of them: time tells nothing.
-    return this.#digests.filter((known) => timingSafeEqual(known, given)).length > 0
+    if (this.#digests.filter((known) => timingSafeEqual(known, given)).length > 0) return true
+    if (this.#pauses >= WRONG_PAUSES_MAX) return false
+    this.#pauses += 1
+    await pause(this.#wrongPauseMs, undefined, { ref: false })
+    this.#pauses -= 1
+    return false
   }
 
   /**
@@ -33,7 +54,7 @@ export class Authentication {
    * browser could otherwise reach us under a name of its own (DNS rebinding). What a browser sends along by itself
    * counts only where it says that the request is our own page's.
    */
-  check(request: FastifyRequest): void {
+  async check(request: FastifyRequest): Promise<void> {
     if (!this.needsToken) {
       if (!this.#loopbackOnly) return
       if (!isLoopbackName(request.hostname)) {
@@ -49,12 +70,16 @@ export class Authentication {
     const cookie = request.cookies[TOKEN_COOKIE]
     if (header === undefined && cookie !== undefined) {
       if (isOfAnotherSite(request)) throw refusedSite()
-      if (!this.knows(cookie)) throw new TaskRunnerError('unauthorized', 'Sign in again')
+      if (!(await this.knows(cookie))) {
+        throw new TaskRunnerError('unauthorized', 'Sign in again')
+      }
       return
     }
     const given = /^Bearer ([^\s]+)$/i.exec(header ?? '')?.[1]
     if (given === undefined) throw new TaskRunnerError('unauthorized', 'A bearer token is needed')
-    if (!this.knows(given)) throw new TaskRunnerError('unauthorized', 'The bearer token is wrong')
+    if (!(await this.knows(given))) {
+      throw new TaskRunnerError('unauthorized', 'The bearer token is wrong')
+    }
   }
 }
 

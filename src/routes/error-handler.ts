@@ -1,3 +1,4 @@
+import type { IncomingMessage, ServerResponse } from 'node:http'
 import type { Socket } from 'node:net'
 import type { FastifyError, FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
 import { type ErrorCode, InvalidRequestError, TaskRunnerError } from '../core/errors.ts'
@@ -19,6 +20,7 @@ export const STATUS_OF = {
   queue_full: 429,
   internal_error: 500,
   defaults_file_broken: 500,
+  busy: 503,
   draining: 503,
   store_unavailable: 503,
   workers_unavailable: 503,
@@ -44,6 +46,11 @@ const FRAMEWORK_ERRORS: Record<string, [ErrorCode, string]> = {
 
 export function installErrorHandler(app: FastifyInstance): void {
   app.setErrorHandler(answerError)
+  app.addHook('onRequest', async (request, reply) => {
+    // RFC 9112, section 3.2. Node's own answer has no body.
+    if (request.headers.host !== undefined || request.raw.httpVersion !== '1.1') return
+    return reply.code(400).send({ success: false, message: 'The Host header is missing' })
+  })
   app.setNotFoundHandler((request, reply) => {
     const message = `There is no ${request.method} ${request.url.split('?', 1)[0]}`
     return reply.code(404).send({ success: false, message })
@@ -84,6 +91,13 @@ export function answerBrokenHttp(err: NodeJS.ErrnoException, socket: Socket): vo
   socket.end(
     `HTTP/1.1 ${status}\r\nContent-Type: application/json\r\nContent-Length: ${length}\r\nConnection: close\r\n\r\n${body}`,
   )
+}
+
+/** Answers an `Expect` other than `100-continue`. */
+export function answerUnknownExpectation(_: IncomingMessage, response: ServerResponse): void {
+  const body = JSON.stringify({ success: false, message: 'Only "Expect: 100-continue" is known' })
+  const headers = { 'content-type': 'application/json', 'content-length': Buffer.byteLength(body) }
+  response.writeHead(417, { ...headers, connection: 'close' }).end(body)
 }
 
 /** The API's one error shape. */

@@ -10,7 +10,7 @@ const DESCRIPTIONS = {
   422: 'Invalid; names each wrong field',
   429: 'The queue is full; see Retry-After',
   500: 'The service failed, or a worker defaults file is broken',
-  503: 'Shutting down, or the store is not available; see Retry-After',
+  503: 'Shutting down, busy, or the store is not available; see Retry-After',
 } as const
 
 /** The good answer of a route, for its schema. */

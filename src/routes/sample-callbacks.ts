@@ -1,16 +1,38 @@
+import type { FastifyRequest } from 'fastify'
 import type { FastifyPluginAsyncZod } from 'fastify-type-provider-zod'
 import { z } from 'zod'
-import { InvalidRequestError } from '../core/errors.ts'
+import { InvalidRequestError, TaskRunnerError } from '../core/errors.ts'
+import { isLoopbackName } from '../core/loopback.ts'
 import { callbackSchema } from '../wire/callback.ts'
+import { limitJson } from '../wire/json.ts'
 import { doneSchema } from '../wire/responses.ts'
 import { answer, errorResponses } from './responses.ts'
 
 /** A callback carries up to 5 MB of log, which JSON can make up to six times as long. */
 const BODY_BYTES_MAX = 32 * 1024 * 1024
+/** Bodies of more bytes are read a few at a time: anybody may send them, and each is held in memory several times over. */
+const LARGE_BYTES_MIN = 16 * 1024
+const LARGE_AT_A_TIME = 2
 const LOG_SHOWN_MAX = 2_000
 
 /** Receivers to try callbacks with; open, since a callback brings its own token or none. */
 export const sampleCallbackRoutes: FastifyPluginAsyncZod = async (app) => {
+  let large = 0
+  // Before anything of the body is read.
+  app.addHook('onRequest', async ({ headers }, reply) => {
+    const isChunked = headers['transfer-encoding'] !== undefined
+    const bytes = isChunked ? Number.POSITIVE_INFINITY : Number(headers['content-length'] ?? 0)
+    if (bytes <= LARGE_BYTES_MIN) return
+    if (large >= LARGE_AT_A_TIME) {
+      const message = 'Other large bodies are being read'
+      throw new TaskRunnerError('busy', message, { retryAfterSeconds: 1 })
+    }
+    large += 1
+    reply.raw.once('close', () => {
+      large -= 1
+    })
+  })
+
   app.post(
     '/sample-task-runner-callback',
     {
@@ -22,7 +44,7 @@ export const sampleCallbackRoutes: FastifyPluginAsyncZod = async (app) => {
         description: 'Checks that the body has exactly the four fields, and logs the outcome.',
         security: [],
         body: callbackSchema,
-        response: { ...answer('Done', doneSchema), ...errorResponses(413, 415, 422) },
+        response: { ...answer('Done', doneSchema), ...errorResponses(413, 415, 422, 503) },
       },
     },
     async ({ body, log }) => {
@@ -46,7 +68,7 @@ export const sampleCallbackRoutes: FastifyPluginAsyncZod = async (app) => {
         description: 'Or a JSON string that holds one, as the predecessor of this service sent it.',
         security: [],
         body: z.union([z.record(z.string(), z.unknown()), z.string()]),
-        response: { ...answer('Done', doneSchema), ...errorResponses(413, 415, 422) },
+        response: { ...answer('Done', doneSchema), ...errorResponses(413, 415, 422, 503) },
       },
     },
     async ({ body, log }) => {
@@ -60,7 +82,28 @@ export const sampleCallbackRoutes: FastifyPluginAsyncZod = async (app) => {
   )
 }
 
+/**
+ * Says why a callback URL is refused that names one of these receivers while they are off; undefined: it names none. Ours
+ * are loopback at the port that the request came to, and the host that the request names.
+ */
+export function sampleRefusal(
+  callbackUrl: string | null | undefined,
+  { headers, socket }: Pick<FastifyRequest, 'headers' | 'socket'>,
+  basePath: string,
+): string | undefined {
+  const url = callbackUrl == null ? null : URL.parse(callbackUrl)
+  if (!url?.pathname.startsWith(basePath)) return undefined
+  const path = url.pathname.slice(basePath.length)
+  if (!/^\/sample-task-runner-callback2?\/?$/.test(path)) return undefined
+  const isOwnPort = Number(url.port || (url.protocol === 'https:' ? 443 : 80)) === socket.localPort
+  const named = URL.parse(`${url.protocol}//${headers.host}`)
+  const isOwn = (isOwnPort && isLoopbackName(url.hostname)) || url.host === named?.host
+  if (!isOwn) return undefined
+  return 'names a sample receiver of this service, which are off; the operator can switch them on with SAMPLE_CALLBACKS=true'
+}
+
 function parseObject(json: string): object {
+  limitJson(Buffer.from(json))
   try {
     const value: unknown = JSON.parse(json)
     if (value !== null && typeof value === 'object' && !Array.isArray(value)) return value

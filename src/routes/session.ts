@@ -5,6 +5,8 @@ import { sessionSchema, signInSchema } from '../wire/session.ts'
 import { type Authentication, TOKEN_COOKIE } from './authentication.ts'
 import { answer, errorResponses } from './responses.ts'
 
+/** A token has 4,096 characters at most; everybody may send one. */
+const BODY_BYTES_MAX = 16 * 1024
 const SIGNED_IN_SECONDS = 7 * 86_400
 
 /** Signing in from a browser: the token lies in a cookie that no script can read, and that no other site can use. */
@@ -27,13 +29,16 @@ export const sessionRoutes: FastifyPluginAsyncZod<{
     },
     async ({ cookies }) => {
       const needed = authentication.needsToken
-      return { needed, signed_in: !needed || authentication.knows(cookies[TOKEN_COOKIE] ?? '') }
+      const token = cookies[TOKEN_COOKIE]
+      const isRight = token !== undefined && (await authentication.knows(token))
+      return { needed, signed_in: !needed || isRight }
     },
   )
 
   app.post(
     '/session',
     {
+      bodyLimit: BODY_BYTES_MAX,
       schema: {
         tags: ['Session'],
         operationId: 'signIn',
@@ -45,15 +50,15 @@ export const sessionRoutes: FastifyPluginAsyncZod<{
       },
     },
     async ({ body, headers }, reply) => {
-      if (!authentication.knows(body.token)) {
+      if (!(await authentication.knows(body.token))) {
         throw new TaskRunnerError('unauthorized', 'The token is wrong')
       }
       reply.setCookie(TOKEN_COOKIE, body.token, {
         path,
         httpOnly: true,
         sameSite: 'strict',
-        // TLS ends in front of us, where there is any.
-        secure: headers['x-forwarded-proto'] === 'https',
+        // TLS ends in front of us, where there is any. Each proxy adds how it was called; the first one was by the browser.
+        secure: /^https\b/i.test(String(headers['x-forwarded-proto'])),
         maxAge: SIGNED_IN_SECONDS,
       })
       return { success: true as const, message: 'Signed in' }

@@ -7,6 +7,7 @@ import { acceptedSchema, taskFilesSchema } from '../wire/responses.ts'
 import { taskRequestSchema, toTaskRequest } from '../wire/task-request.ts'
 import { traceparentOf } from '../wire/traceparent.ts'
 import { answer, errorResponses } from './responses.ts'
+import { sampleRefusal } from './sample-callbacks.ts'
 
 /** `POST /task-runner`, the main job, and what it can run; the slash that clients of the old app send is ignored by the router. */
 export const taskRunnerRoute: FastifyPluginAsyncZod<{
@@ -14,7 +15,12 @@ export const taskRunnerRoute: FastifyPluginAsyncZod<{
   files: TaskFiles
   timeoutSecondsMax: number
   workerSizes: WorkerSizes
-}> = async (app, { submissions, files, timeoutSecondsMax, workerSizes }) => {
+  basePath: string
+  /** Callbacks to the sample receivers would be 404s. */
+  samplesAreOff: boolean
+}> = async (app, options) => {
+  const { submissions, files, timeoutSecondsMax, workerSizes, basePath, samplesAreOff } = options
+
   app.post(
     '/task-runner',
     {
@@ -39,9 +45,14 @@ export const taskRunnerRoute: FastifyPluginAsyncZod<{
         },
       },
     },
-    async ({ body, headers }) => {
-      const traceparent = traceparentOf(headers.traceparent) ?? null
-      const submitted = await submissions.submit(toTaskRequest(body, workerSizes), traceparent)
+    async (request) => {
+      const { body, headers } = request
+      const submitted = await submissions.submit(toTaskRequest(body, workerSizes), {
+        traceparent: traceparentOf(headers.traceparent) ?? null,
+        callbackRefusal: samplesAreOff
+          ? sampleRefusal(body.callback_url, request, basePath)
+          : undefined,
+      })
       const message = submitted.isNew
         ? 'Started Task successfully'
         : `Already accepted: ${submitted.status}`

@@ -57,7 +57,7 @@ export function parseWith<T extends z.ZodType>(
 }
 
 /** A field's path as people write it; a hostile name of any length stays readable. */
-function joined(path: PropertyKey[]): string {
+export function joined(path: PropertyKey[]): string {
   const whole = path.map(String).join('.')
   return whole.length > 200 ? `${whole.slice(0, 200)}…` : whole
 }

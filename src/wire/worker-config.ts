@@ -4,6 +4,7 @@ import { mergeWorkerConfigs, type WorkerConfig } from '../core/worker-config.ts'
 import { DEFAULT_WORKER_SIZES, knownSize, type WorkerSizes } from '../core/worker-sizes.ts'
 import { line, parseWith, present, secretName, text } from './fields.ts'
 import { fromGitConfig, gitConfigSchema, toWireGitConfig } from './git-config.ts'
+import { JSON_NAMES_MAX, limitJson } from './json.ts'
 
 /** Linux takes no single `NAME=value` longer than this (MAX_ARG_STRLEN, include/uapi/linux/binfmts.h). */
 const VARIABLE_BYTES_MAX = 131_071
@@ -66,7 +67,9 @@ const fields = {
     ),
   env_variables: envVariables
     .nullish()
-    .describe('Environment of the task; numbers and booleans are passed as text'),
+    .describe(
+      `Environment of the task, at most ${JSON_NAMES_MAX} variables; numbers and booleans are passed as text`,
+    ),
   personal_secrets: z
     .array(secretVariable)
     .max(1000)
@@ -250,9 +253,11 @@ function fromFields(
 function decodeParams(base64: string, path: string[]): object {
   const wrong = (message: string) => new InvalidRequestError([{ path: path.join('.'), message }])
   if (!/^[A-Za-z0-9+/\s]*={0,2}\s*$/.test(base64)) throw wrong('is not base64')
+  const bytes = Buffer.from(base64, 'base64')
+  limitJson(bytes, path)
   let whole: unknown
   try {
-    const json = new TextDecoder('utf-8', { fatal: true }).decode(Buffer.from(base64, 'base64'))
+    const json = new TextDecoder('utf-8', { fatal: true }).decode(bytes)
     whole = JSON.parse(json, (key, value) => {
       // The HTTP body's parser refuses this name as well: it would set a prototype.
       if (key === '__proto__') throw new SyntaxError('forbidden name')

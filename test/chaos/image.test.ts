@@ -131,6 +131,7 @@ function tests(): void {
       PORT: String(port),
       API_TOKENS: TOKEN,
       CALLBACK_ALLOWED_NETWORKS: 'loopback',
+      SAMPLE_CALLBACKS: 'true',
       ...env,
     }
     const settings = Object.entries(variables).flatMap((pair) => ['--env', pair.join('=')])

@@ -165,8 +165,10 @@ describe('masking costs the same whatever a log and the values hold', () => {
     const loop = monitorEventLoopDelay({ resolution: 1 })
     await masker.maskLong(letterA)
     loop.enable()
-    await Promise.all(Array.from({ length: 5 }, () => new Masker(sshKeys).maskLong(letterA)))
-    await Promise.all(Array.from({ length: 5 }, () => masker.maskLong(letterA)))
+    const maskers = Array.from({ length: 10 }, (_, index) =>
+      index % 2 === 0 ? masker : new Masker(sshKeys),
+    )
+    await Promise.all(maskers.map((each) => each.maskLong(letterA)))
     loop.disable()
     expect(loop.percentile(99) / 1e6).toBeLessThan(LOOP_MS_MAX)
   })

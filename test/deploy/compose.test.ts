@@ -20,6 +20,7 @@ test('the service takes every variable that the instances of compose.yaml are gi
     databaseUrl: 'postgres://task_runner:made-up@postgres/task_runner',
     workerBackend: 'docker',
     apiTokens: ['made-up'],
+    sampleCallbacks: false,
   })
   expect(services.service.deploy.replicas).toBe(3)
 })

@@ -75,6 +75,7 @@ test('the service takes every variable that it is given', async () => {
   expect(config).toMatchObject({
     ...{ workerBackend: 'kubernetes', workerImagePrefix: 'example.com/team/' },
     kubernetes: { serviceAccount: 'task-worker' },
+    sampleCallbacks: false,
   })
 })
 

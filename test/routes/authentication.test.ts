@@ -1,8 +1,13 @@
 import { mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import fastifyCookie from '@fastify/cookie'
+import Fastify from 'fastify'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { ConfigError, loadConfig } from '../../src/config.ts'
+import { Authentication, requireToken } from '../../src/routes/authentication.ts'
+import { installErrorHandler } from '../../src/routes/error-handler.ts'
+import { sessionRoutes } from '../../src/routes/session.ts'
 import { startApp, type TestApp, taskRequest, testEnv } from '../helpers/app.ts'
 
 const SECURED = [
@@ -218,6 +223,77 @@ describe('without tokens', () => {
 
   test.each(['127.0.0.1', 'localhost', '::1'])('HOST=%s needs no tokens', (HOST) => {
     expect(loadConfig(testEnv({ HOST }))).toMatchObject({ host: HOST, apiTokens: [] })
+  })
+})
+
+describe('wrong tokens', () => {
+  const PAUSED_MAX = 2_000
+
+  /** The service's own sign-in and a route that wants a token, with pauses that outlast the test. */
+  async function startGuarded(wrongPauseMs: number) {
+    const http = Fastify()
+    await http.register(fastifyCookie)
+    http.setValidatorCompiler(() => (value) => ({ value }))
+    http.setSerializerCompiler(() => JSON.stringify)
+    installErrorHandler(http)
+    const authentication = new Authentication({
+      ...{ tokens: ['right'], loopbackOnly: true, wrongPauseMs },
+    })
+    await http.register(sessionRoutes, { authentication, basePath: '' })
+    await http.register(async (secured) => {
+      requireToken(secured, authentication)
+      secured.get('/secured', async () => 'in')
+    })
+    let answered = 0
+    const request = async (token: string, by: 'sign-in' | 'header' | 'cookie' | 'look') => {
+      const { statusCode } = await http.inject({
+        ...(by === 'sign-in'
+          ? { method: 'POST', url: '/session', payload: { token } }
+          : { method: 'GET', url: by === 'look' ? '/session' : '/secured' }),
+        headers:
+          by === 'header'
+            ? { authorization: `Bearer ${token}` }
+            : by === 'sign-in'
+              ? {}
+              : { cookie: `task_runner_token=${token}`, 'sec-fetch-site': 'same-origin' },
+      })
+      answered += 1
+      return statusCode
+    }
+    return { http, request, answered: () => answered }
+  }
+  const WAYS = ['sign-in', 'header', 'cookie', 'look'] as const
+
+  test('wait for their answers; right ones do not, while thousands of wrong ones wait', async () => {
+    const { request, answered } = await startGuarded(600_000)
+    for (let count = 0; count < PAUSED_MAX; count += 1) {
+      void request('wrong', WAYS[count % WAYS.length] ?? 'header')
+    }
+    expect(await Promise.all(WAYS.map((way) => request('right', way)))).toEqual([
+      200, 200, 200, 200,
+    ])
+    // None of the wrong ones.
+    expect(answered()).toBe(WAYS.length)
+    // What waits costs memory: so many do, and no more.
+    expect(await Promise.all(WAYS.map((way) => request('wrong', way)))).toEqual([
+      401, 401, 401, 200,
+    ])
+    expect(await request('right', 'header')).toBe(200)
+    expect(answered()).toBe(2 * WAYS.length + 1)
+  })
+
+  test('are answered after the pause, and others may wait then', async () => {
+    const { request } = await startGuarded(1)
+    for (let count = 0; count < PAUSED_MAX + 1; count += 100) {
+      const wrong = Array.from({ length: 100 }, () => request('wrong', 'header'))
+      expect(new Set(await Promise.all(wrong))).toEqual(new Set([401]))
+    }
+  })
+
+  test('a request without any does not wait', async () => {
+    const { http } = await startGuarded(600_000)
+    expect((await http.inject({ url: '/secured' })).statusCode).toBe(401)
+    expect((await http.inject({ url: '/session' })).json()).toMatchObject({ signed_in: false })
   })
 })
 

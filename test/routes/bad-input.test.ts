@@ -1,6 +1,7 @@
 import { readFile, stat } from 'node:fs/promises'
 import { connect } from 'node:net'
 import { join } from 'node:path'
+import { gzipSync } from 'node:zlib'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { FIXTURE_TASKS, startApp, type TestApp, taskRequest } from '../helpers/app.ts'
 import { type Receiver, startReceiver } from '../helpers/receiver.ts'
@@ -34,6 +35,12 @@ async function run(task_file_name: string, overrides: object = {}) {
     callback,
     log: await app.text(`/tasks/${encodeURIComponent(request.task_id)}/logs`),
   }
+}
+
+/** JSON of an object with so many names. */
+function objectOf(count: number): string {
+  const names = Array.from({ length: count }, (_, index) => `"${index.toString(36)}":1`)
+  return `{${names.join()}}`
 }
 
 async function post(payload: string | Buffer, type = 'application/json', url = '/task-runner') {
@@ -189,15 +196,130 @@ describe('requests', () => {
     })
   })
 
-  test('a body whose bytes are not UTF-8 is refused or read with U+FFFD, as JSON says', async () => {
-    const payload = Buffer.concat([
-      Buffer.from('{"task_id": "'),
-      Buffer.from([0xff, 0xfe]),
-      Buffer.from('", "task_file_name": "nothing.sh", "worker_config": {}}'),
-    ])
-    const { status, body } = await post(payload)
-    expect([404, 422]).toContain(status)
-    expect(body).toMatchObject(ONE_SHAPE)
+  test.each([
+    ['of ISO 8859-1', Buffer.from('{"task_id": "caf\u00e9"}', 'latin1')],
+    ['cut inside of a character', Buffer.from('{"task_id": "\u20ac').subarray(0, -1)],
+    ['of half a surrogate pair', Buffer.from([0x22, 0xed, 0xa0, 0x80, 0x22])],
+  ])('bytes %s are no UTF-8: 422 that says so', async (_name, payload) => {
+    expect(await post(payload)).toEqual({
+      status: 422,
+      body: {
+        success: false,
+        message: expect.stringContaining('The body is not UTF-8'),
+        errors: [{ path: '', message: 'The body is not UTF-8' }],
+      },
+    })
+  })
+
+  test.each(['iso-8859-1', '"utf-16le"', 'none'])(
+    'a charset of %s: 415 that names it',
+    async (charset) => {
+      const { status, body } = await post('{}', `application/json; charset=${charset}`)
+      expect(status).toBe(415)
+      expect(body).toEqual(ONE_SHAPE)
+      expect(body.message).toContain(charset.replaceAll('"', ''))
+    },
+  )
+
+  test.each(['utf-8', 'UTF-8', '"utf-8"', 'utf8'])('a charset of %s is read', async (charset) => {
+    const { status, body } = await post('{"task_id": 1}', `application/json; charset=${charset}`)
+    expect(status).toBe(422)
+    expect(body.message).toContain('task_id')
+  })
+
+  test.each(['gzip', 'br', 'identity, gzip'])(
+    'a body encoded as %s: 415 that names it',
+    async (coding) => {
+      const reply = await app.http.inject({
+        method: 'POST',
+        url: '/task-runner',
+        headers: { 'content-type': 'application/json', 'content-encoding': coding },
+        payload: gzipSync('{}'),
+      })
+      expect(reply.statusCode).toBe(415)
+      expect(reply.json()).toEqual(ONE_SHAPE)
+      expect(reply.json().message).toContain(coding)
+    },
+  )
+
+  test('a body that says it is not encoded is read', async () => {
+    const reply = await app.http.inject({
+      method: 'POST',
+      url: '/task-runner',
+      headers: { 'content-type': 'application/json', 'content-encoding': 'Identity' },
+      payload: '{"task_id": 1}',
+    })
+    expect(reply.statusCode).toBe(422)
+    expect(reply.json().message).toContain('task_id')
+  })
+
+  test.each([
+    [
+      '/task-runner',
+      'worker_config.env_variables',
+      (names: string) => `{"worker_config":{"env_variables":${names}}}`,
+    ],
+    ['/task-runner', '', (names: string) => names],
+    ['/task-runner', 'a.3.b', (names: string) => `{"x":[{}],"a":[1,[2],"c,{",{"b":${names}}]}`],
+    ['/sample-task-runner-callback', '', (names: string) => names],
+    ['/sample-task-runner-callback2', 'received', (names: string) => `{"received":${names}}`],
+    ['/sample-task-runner-callback2', '', (names: string) => JSON.stringify(names)],
+    ['/workers/cleanup', '', (names: string) => names],
+  ])(
+    '%s with half a million names at "%s" is refused at little cost',
+    async (url, path, bodyOf) => {
+      const body = bodyOf(objectOf(420_000))
+      const startedAt = performance.now()
+      const answer = await post(body, undefined, url)
+      expect(performance.now() - startedAt).toBeLessThan(5 * 50)
+      expect(answer).toEqual({
+        status: 422,
+        body: {
+          success: false,
+          message: expect.stringContaining('10000 names'),
+          errors: [{ path, message: 'has more than 10000 names' }],
+        },
+      })
+    },
+  )
+
+  test('10,000 variables are taken, one more is not', async () => {
+    const withVariables = (count: number) =>
+      taskRequest({
+        worker_config: {
+          env_variables: Object.fromEntries(
+            Array.from({ length: count }, (_, index) => [`A${index}`, '']),
+          ),
+        },
+      })
+    const taken = withVariables(10_000)
+    expect(await app.submit(taken)).toMatchObject({ status: 200 })
+    await app.finished(taken.task_id)
+    expect(await app.submit(withVariables(10_001))).toMatchObject({
+      status: 422,
+      body: { errors: [{ path: 'worker_config.env_variables' }] },
+    })
+    const hidden = { env_variables: withVariables(10_001).worker_config }
+    const additional_params = Buffer.from(JSON.stringify(hidden)).toString('base64')
+    expect(await app.submit(taskRequest({ worker_config: { additional_params } }))).toMatchObject({
+      status: 422,
+      body: {
+        errors: [{ path: 'worker_config.additional_params.env_variables.env_variables' }],
+      },
+    })
+  })
+
+  test.each([
+    ['numbers', '1'],
+    ['lists', '[]'],
+    ['objects', '{}'],
+  ])('a list of very many %s is refused at little cost', async (_name, value) => {
+    const body = `{"task_id":[${`${value},`.repeat(1_300_000)}1]}`
+    const startedAt = performance.now()
+    const answer = await post(body)
+    expect(performance.now() - startedAt).toBeLessThan(5 * 50)
+    expect(answer).toMatchObject({ status: 422, body: ONE_SHAPE })
+    expect(answer.body.message).toContain('200000 values')
   })
 
   test.each([
@@ -209,6 +331,11 @@ describe('requests', () => {
     [
       'two lengths',
       'POST /task-runner HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}',
+    ],
+    ['no Host', 'GET /tasks HTTP/1.1\r\n\r\n'],
+    [
+      'an Expect that nobody knows',
+      'POST /task-runner HTTP/1.1\r\nHost: localhost\r\nExpect: a-miracle\r\nContent-Length: 0\r\n\r\n',
     ],
   ])('%s is answered with 4xx in the one error shape', async (_name, text) => {
     const { status, body } = await raw(text)

@@ -60,6 +60,34 @@ describe('where tokens are wanted', () => {
     expect(overTls.cookies[0]?.secure).toBe(true)
   })
 
+  // Each proxy adds how it was called; the first one is the browser's.
+  test.each([
+    ['https, http', true],
+    ['HTTPS ,http', true],
+    ['http, https', undefined],
+    ['', undefined],
+  ])('behind proxies that say %j the cookie is for TLS alone: %s', async (proto, secure) => {
+    const { cookies } = await call(app, 'POST', '/apps/runner/session', {
+      payload: { token: TOKEN },
+      headers: { 'x-forwarded-proto': proto },
+    })
+    expect(cookies[0]?.secure).toBe(secure)
+  })
+
+  test('a body of more than 16 KB is refused before it is read', async () => {
+    const refused = await app.http.inject({
+      method: 'POST',
+      url: '/apps/runner/session',
+      headers: { 'content-type': 'application/json', 'content-length': String(16 * 1024 + 1) },
+    })
+    expect(refused.statusCode).toBe(413)
+    expect(refused.json()).toMatchObject({ success: false })
+    const { status } = await call(app, 'POST', '/apps/runner/session', {
+      payload: { token: TOKEN, padding: 'x'.repeat(15 * 1024) },
+    })
+    expect(status).toBe(422)
+  })
+
   test.each(['wrong', `${TOKEN}x`, 'other-token,'])('%j is refused', async (token) => {
     const { status, cookies, reply } = await call(app, 'POST', '/apps/runner/session', {
       payload: { token },

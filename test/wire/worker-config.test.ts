@@ -418,7 +418,8 @@ describe('additional_params', () => {
     ['a string', base64('"{}"'), /JSON object/],
     ['a number', base64('1'), /JSON object/],
     ['nesting without end', base64('['.repeat(100_000)), /JSON/],
-    ['nesting that closes', base64(`${'['.repeat(200_000)}${']'.repeat(200_000)}`), /JSON/],
+    ['nesting that closes', base64(`${'['.repeat(100_000)}${']'.repeat(100_000)}`), /JSON/],
+    ['nesting of more', base64(`${'['.repeat(200_001)}${']'.repeat(200_001)}`), /200000 values/],
   ])('%s: refused by path, without repeating it', (_name, additional_params, message) => {
     expect(errorsOf({ additional_params })).toEqual([
       { path: 'worker_config.additional_params', message: expect.stringMatching(message) },

@@ -1,0 +1,79 @@
+import { InvalidRequestError } from '../core/errors.ts'
+import { joined } from './fields.ts'
+
+/** Maximum names of one object. More than any request needs, such as variables of a task. */
+export const JSON_NAMES_MAX = 10_000
+/** Maximum values in all, lists and objects included. */
+const JSON_VALUES_MAX = 200_000
+
+const [QUOTE, COMMA, BACKSLASH] = [0x22, 0x2c, 0x5c]
+const [LIST, LIST_END, OBJECT, OBJECT_END] = [0x5b, 0x5d, 0x7b, 0x7d]
+
+/** A list or object that is being read. */
+interface Container {
+  isObject: boolean
+  commas: number
+  /** Where its last name lies, with its quotes. */
+  nameFrom: number
+  nameTo: number
+}
+
+/**
+ * Counts names and values before anything is made of them: some megabytes of them would keep parser and validation busy
+ * for seconds. Throws `invalid_request` with the path of what has too many, below `prefix`. Whether it is JSON at all is
+ * for the parser to say.
+ */
+export function limitJson(json: Buffer, prefix: readonly string[] = []): void {
+  const open: Container[] = []
+  let inside: Container | undefined
+  let values = 1
+  for (let at = 0; at < json.length; at += 1) {
+    const byte = json[at]
+    if (byte === QUOTE) {
+      const end = endOfString(json, at)
+      // Values come after their names, and overwrite nothing: a comma or a brace lies between.
+      if (inside?.isObject && inside.nameTo <= inside.nameFrom) {
+        inside.nameFrom = at
+        inside.nameTo = end
+      }
+      at = end - 1
+    } else if (byte === OBJECT || byte === LIST) {
+      values += 1
+      inside = { isObject: byte === OBJECT, commas: 0, nameFrom: at, nameTo: at }
+      open.push(inside)
+    } else if (byte === OBJECT_END || byte === LIST_END) {
+      open.pop()
+      inside = open.at(-1)
+    } else if (byte === COMMA && inside) {
+      values += 1
+      inside.commas += 1
+      inside.nameFrom = at
+      inside.nameTo = at
+      if (inside.isObject && inside.commas >= JSON_NAMES_MAX) {
+        const path = joined([...prefix, ...pathOf(json, open.slice(0, -1))])
+        throw new InvalidRequestError([{ path, message: `has more than ${JSON_NAMES_MAX} names` }])
+      }
+    }
+    if (values > JSON_VALUES_MAX) {
+      const message = `holds more than ${JSON_VALUES_MAX} values`
+      throw new InvalidRequestError([{ path: joined([...prefix]), message }])
+    }
+  }
+}
+
+/** Index after the closing quote. */
+function endOfString(json: Buffer, from: number): number {
+  for (let at = from + 1; ; at += 1) {
+    at = json.indexOf(QUOTE, at)
+    if (at < 0) return json.length
+    let backslashes = 0
+    while (json[at - 1 - backslashes] === BACKSLASH) backslashes += 1
+    if (backslashes % 2 === 0) return at + 1
+  }
+}
+
+function pathOf(json: Buffer, open: readonly Container[]): string[] {
+  return open.map(({ isObject, commas, nameFrom, nameTo }) =>
+    isObject ? json.toString('utf8', nameFrom + 1, nameTo - 1) : String(commas),
+  )
+}
