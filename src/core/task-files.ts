@@ -1,26 +1,40 @@
-import { lstat, readdir, readFile, realpath, stat } from 'node:fs/promises'
+import { access, constants, lstat, open, realpath, stat } from 'node:fs/promises'
 import { join, sep } from 'node:path'
-import { InvalidRequestError, TaskRunnerError } from './errors.ts'
+import { InvalidRequestError, TaskRunnerError, UnavailableError } from './errors.ts'
 import { SharedLook } from './shared-look.ts'
+import {
+  assertTasksFolder,
+  codeOf,
+  leftOutFor,
+  leftOutLines,
+  linkedTo,
+  listTasks,
+  NOT_COPIED,
+  READ,
+  READ_FAULTS,
+  type TasksEntry,
+  tasksFolderUnavailable,
+} from './tasks-folder.ts'
 import { mergeWorkerConfigs, type WorkerConfig } from './worker-config.ts'
-
-/** Folders that workers get no copy of. */
-export const NOT_COPIED: readonly string[] = ['.git', '__pycache__']
-/** Installed packages are many files that tasks only read: workers get a link. */
-export const LINKED: readonly string[] = ['node_modules', '.venv']
 
 export const TASK_FILE_EXTENSIONS = ['.py', '.sh', '.js', '.mjs', '.ts'] as const
 
 const LISTED_MAX = 1_000
+const WARNINGS_MAX = 20
+const DEFAULTS_BYTES_MAX = 1_000_000
 
 /** The tasks folder: which files may run, and the worker defaults that lie beside them. */
 export class TaskFiles {
   readonly #folder: string
   readonly #parseDefaults: (json: string) => WorkerConfig
   readonly #looks = new SharedLook(async (name) => {
-    const [isThere, defaults] = await Promise.all([this.has(name), this.defaultsFor(name)])
-    return { isThere, defaults }
+    const defaults = this.defaultsFor(name)
+    // Awaited second: that a file cannot be read says more than what is wrong with its defaults.
+    defaults.catch(() => {})
+    const isThere = await this.has(name)
+    return { isThere, defaults: await defaults }
   })
+  readonly #warnings = new SharedLook(() => this.#lookForWarnings())
 
   constructor(folder: string, parseDefaults: (json: string) => WorkerConfig) {
     this.#folder = folder
@@ -32,8 +46,25 @@ export class TaskFiles {
     return this.#looks.at(name)
   }
 
-  /** Whether `name` is a file of the folder. Throws `invalid_request` when a link leads out of the folder. */
+  /**
+   * Whether `name` is a file of the folder. Throws `invalid_request` when a link leads out of the folder,
+   * `task_file_not_found` when we may not look, and `UnavailableError` when the folder cannot be read.
+   */
   async has(name: string): Promise<boolean> {
+    try {
+      return await this.#has(name)
+    } catch (err) {
+      if (err instanceof TaskRunnerError) throw err
+      await assertTasksFolder(this.#folder)
+      const code = codeOf(err)
+      if (READ_FAULTS[code] === 'gone') return false
+      if (READ_FAULTS[code] !== 'refused') throw tasksFolderUnavailable(err)
+      const message = `The task file "${name}" cannot be read (${code})`
+      throw new TaskRunnerError('task_file_not_found', message, { cause: err })
+    }
+  }
+
+  async #has(name: string): Promise<boolean> {
     // Nearly all are plain files of the folder itself, where no link can lead out.
     const isPlain = !name.includes('/') && !NOT_COPIED.includes(name)
     if (isPlain && (await lstat(join(this.#folder, name)).catch(ignoreMissing))?.isFile())
@@ -41,7 +72,7 @@ export class TaskFiles {
     const folder = await realpath(this.#folder)
     const isCopied = !name.split('/').some((part) => NOT_COPIED.includes(part))
     const path = !isCopied ? undefined : await realpath(join(folder, name)).catch(ignoreMissing)
-    if (path !== undefined && !path.startsWith(folder + sep)) {
+    if (path !== undefined && !path.startsWith(folder + sep) && path !== folder) {
       throw new InvalidRequestError([
         { path: 'task_file_name', message: 'leads out of the tasks folder' },
       ])
@@ -64,23 +95,52 @@ export class TaskFiles {
 
   /** The files that may run, by name: the first of them, where there are very many. */
   async list(): Promise<string[]> {
-    const named = (await this.#walk(''))
-      .filter((name) => TASK_FILE_EXTENSIONS.some((ending) => name.endsWith(ending)))
-      .sort()
+    const { entries } = await listTasks(this.#folder)
+    const named = entries
+      .filter(({ path, kind }) => kind !== 'folder' && !isBehindMount(path))
+      .map(({ path }) => path)
+      .filter((path) => TASK_FILE_EXTENSIONS.some((ending) => path.endsWith(ending)))
       .slice(0, LISTED_MAX)
     // Links may lead nowhere, or out of the folder.
-    const canRun = await Promise.all(named.map((name) => this.has(name).catch(() => false)))
+    const canRun = await Promise.all(
+      named.map(async (name) => {
+        const mayRead = access(join(this.#folder, name), constants.R_OK)
+        return mayRead.then(() => this.has(name)).catch(() => false)
+      }),
+    )
     return named.filter((_, index) => canRun[index])
   }
 
-  /** Throws when the folder cannot be read. */
-  async check(): Promise<void> {
-    if (!(await stat(this.#folder)).isDirectory()) throw new Error('TASKS_DIR is not a folder')
+  /** Throws `UnavailableError` when the folder cannot be read. */
+  check(): Promise<void> {
+    return assertTasksFolder(this.#folder)
   }
 
-  /** What is wrong with defaults files, a sentence for each that is broken. */
-  async warnings(): Promise<string[]> {
-    const names = (await this.#walk('')).filter((name) => name.endsWith('_worker.json'))
+  /** A sentence for each defaults file that is broken, and for each file that workers get no copy of. */
+  warnings(): Promise<string[]> {
+    return this.#warnings.at('')
+  }
+
+  async #lookForWarnings(): Promise<string[]> {
+    const { entries, leftOut } = await listTasks(this.#folder)
+    const root = await realpath(this.#folder)
+    const unreadable = await Promise.all(
+      entries.map(({ path, kind }) =>
+        mayRead(join(root, path), kind, root).catch((err: unknown) => leftOutFor(path, err)),
+      ),
+    )
+    const left = [...leftOut, ...unreadable.filter((one) => one !== undefined)]
+    return [
+      ...(await this.#brokenDefaults(entries)).slice(0, WARNINGS_MAX),
+      ...leftOutLines(left, WARNINGS_MAX).map((line) => `Tasks get no copy of ${line}`),
+    ]
+  }
+
+  async #brokenDefaults(entries: readonly TasksEntry[]): Promise<string[]> {
+    const names = entries
+      .filter(({ path, kind }) => kind !== 'folder' && !isBehindMount(path))
+      .map(({ path }) => path)
+      .filter((path) => path.endsWith('_worker.json'))
     const results = await Promise.allSettled(names.map((name) => this.#defaults(name)))
     return results.flatMap((result) => {
       if (result.status === 'fulfilled') return []
@@ -89,26 +149,12 @@ export class TaskFiles {
     })
   }
 
-  /** Every file that workers get a copy of. */
-  async #walk(folder: string): Promise<string[]> {
-    // What goes away while we look is not there.
-    const entries =
-      (await readdir(join(this.#folder, folder), { withFileTypes: true }).catch(ignoreMissing)) ??
-      []
-    const nested = entries.map(async (entry) => {
-      const name = join(folder, entry.name)
-      if (!entry.isDirectory()) return [name]
-      const isSkipped = [...NOT_COPIED, ...LINKED].includes(entry.name)
-      return isSkipped ? [] : this.#walk(name)
-    })
-    return (await Promise.all(nested)).flat()
-  }
-
   async #defaults(name: string): Promise<WorkerConfig> {
     try {
-      const json = await readFile(join(this.#folder, name), 'utf8').catch(ignoreMissing)
+      const json = await this.#read(name)
       return json === undefined ? {} : this.#parseDefaults(json)
     } catch (err) {
+      if (err instanceof UnavailableError) throw err
       const why = err instanceof Error ? err.message : String(err)
       throw new TaskRunnerError(
         'defaults_file_broken',
@@ -117,12 +163,42 @@ export class TaskFiles {
       )
     }
   }
+
+  /** Undefined: there is no such file. Throws what is wrong with it, or `UnavailableError`. */
+  async #read(name: string): Promise<string | undefined> {
+    const file = await open(join(this.#folder, name), READ).catch(async (err: unknown) => {
+      const code = codeOf(err)
+      if (READ_FAULTS[code] === 'gone') return undefined
+      await assertTasksFolder(this.#folder)
+      if (READ_FAULTS[code] === 'ours') throw tasksFolderUnavailable(err)
+      throw new Error(`it cannot be read (${code})`, { cause: err })
+    })
+    if (!file) return undefined
+    try {
+      const stats = await file.stat()
+      if (!stats.isFile()) throw new Error('it is not a plain file')
+      if (stats.size > DEFAULTS_BYTES_MAX) throw new Error('it is larger than 1 MB')
+      const { buffer, bytesRead } = await file.read(Buffer.alloc(stats.size), 0, stats.size, 0)
+      return buffer.toString('utf8', 0, bytesRead)
+    } finally {
+      await file.close()
+    }
+  }
 }
 
-/** A name that cannot be is as good as one that is not there. */
-const MISSING = new Set(['ENOENT', 'ENOTDIR', 'ENAMETOOLONG', 'ELOOP'])
+/** A mounted ConfigMap keeps its files in `..<time>`, and has a link to each beside that. */
+function isBehindMount(path: string): boolean {
+  return path.split('/').some((part) => part.startsWith('..'))
+}
+
+/** Throws when an entry of the tasks folder is not for us to read. */
+async function mayRead(path: string, kind: TasksEntry['kind'], root: string): Promise<undefined> {
+  const real = kind === 'link' ? await linkedTo(path, root) : path
+  if (kind !== 'folder' && kind !== 'other' && real !== undefined)
+    await access(real, constants.R_OK)
+}
 
 function ignoreMissing(err: NodeJS.ErrnoException): undefined {
-  if (MISSING.has(err.code ?? '')) return undefined
+  if (READ_FAULTS[err.code ?? ''] === 'gone') return undefined
   throw err
 }

@@ -75,7 +75,7 @@ export const healthRoutes: FastifyPluginAsyncZod<{
 /** They cannot be had, which is one itself. */
 function asWarning(log: FastifyBaseLogger) {
   return (err: unknown): string[] => {
-    log.warn({ err }, 'defaults files could not be looked at')
-    return ['the defaults files could not be looked at; the log says why']
+    log.warn({ err }, 'the tasks folder could not be looked at')
+    return ['the tasks folder could not be looked at; the log says why']
   }
 }

@@ -1,14 +1,25 @@
 /** What a worker's folder holds when its container starts; the same for all container engines. */
-import { readFile } from 'node:fs/promises'
-import { basename } from 'node:path'
+import { constants } from 'node:fs'
+import { type FileHandle, open, readFile, realpath, stat } from 'node:fs/promises'
+import { dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { packTar, type TarSource } from 'modern-tar/fs'
+import { createTarPacker, type TarHeader } from 'modern-tar'
 import type { WorkerSpec } from '../core/ports.ts'
-import { LINKED, NOT_COPIED } from '../core/task-files.ts'
+import {
+  assertTaskFile,
+  type LeftOut,
+  leftOutFor,
+  leftOutNotes,
+  linkedTo,
+  listTasks,
+  READ,
+  type TasksEntry,
+  tasksFolderUnavailable,
+} from '../core/tasks-folder.ts'
 import { quote } from './quote.ts'
 import { repositoryFiles } from './repositories.ts'
 
-const PATH_LENGTH_MAX = 1000
+const CHUNK_BYTES = 64 * 1024
 
 /** Where the worker's folder is in every container. */
 export const WORKER_FOLDER = '/worker'
@@ -48,52 +59,170 @@ export function ownFiles(spec: WorkerSpec): Array<{ name: string; content: strin
   ]
 }
 
-/** What all workers share, as tar: the bootstrap and the tasks folder. The same files give the same bytes. */
-export async function sharedTar(tasksDir: string): Promise<AsyncIterable<Buffer>> {
-  return packed([await bootstrapIn('.'), tasksIn('.', tasksDir)], tasksDir, new Date(0))
+/** Everything that all workers share. */
+export interface SharedTar {
+  /** The bootstrap and the tasks folder. The same files give the same bytes. */
+  tar: AsyncIterable<Uint8Array>
+  /** Complete once the tar was read to its end. */
+  leftOut: readonly LeftOut[]
+}
+
+type Add = (
+  header: Pick<TarHeader, 'name'> & Partial<TarHeader>,
+  body?: Iterable<Uint8Array> | AsyncIterable<Uint8Array>,
+) => Promise<void>
+
+/** Throws `UnavailableError`, as reading the tar does, when the tasks folder cannot be read. */
+export async function sharedTar(tasksDir: string): Promise<SharedTar> {
+  const listed = await listTasks(tasksDir)
+  const tar = packed(async (add) => {
+    const mtime = new Date(0)
+    const same: Add = (header, body) => add({ ...header, mtime }, body)
+    await addContent(same, './bootstrap.sh', await readFile(BOOTSTRAP))
+    await addTasks(same, './tasks', tasksDir, listed)
+  })
+  return { tar, leftOut: listed.leftOut }
 }
 
 /**
- * The worker's whole folder as tar, below `worker/`. Links inside the tasks folder are followed, those that leave it
- * are left out, as are installed packages: an image brings its own.
+ * Returns the worker's whole folder as tar, below `worker/`, with notes of what is left out. Throws what `assertTaskFile`
+ * throws; reading the tar throws `UnavailableError` when the tasks folder cannot be read.
  */
 export async function workerTar(
   spec: WorkerSpec,
   tasksDir: string,
-): Promise<AsyncIterable<Buffer>> {
+): Promise<AsyncIterable<Uint8Array>> {
+  if (spec.taskFolder === 'tasks') await assertTaskFile(tasksDir, spec.taskFileName)
+  const listed = await listTasks(tasksDir)
   const root = WORKER_FOLDER.slice(1)
-  const folders = ['', '/home', '/tmp'].map((name): TarSource => {
-    return { type: 'content', content: null, target: `${root}${name}/`, mode: 0o700 }
+  return packed(async (add) => {
+    for (const name of ['', '/home', '/tmp']) await addFolder(add, `${root}${name}`)
+    await addContent(add, `${root}/bootstrap.sh`, await readFile(BOOTSTRAP))
+    await addTasks(add, `${root}/tasks`, tasksDir, listed)
+    const notes = [...spec.notes, ...leftOutNotes(listed.leftOut)]
+    for (const { name, content } of ownFiles({ ...spec, notes })) {
+      await addContent(add, `${root}/${name}`, Buffer.from(content))
+    }
   })
-  const own = ownFiles(spec).map(({ name, content }): TarSource => {
-    return { type: 'content', content, target: `${root}/${name}`, mode: 0o600 }
-  })
-  const sources = [...folders, await bootstrapIn(root), ...own, tasksIn(root, tasksDir)]
-  return packed(sources, tasksDir)
 }
 
-async function bootstrapIn(root: string): Promise<TarSource> {
-  const content = await readFile(BOOTSTRAP)
-  return { type: 'content', content, target: `${root}/bootstrap.sh`, mode: 0o600 }
+/** Packs what `write` adds, as fast as it is read. */
+function packed(write: (add: Add) => Promise<void>): AsyncIterable<Uint8Array> {
+  const { readable, controller } = createTarPacker()
+  const add: Add = async (header, body = []) => {
+    const owner = { uid: WORKER_USER, gid: WORKER_USER, uname: '', gname: '' }
+    const entry = controller.add({ size: 0, ...owner, ...header }).getWriter()
+    for await (const chunk of body) await entry.write(chunk)
+    await entry.close()
+  }
+  write(add)
+    .then(() => controller.finalize())
+    .catch((err: unknown) => controller.error(err))
+  return readable
 }
 
-function tasksIn(root: string, tasksDir: string): TarSource {
-  return { type: 'directory', source: tasksDir, target: `${root}/tasks` }
+async function addFolder(add: Add, name: string): Promise<void> {
+  await add({ name: `${name}/`, type: 'directory', mode: 0o700 })
 }
 
-function packed(sources: TarSource[], tasksDir: string, mtime?: Date): AsyncIterable<Buffer> {
-  return packTar(sources, {
-    dereference: true,
-    baseDir: tasksDir,
-    // A link to a folder that it lies in would lead on for ever.
-    filter: (path) =>
-      ![...LINKED, ...NOT_COPIED].includes(basename(path)) && path.length < PATH_LENGTH_MAX,
-    map: (header) => ({
-      ...header,
-      type: header.name.endsWith('/') ? 'directory' : (header.type ?? 'file'),
-      ...{ uid: WORKER_USER, gid: WORKER_USER, uname: '', gname: '' },
-      ...(mtime ? { mtime } : {}),
-      mode: (header.mode ?? 0) | (header.type === 'directory' ? 0o700 : 0o600),
-    }),
+async function addContent(add: Add, name: string, content: Buffer): Promise<void> {
+  await add({ name, type: 'file', size: content.length, mode: 0o600 }, [content])
+}
+
+/**
+ * Adds the tasks folder as far as it can be read, and to `leftOut` what turns out to be unreadable. Links inside the folder
+ * are followed; those that leave it are left out, as are installed packages: an image brings its own.
+ */
+async function addTasks(
+  add: Add,
+  name: string,
+  tasksDir: string,
+  { entries, leftOut }: { entries: readonly TasksEntry[]; leftOut: LeftOut[] },
+): Promise<void> {
+  const root = await realpath(tasksDir).catch((err: unknown) => {
+    throw tasksFolderUnavailable(err)
   })
+  await addFolder(add, name)
+  for (const { path, kind } of entries) {
+    const found = await find(root, path, kind).catch((err: unknown) => {
+      const left = leftOutFor(path, err)
+      if (left) leftOut.push(left)
+    })
+    if (found === 'folder') await addFolder(add, `${name}/${path}`)
+    else if (found && 'linkname' in found) {
+      await add({ name: `${name}/${path}`, type: 'symlink', mode: 0o700, ...found })
+    } else if (found) {
+      try {
+        const { size, mode, mtime } = found
+        const header = { name: `${name}/${path}`, size, mode: (mode & 0o777) | 0o600, mtime }
+        await add({ ...header, type: 'file' }, contentOf(found))
+      } finally {
+        await found.file.close()
+      }
+    }
+  }
+}
+
+interface OpenFile {
+  file: FileHandle
+  size: number
+  mode: number
+  mtime: Date
+  /** The first of it: when that can be read, the rest can, as a rule. */
+  start: Buffer
+}
+
+/** Looks at an entry of the tasks folder. Undefined: workers get nothing of it. */
+async function find(
+  root: string,
+  path: string,
+  kind: TasksEntry['kind'],
+): Promise<'folder' | { linkname: string } | OpenFile | undefined> {
+  if (kind === 'folder') return kind
+  if (kind === 'other') return undefined
+  const source = join(root, path)
+  if (kind === 'file') return openFile(source)
+  const real = await linkedTo(source, root)
+  if (real === undefined) return undefined
+  const stats = await stat(real)
+  if (stats.isFile()) return openFile(real)
+  // Leads to the same place inside the copy; a linked folder may contain itself.
+  return stats.isDirectory() ? { linkname: relative(dirname(source), real) || '.' } : undefined
+}
+
+async function openFile(path: string): Promise<OpenFile | undefined> {
+  const file = await open(path, READ | constants.O_NOFOLLOW)
+  try {
+    const stats = await file.stat()
+    if (stats.isFile()) {
+      const start = await readChunk(file, stats.size)
+      // A short one is taken as it is by now, whatever it was a moment ago.
+      const size = stats.size <= CHUNK_BYTES ? start.length : stats.size
+      return { file, size, mode: stats.mode, mtime: stats.mtime, start }
+    }
+  } catch (err) {
+    await file.close()
+    throw err
+  }
+  await file.close()
+  return undefined
+}
+
+async function* contentOf({ file, size, start }: OpenFile): AsyncGenerator<Uint8Array> {
+  yield start
+  for (let left = size - start.length; left > 0; ) {
+    const chunk = await readChunk(file, left).catch((err: unknown) => {
+      throw tasksFolderUnavailable(err)
+    })
+    // It became shorter meanwhile: what the tar has promised is filled up with zeros, as other programs do.
+    const filled = chunk.length === 0 ? Buffer.alloc(Math.min(left, CHUNK_BYTES)) : chunk
+    left -= filled.length
+    yield filled
+  }
+}
+
+async function readChunk(file: FileHandle, bytes: number): Promise<Buffer> {
+  const length = Math.min(bytes, CHUNK_BYTES)
+  const { buffer, bytesRead } = await file.read(Buffer.alloc(length), 0, length)
+  return buffer.subarray(0, bytesRead)
 }

@@ -51,8 +51,8 @@ export async function startStage(
   options: {
     dataDir?: string
     env?: Record<string, string>
-    /** A command that becomes the service. */
-    as?: readonly string[]
+    /** The user that the service runs as. */
+    uid?: number
     answer?: Parameters<typeof startReceiver>[0]
   } = {},
 ): Promise<Stage> {
@@ -75,7 +75,7 @@ export async function startStage(
     receiver,
     request,
     async start(env = {}) {
-      const service = await startService({ DATA_DIR: dataDir, ...options.env, ...env }, options.as)
+      const service = await startService({ DATA_DIR: dataDir, ...options.env, ...env }, options.uid)
       services.push(service)
       return service
     },

@@ -19,18 +19,14 @@ const ROOT = new URL('../..', import.meta.url).pathname
 const MAIN = new URL('../../src/main.ts', import.meta.url).pathname
 const WITH_FAILPOINT = new URL('./service-with-failpoint.ts', import.meta.url).pathname
 
-/** The real service as a process; with KILL_AT in `env`, one that dies at that point. */
-export function startService(
-  env: Record<string, string>,
-  /** A command that becomes it: `setpriv` and its options, say. */
-  as: readonly string[] = [],
-): Promise<Service> {
+/** The real service as a process, of the user `uid`; with KILL_AT in `env`, one that dies at that point. */
+export function startService(env: Record<string, string>, uid?: number): Promise<Service> {
   const script = env.KILL_AT === undefined ? MAIN : WITH_FAILPOINT
-  const [command = '', ...args] = [...as, process.execPath, script]
   return listeningService(
-    spawn(command, args, {
+    spawn(process.execPath, [script], {
       env: testEnv({ PORT: '0', LOG_LEVEL: 'info', ...env }),
       stdio: ['ignore', 'pipe', 'pipe'],
+      ...(uid === undefined ? {} : { uid, gid: uid }),
     }),
   )
 }

@@ -561,7 +561,7 @@ describe('local workers', () => {
       const worker = await other.backend.provision(wanted, NEVER)
       expect(await worker.completion(NEVER)).toMatchObject({ reason: 'completed' })
       const copy = join(other.settings.workersDir, wanted.name, 'tasks')
-      expect(await logOf(worker)).toBe(`${copy}\ninside\nnode_modules\nsub\nthe data`)
+      expect(await logOf(worker)).toBe(`${copy}\ninside\nnode_modules\nself\nsub\nthe data`)
       expect(await text(join(folder, 'sub', 'data.txt'))).toBe('the data')
       expect(await text(join(folder, 'inside'))).toBe('the data')
     })

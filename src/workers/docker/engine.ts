@@ -1,6 +1,7 @@
 import type { Readable } from 'node:stream'
 import { setTimeout as pause } from 'node:timers/promises'
 import { Pool } from 'undici'
+import { UnavailableError } from '../../core/errors.ts'
 import type { Logger } from '../../core/ports.ts'
 
 /** The newest API this was written for; an older engine is spoken to in its own (https://docs.docker.com/reference/api/engine/). */
@@ -34,7 +35,7 @@ export class EngineUnreachableError extends Error {
 
 interface Call {
   query?: Record<string, string | number>
-  body?: object | AsyncIterable<Buffer>
+  body?: object | AsyncIterable<Uint8Array>
   headers?: Record<string, string>
   signal?: AbortSignal | undefined
 }
@@ -189,7 +190,8 @@ export async function discard(stream: Readable): Promise<void> {
 /** What a failed request, or an answer that was cut, says: `signal` aborted, or the engine is away. */
 export function unreachable(err: unknown, signal: AbortSignal | undefined): unknown {
   if (signal?.aborted) return signal.reason
-  if (err instanceof EngineUnreachableError) return err
+  // Also an error of our own: of the body that was being sent.
+  if (err instanceof EngineUnreachableError || err instanceof UnavailableError) return err
   const { code } = err as { code?: unknown }
   const words = err instanceof Error ? err.message : String(err)
   const why = typeof code === 'string' ? code : words

@@ -2,6 +2,7 @@ import { once } from 'node:events'
 import { createGzip } from 'node:zlib'
 import type { V1Job } from '@kubernetes/client-node'
 import { WorkerError, type WorkerSpec } from '../../core/ports.ts'
+import { assertTaskFile, type LeftOut, leftOutNotes } from '../../core/tasks-folder.ts'
 import { type ImageNames, imageFor } from '../image.ts'
 import { sharedTar } from '../worker-files.ts'
 import { ApiError, type KubernetesApi } from './api.ts'
@@ -33,6 +34,12 @@ export interface JobSettings {
 
 const FILES_KNOWN_MS = 1_000
 
+/** The tasks folder as workers get it. */
+interface PackedFiles {
+  zipped: Buffer
+  leftOut: readonly LeftOut[]
+}
+
 /** Makes the objects of a worker: its Job, and the Secrets and task files that its pod waits for. */
 export class JobMaker {
   readonly #api: KubernetesApi
@@ -42,7 +49,7 @@ export class JobMaker {
   readonly #admitted = new Set<string>()
   /** Names of ConfigMaps that are there. */
   readonly #filesThere = new Set<string>()
-  #filesKnown: { known: Promise<Buffer>; until: number } | undefined
+  #filesKnown: { known: Promise<PackedFiles>; until: number } | undefined
 
   constructor(api: KubernetesApi, view: ClusterView, settings: JobSettings) {
     this.#api = api
@@ -60,7 +67,10 @@ export class JobMaker {
     options: { signal: AbortSignal; hindered: Hindered; mayStart: () => Promise<void> },
   ): Promise<V1Job> {
     const { signal, hindered, mayStart } = options
-    const jobOptions = await this.#jobOptions(spec, signal)
+    const { tasksDir, instance } = this.#settings
+    if (spec.taskFolder === 'tasks') await assertTaskFile(tasksDir, spec.taskFileName)
+    const files = await this.#files()
+    const jobOptions = await this.#jobOptions(spec, files.zipped, signal)
     await this.#withinCap(spec.name, signal, hindered)
     const job = await this.#put<V1Job>('jobs', workerJob(spec, jobOptions), signal, hindered)
     const uid = job.metadata?.uid ?? ''
@@ -68,13 +78,13 @@ export class JobMaker {
     const pull = pullSecret(spec, jobOptions, uid)
     if (pull) await this.#put('secrets', pull, signal, hindered)
     await mayStart()
-    await this.#put('secrets', ownSecret(spec, this.#settings.instance, uid), signal, hindered)
+    const notes = [...spec.notes, ...leftOutNotes(files.leftOut)]
+    await this.#put('secrets', ownSecret({ ...spec, notes }, instance, uid), signal, hindered)
     return job
   }
 
-  async #jobOptions(spec: WorkerSpec, signal: AbortSignal): Promise<JobOptions> {
+  async #jobOptions(spec: WorkerSpec, files: Buffer, signal: AbortSignal): Promise<JobOptions> {
     const settings = this.#settings
-    const files = await this.#files()
     const problem = files.length > OBJECT_BYTES_MAX ? await this.taskFilesProblem() : undefined
     if (problem) throw new WorkerError('startup_failed', `The worker cannot be given ${problem}`)
     const configMap = filesConfigMap(files, settings.instance)
@@ -154,7 +164,7 @@ export class JobMaker {
   }
 
   async taskFilesProblem(): Promise<string | undefined> {
-    const { length } = await this.#files()
+    const { length } = (await this.#files()).zipped
     if (length <= OBJECT_BYTES_MAX) return undefined
     return `the tasks folder has ${length} bytes when compressed, and a ConfigMap takes ${OBJECT_BYTES_MAX}: bake task files into the image, or clone them with git_configs`
   }
@@ -165,7 +175,7 @@ export class JobMaker {
   }
 
   /** Looked at again after a moment: many tasks may come at once. */
-  #files(): Promise<Buffer> {
+  #files(): Promise<PackedFiles> {
     if (!this.#filesKnown || this.#filesKnown.until < Date.now()) {
       this.#filesKnown = { known: this.#pack(), until: Date.now() + FILES_KNOWN_MS }
       this.#filesKnown.known.catch(() => {
@@ -175,15 +185,15 @@ export class JobMaker {
     return this.#filesKnown.known
   }
 
-  async #pack(): Promise<Buffer> {
+  async #pack(): Promise<PackedFiles> {
     const zipped = createGzip()
     const chunks: Buffer[] = []
     zipped.on('data', (chunk: Buffer) => chunks.push(chunk))
-    const tar = await sharedTar(this.#settings.tasksDir)
+    const { tar, leftOut } = await sharedTar(this.#settings.tasksDir)
     const ended = once(zipped, 'end')
     for await (const chunk of tar) zipped.write(chunk)
     zipped.end()
     await ended
-    return Buffer.concat(chunks)
+    return { zipped: Buffer.concat(chunks), leftOut }
   }
 }

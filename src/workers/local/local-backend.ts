@@ -2,6 +2,7 @@ import { open } from 'node:fs/promises'
 import { extname, join } from 'node:path'
 import { setTimeout as pause } from 'node:timers/promises'
 import { Worker as Thread } from 'node:worker_threads'
+import { UnavailableError } from '../../core/errors.ts'
 import {
   type LogTail,
   type Worker,
@@ -37,7 +38,7 @@ export class LocalBackend implements WorkerBackend {
       for (const answer of answers) {
         const waiting = this.#waiting.get(answer.id)
         this.#waiting.delete(answer.id)
-        if ('error' in answer) waiting?.reject(answer.error)
+        if ('error' in answer) waiting?.reject(named(answer.error, answer.name))
         else waiting?.resolve(answer.value)
       }
     })
@@ -136,6 +137,13 @@ export class LocalBackend implements WorkerBackend {
     for (const { reject } of this.#waiting.values()) reject(this.#dead)
     this.#waiting.clear()
   }
+}
+
+/** An error of the thread as what it was there. */
+function named(err: Error, name: string): Error {
+  if (name === 'UnavailableError') return new UnavailableError(err.message, { cause: err })
+  if (name === 'WorkerError') return new WorkerError('startup_failed', err.message, { cause: err })
+  return err
 }
 
 /** The log's bytes as they come, from offset `from` on, until the task has ended and all was read. */

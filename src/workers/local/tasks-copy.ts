@@ -1,13 +1,18 @@
 /** A worker's own copy of the tasks folder: a task may change what it likes in there. */
 import { hash } from 'node:crypto'
 import {
+  accessSync,
+  closeSync,
   constants,
   copyFileSync,
   type Dirent,
   existsSync,
   lstatSync,
   mkdirSync,
+  openSync,
   readdirSync,
+  readlinkSync,
+  readSync,
   realpathSync,
   rmSync,
   type Stats,
@@ -15,24 +20,43 @@ import {
   symlinkSync,
   utimesSync,
 } from 'node:fs'
-import { dirname, join, relative, sep } from 'node:path'
-import { LINKED, NOT_COPIED } from '../../core/task-files.ts'
+import { dirname, join, relative, resolve } from 'node:path'
+import {
+  codeOf,
+  isInside,
+  type LeftOut,
+  LINKED,
+  leftOutFor,
+  NOT_COPIED,
+  notUtf8,
+  READ,
+  READ_FAULTS,
+  taskFileError,
+  tasksFolderUnavailable,
+} from '../../core/tasks-folder.ts'
 
 /** Prints of a copy, and of what it was made from. Both are as they were while their prints are the same. */
 export interface TasksCopy {
   original: string
   copy: string
+  leftOut: readonly LeftOut[]
 }
 
 /** Clocks of file systems tick every 10 ms or faster: a file may change again in the tick in which it was looked at. */
 const SETTLED_MS = 1000
 const NEVER = ''
 const MAYBE = { throwIfNoEntry: false } as const
+/** A file may come and go again while it is copied. */
+const ATTEMPTS = 3
+/** Errors of writing alone, where the file that is read need not be looked at. */
+const WRITE_FAULTS: readonly string[] = ['ENOSPC', 'EDQUOT', 'EROFS', 'EFBIG']
+const CHUNK_BYTES = 1024 * 1024
 
 /**
  * Makes `to` a copy of the tasks folder; nothing is done where the `last` copy, untouched since, still is one. Reflinks where
- * the disk can. Links are followed inside the tasks folder, and left out where they leave it. `notCopied`: real paths of folders that
- * may lie in there.
+ * the disk can. Links are followed inside the tasks folder, and left out where they leave it. What cannot be read is left
+ * out. `notCopied`: real paths of folders that may lie in there. Throws `UnavailableError` when the folder itself cannot
+ * be read; any other error is of writing the copy.
  */
 export function copyTasks(
   tasksDir: string,
@@ -40,13 +64,15 @@ export function copyTasks(
   notCopied: readonly string[],
   last: TasksCopy | undefined,
 ): TasksCopy {
-  const root = realpathSync.native(tasksDir)
+  const root = rootOf(tasksDir)
   const isSettledAt = Date.now() - SETTLED_MS
-  const { print, changedAt } = look(root, (folder) => entriesOf(folder, notCopied))
+  const entriesIn = (folder: string) => entriesOf(folder, notCopied)
+  const { print, changedAt } = look(root, entriesIn)
   if (last?.original === print && isUntouched(to, last)) return last
   rmSync(to, { recursive: true, force: true })
-  copyFolder(root, to, root, notCopied)
-  return { original: changedAt < isSettledAt ? print : NEVER, copy: look(to).print }
+  const { leftOut, isRepeatable } = copyFolders(root, to, entriesIn)
+  const isSettled = changedAt < isSettledAt && isRepeatable
+  return { original: isSettled ? print : NEVER, copy: look(to).print, leftOut }
 }
 
 /**
@@ -57,31 +83,132 @@ export function isUntouched(folder: string, { copy }: TasksCopy): boolean {
   return existsSync(folder) && look(folder).print === copy
 }
 
-function copyFolder(from: string, to: string, root: string, skip: readonly string[]): void {
-  mkdirSync(to, { mode: 0o700 })
-  for (const entry of entriesOf(from, skip)) {
-    const source = join(from, entry.name)
-    const target = join(to, entry.name)
-    if (LINKED.includes(entry.name)) symlinkSync(source, target)
-    else if (entry.isDirectory()) copyFolder(source, target, root, skip)
-    else if (entry.isFile()) copyFile(source, target)
-    else if (entry.isSymbolicLink()) copyLinked(source, target, root)
+/**
+ * Throws when a copy lacks a task file: a `WorkerError` when that is not there or is not for us to read, `UnavailableError`
+ * when the whole folder cannot be read, and another error when the file may be readable in a moment.
+ */
+export function assertCopied(
+  name: string,
+  { tasksDir, to, leftOut }: { tasksDir: string; to: string; leftOut: readonly LeftOut[] },
+): void {
+  if (existsSync(join(to, name))) return
+  rootOf(tasksDir)
+  const path = join(tasksDir, name)
+  const code = leftOut.find((left) => left.path === name)?.why ?? codeOfReading(path)
+  if (code === undefined) {
+    throw new Error(`The task file "${name}" was replaced while it was copied`)
+  }
+  throw taskFileError(name, code, statSync(dirname(path), MAYBE)?.mtimeMs ?? 0)
+}
+
+/** Returns the real path of the tasks folder. Throws `UnavailableError` when it cannot be read. */
+function rootOf(tasksDir: string): string {
+  try {
+    const root = realpathSync.native(tasksDir)
+    accessSync(root, constants.R_OK | constants.X_OK)
+    return root
+  } catch (err) {
+    throw tasksFolderUnavailable(err)
   }
 }
 
-function copyLinked(link: string, target: string, root: string): void {
-  if (!existsSync(link)) return
-  const real = realpathSync(link)
-  if (!real.startsWith(root + sep)) return
-  if (statSync(real).isFile()) copyFile(real, target)
-  // Leads to the same place inside the copy; a linked folder may contain itself.
-  else symlinkSync(relative(dirname(link), real), target)
+/** Copies what can be read. `isRepeatable`: another copy would leave out the same. */
+function copyFolders(
+  root: string,
+  to: string,
+  entriesIn: (folder: string) => Dirent[],
+): { leftOut: LeftOut[]; isRepeatable: boolean } {
+  const leftOut: LeftOut[] = []
+  let isRepeatable = true
+  const leave = (path: string, err: unknown) => {
+    const left = leftOutFor(relative(root, path), err)
+    if (left) leftOut.push(left)
+    // It may be back, or the disk be mended, with nothing that shows in a print.
+    if (READ_FAULTS[codeOf(err)] !== 'refused') isRepeatable = false
+  }
+  /** Undefined: it could not be read. */
+  const reading = <T>(path: string, read: () => T): T | undefined => {
+    try {
+      return read()
+    } catch (err) {
+      if (path === root) throw tasksFolderUnavailable(err)
+      leave(path, err)
+      return undefined
+    }
+  }
+  const copyFile = (source: string, target: string, path: string) => {
+    for (let attempt = 1; ; attempt += 1) {
+      try {
+        copyFileSync(source, target, constants.COPYFILE_FICLONE)
+        const { atime, mtime } = statSync(source)
+        utimesSync(target, atime, mtime)
+        return
+      } catch (err) {
+        if (WRITE_FAULTS.includes(codeOf(err))) throw err
+        const isReadable = reading(path, () => readThrough(source)) !== undefined
+        if (!isReadable) return rmSync(target, { force: true })
+        if (attempt === ATTEMPTS) throw err
+      }
+    }
+  }
+  const copyLinked = (link: string, target: string) => {
+    const real = reading(link, () => realOf(link, root))
+    if (!real) return
+    const stats = reading(link, () => statSync(real))
+    if (stats?.isFile()) copyFile(real, target, link)
+    // Leads to the same place inside the copy; a linked folder may contain itself.
+    else if (stats?.isDirectory()) symlinkSync(relative(dirname(link), real) || '.', target)
+  }
+  const copyFolder = (from: string, target: string) => {
+    const entries = reading(from, () => entriesIn(from))
+    if (!entries) return
+    mkdirSync(target, { mode: 0o700 })
+    for (const entry of entries) {
+      const source = join(from, entry.name)
+      const copy = join(target, entry.name)
+      const odd = notUtf8(entry.name)
+      if (odd) leftOut.push({ ...odd, path: relative(root, source) })
+      else if (LINKED.includes(entry.name)) symlinkSync(source, copy)
+      else if (entry.isDirectory()) copyFolder(source, copy)
+      else if (entry.isFile()) copyFile(source, copy, source)
+      else if (entry.isSymbolicLink()) copyLinked(source, copy)
+    }
+  }
+  copyFolder(root, to)
+  return { leftOut, isRepeatable }
 }
 
-function copyFile(source: string, target: string): void {
-  copyFileSync(source, target, constants.COPYFILE_FICLONE)
-  const { atime, mtime } = statSync(source)
-  utimesSync(target, atime, mtime)
+/** Where a link leads. Empty: out of the folder, or nowhere. */
+function realOf(link: string, root: string): string {
+  try {
+    const real = realpathSync.native(link)
+    return isInside(root, real) ? real : ''
+  } catch (err) {
+    if (!isInside(root, resolve(dirname(link), readlinkSync(link)))) return ''
+    throw err
+  }
+}
+
+/** Returns the code of the failure to read a file. Undefined: it can be read. */
+function codeOfReading(path: string): string | undefined {
+  try {
+    readThrough(path)
+    return undefined
+  } catch (err) {
+    return codeOf(err)
+  }
+}
+
+/** Throws why a file cannot be read. */
+function readThrough(path: string): true {
+  const file = openSync(path, READ)
+  try {
+    const chunk = Buffer.alloc(CHUNK_BYTES)
+    while (readSync(file, chunk) > 0);
+    return true
+  } finally {
+    closeSync(file)
+  }
 }
 
 /** `changedAt`: milliseconds since the epoch. On a network file system as new as its cache of attributes. */
@@ -97,20 +224,32 @@ function look(
     // What went away while we look is changing just now.
     changedAt = Math.max(changedAt, ctimeMs ?? Number.POSITIVE_INFINITY)
   }
+  const looking = (path: string, at: () => void) => {
+    try {
+      at()
+    } catch (err) {
+      const code = codeOf(err)
+      lines.push(`${relative(root, path)} ${code}`)
+      if (READ_FAULTS[code] !== 'refused') changedAt = Number.POSITIVE_INFINITY
+    }
+  }
   const walk = (folder: string) => {
     add(folder, lstatSync(folder))
     for (const entry of entriesIn(folder)) {
       const path = join(folder, entry.name)
-      if (entry.isDirectory() && !LINKED.includes(entry.name)) {
-        walk(path)
-        continue
-      }
-      add(path, lstatSync(path, MAYBE))
-      // Links may lead nowhere, or in a circle.
-      if (entry.isSymbolicLink() && existsSync(path)) add(path, statSync(path, MAYBE))
+      looking(path, () => {
+        // By this name it cannot be looked at.
+        if (notUtf8(entry.name)) lines.push(relative(root, path))
+        else if (entry.isDirectory() && !LINKED.includes(entry.name)) walk(path)
+        else {
+          add(path, lstatSync(path, MAYBE))
+          // Links may lead nowhere, or in a circle.
+          if (entry.isSymbolicLink() && existsSync(path)) add(path, statSync(path, MAYBE))
+        }
+      })
     }
   }
-  walk(root)
+  looking(root, () => walk(root))
   return { print: hash('sha256', lines.join('\n')), changedAt }
 }
 

@@ -13,7 +13,8 @@ export interface Call {
   arguments: unknown[]
 }
 
-export type Answer = { id: number; value: unknown } | { id: number; error: Error }
+/** `name`: of the error, which a message between threads loses. */
+export type Answer = { id: number; value: unknown } | { id: number; error: Error; name: string }
 
 const port = parentPort
 if (!port) throw new Error('runs as a thread only')
@@ -33,7 +34,8 @@ async function answer({ id, method, arguments: args }: Call): Promise<void> {
     const value = await (workers[method] as (...args: unknown[]) => unknown).apply(workers, args)
     say({ id, value })
   } catch (err) {
-    say({ id, error: err instanceof Error ? err : new Error(String(err)) })
+    const error = err instanceof Error ? err : new Error(String(err))
+    say({ id, error, name: error.name })
   }
   if (method === 'close') setImmediate(() => port?.close())
 }

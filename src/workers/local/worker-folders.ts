@@ -1,8 +1,9 @@
 import { randomUUID } from 'node:crypto'
 import { lstatSync, mkdirSync, readdirSync, realpathSync, renameSync, unlinkSync } from 'node:fs'
 import { basename, dirname, join } from 'node:path'
+import { leftOutNotes } from '../../core/tasks-folder.ts'
 import { type Contents, DIRECTORIES, empty, fill, REWRITTEN, remove } from './folders.ts'
-import { copyTasks, isUntouched, type TasksCopy } from './tasks-copy.ts'
+import { assertCopied, copyTasks, isUntouched, type TasksCopy } from './tasks-copy.ts'
 
 /** More than run at a time on most machines. */
 const SPARES_MAX = 64
@@ -50,8 +51,11 @@ export class WorkerFolders {
       for (const name of DIRECTORIES) {
         mkdirSync(join(draft, name), { recursive: true, mode: 0o700 })
       }
-      const tasks = copyTasks(tasksDir, join(draft, 'tasks'), this.#notCopied, spare?.tasks)
-      fill(draft, contents)
+      const to = join(draft, 'tasks')
+      const tasks = copyTasks(tasksDir, to, this.#notCopied, spare?.tasks)
+      const { leftOut } = tasks
+      if (contents.taskFile !== '') assertCopied(contents.taskFile, { tasksDir, to, leftOut })
+      fill(draft, { ...contents, notes: [...contents.notes, ...leftOutNotes(leftOut)] })
       const byName = printsOf(draft)
       moveTo(folder, draft)
       this.#prints.set(folder, { byName, tasks })
