@@ -1,5 +1,5 @@
 import { existsSync, readFileSync } from 'node:fs'
-import { mkdir, mkdtemp, readdir, rm, writeFile } from 'node:fs/promises'
+import { chmod, mkdir, mkdtemp, readdir, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { DatabaseSync } from 'node:sqlite'
@@ -57,6 +57,8 @@ export async function startStage(
   } = {},
 ): Promise<Stage> {
   const folder = await mkdtemp(join(tmpdir(), 'task-runner-recovery-'))
+  // Its tasks look at their gates.
+  if (options.uid !== undefined) await chmod(folder, 0o755)
   const dataDir = options.dataDir ?? join(folder, 'data')
   const gates = join(folder, 'gates')
   const gateOf = (taskId: string) => join(gates, taskId)

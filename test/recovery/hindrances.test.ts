@@ -1,4 +1,5 @@
 import { execFileSync } from 'node:child_process'
+import { readFileSync } from 'node:fs'
 import { mkdtemp, rename, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -8,6 +9,8 @@ import type { Service } from '../helpers/service.ts'
 import { mountSmallDisk } from '../helpers/small-disk.ts'
 
 const TASKS = 500
+/** Of a user without rights. */
+const UID = 4242
 const TIMEOUT_MS = 180_000
 
 /** A folder with a task that is over at once, and one that waits for its gate. */
@@ -32,6 +35,12 @@ async function queuedBehindBlocker(stage: Stage, service: Service): Promise<void
     const { status } = await post(service, '/task-runner', stage.request(taskId, 'hi.sh'))
     expect(status).toBe(200)
   }
+}
+
+function hardLimitOfProcesses(): string {
+  const [, hard = ''] =
+    /^Max processes +\S+ +(\S+)/m.exec(readFileSync('/proc/self/limits', 'utf8')) ?? []
+  return hard
 }
 
 async function isWaiting(service: Service, words: RegExp): Promise<void> {
@@ -106,25 +115,27 @@ describe('500 waiting tasks outlast', () => {
       await using files = await tasksFolder()
       const folder = await mkdtemp(join(tmpdir(), 'task-runner-hindrances-'))
       try {
-        execFileSync('chown', ['-R', '4242', folder, files.folder])
+        execFileSync('chown', ['-R', `${UID}`, folder, files.folder])
       } catch (err) {
         if (process.env.CI) throw err
         context.skip('needs root')
       }
       execFileSync('chmod', ['755', folder, files.folder])
       const env = { TASKS_DIR: files.tasks, MAX_CONCURRENT_TASKS: '1' }
-      const as = ['setpriv', '--reuid=4242', '--clear-groups']
-      await using stage = await startStage({ dataDir: join(folder, 'data'), env, as })
+      await using stage = await startStage({ dataDir: join(folder, 'data'), env, uid: UID })
       const service = await stage.start()
       await queuedBehindBlocker(stage, service)
       await service.kill()
       const again = await stage.start()
-      const pid = `${again.process.pid}`
+      const limitProcesses = (most: string) => {
+        const args = ['--pid', `${again.process.pid}`, `--nproc=${most}:`]
+        execFileSync('prlimit', args, { uid: UID, gid: UID })
+      }
       // What runs already goes on; what comes is refused.
-      execFileSync('prlimit', ['--pid', pid, '--nproc=1:unlimited'])
+      limitProcesses('1')
       await stage.open('blocker', 'open')
       await isWaiting(again, /process could be started/)
-      execFileSync('prlimit', ['--pid', pid, '--nproc=unlimited:unlimited'])
+      limitProcesses(hardLimitOfProcesses())
       await allSucceed(stage, again)
     },
     TIMEOUT_MS,
