@@ -54,6 +54,8 @@ const CLOSE_GRACE_MS = 2_000
 const ATTEMPTS_SHARE = 0.9
 const CONNECTIONS_MAX = 10_000
 const SWEEP_MS = 60_000
+/** sysexits.h: EX_SOFTWARE. */
+const EXIT_CODE_OF_DEATH = 70
 
 export interface Ports {
   tasks: TaskStore
@@ -68,6 +70,8 @@ export interface AppOptions {
   taskUmask?: number
   /** Lets tests stand between the rules and the outside world, to fail or to die at a chosen moment. */
   wrapPorts?: (ports: Ports) => Ports
+  /** Called when a thread that the service depends on has ended by itself. Default: `endProcess`. */
+  onThreadDeath?: (err: Error) => void
   now?: () => number
   random?: () => number
   /** Listens here before any task is taken up: an address in use ends the start with nothing begun. */
@@ -89,7 +93,7 @@ export interface App {
 
 /** Wires everything and takes up unfinished work. Throws when the data folder cannot be used. */
 export async function buildApp(options: AppOptions): Promise<App> {
-  const { config, random = Math.random } = options
+  const { config, random = Math.random, onThreadDeath = endProcess } = options
   const http = Fastify({
     logger: {
       level: config.logLevel,
@@ -128,7 +132,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
     await mkdir(config.dataDir, { recursive: true, mode: 0o700 })
     const sealer = new Sealer(config.sealingKey ?? (await keyFromFolder(config.dataDir)))
 
-    const storage = await openStorage(config, sealer, log)
+    const storage = await openStorage(config, sealer, { log, onThreadDeath })
     http.addHook('onClose', () => storage.close())
     const { queue, shared } = storage
     const now = options.now ?? shared?.now ?? Date.now
@@ -152,6 +156,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
           read: (taskId) => storage.tasks.logCursor(taskId),
           write: (taskId, cursor) => storage.tasks.keepLogCursor(taskId, cursor),
         },
+        onThreadDeath,
         now,
         log,
       }),
@@ -314,4 +319,10 @@ export async function buildApp(options: AppOptions): Promise<App> {
     }
     return { http, address, stop, reaper }
   }
+}
+
+/** A supervisor starts the service again, and every task is found again: without its thread no outcome could be. */
+function endProcess({ message }: Error): never {
+  process.stderr.write(`The service ends: ${message.replaceAll('\n', ' ')}\n`)
+  process.exit(EXIT_CODE_OF_DEATH)
 }

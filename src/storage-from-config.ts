@@ -37,14 +37,22 @@ export interface Storage {
  * Throws when the data folder cannot be used, the database not be reached, or `seal` is not what it
  * was sealed with.
  */
-export async function openStorage(config: Config, seal: Seal, log: Logger): Promise<Storage> {
+export async function openStorage(
+  config: Config,
+  seal: Seal,
+  { log, onThreadDeath }: { log: Logger; onThreadDeath: (err: Error) => void },
+): Promise<Storage> {
   return config.databaseUrl === undefined
-    ? openEmbedded(config, seal)
+    ? openEmbedded(config, seal, onThreadDeath)
     : openShared(config, { url: config.databaseUrl, seal, log })
 }
 
-async function openEmbedded({ dataDir }: Config, seal: Seal): Promise<Storage> {
-  const connection = await openSqlite(join(dataDir, 'task-runner.db'))
+async function openEmbedded(
+  { dataDir }: Config,
+  seal: Seal,
+  onThreadDeath: (err: Error) => void,
+): Promise<Storage> {
+  const connection = await openSqlite(join(dataDir, 'task-runner.db'), onThreadDeath)
   try {
     await verifyKey(connection, seal)
     const deployment = await deploymentOf(connection)

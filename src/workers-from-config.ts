@@ -14,6 +14,7 @@ import { LocalBackend } from './workers/local/local-backend.ts'
 
 /** Of a log, beyond what is told: a secret may lie across the border. */
 const MASKING_OVERLAP_BYTES = 256 * 1024
+const LOG_BYTES_READ = LOG_BYTES_KEPT + MASKING_OVERLAP_BYTES
 
 export function newWorkerSetup(
   config: Config,
@@ -39,19 +40,21 @@ export function openBackend(
     instance: string
     logCursors: LogCursors
     /** By which the age of workers is judged: that of all instances together. */
+    /** Called when the thread of local workers has ended by itself. */
+    onThreadDeath: (err: Error) => void
     now: () => number
     log: Logger
   },
 ): Promise<WorkerBackend> {
-  const { instance, logCursors, now, log } = options
+  const { instance, logCursors, onThreadDeath, now, log } = options
   const common = {
     ...{ instance, now, log, tasksDir: config.tasksDir },
     images: { default: config.workerImage, prefix: config.workerImagePrefix },
     terminationGraceMs: config.terminationGraceMs,
-    logBytesKept: LOG_BYTES_KEPT + MASKING_OVERLAP_BYTES,
+    logBytesKept: LOG_BYTES_READ,
   }
   const open = {
-    local: async () => openLocal(config, options.umask),
+    local: () => openLocal(config, options.umask, { onThreadDeath, log }),
     docker: async () => {
       const { DockerBackend } = await import('./workers/docker/docker-backend.ts')
       return new DockerBackend({
@@ -73,10 +76,14 @@ export function openBackend(
   return open[config.workerBackend]()
 }
 
-/** Workers of this machine. `umask` is that of the tasks. */
-export async function openLocal(config: Config, umask: number): Promise<WorkerBackend> {
+/** Workers of this machine. `umask` is that of the tasks. Throws when the data folder cannot be used. */
+export async function openLocal(
+  config: Config,
+  umask: number,
+  options: { onThreadDeath?: (err: Error) => void; log?: Logger } = {},
+): Promise<WorkerBackend> {
   const find = (command: string) => findCommand(command, config.path)
-  return new LocalBackend({
+  const settings = {
     workersDir: join(config.dataDir, 'workers'),
     tasksDir: config.tasksDir,
     bootstrap: fileURLToPath(new URL('./workers/bootstrap.sh', import.meta.url)),
@@ -88,7 +95,11 @@ export async function openLocal(config: Config, umask: number): Promise<WorkerBa
     environment: { PATH: config.path, ...config.locale },
     umask,
     terminationGraceMs: config.terminationGraceMs,
-  })
+    logBytesKept: LOG_BYTES_READ,
+  }
+  const backend = new LocalBackend(settings, options)
+  await backend.ready
+  return backend
 }
 
 /** Looked up once instead of at every start of a task. */

@@ -11,6 +11,9 @@ import { QUIET } from './helpers/stores.ts'
 
 const KEY = Buffer.alloc(32, 7)
 const OTHER_KEY = Buffer.alloc(32, 8)
+const onThreadDeath = (err: Error) => {
+  throw err
+}
 
 async function newFolder(): Promise<string> {
   const folder = await mkdtemp(join(tmpdir(), 'storage-'))
@@ -20,12 +23,12 @@ async function newFolder(): Promise<string> {
 
 test('on SQLite, another key is refused before there is any task, and leaves the file to the right one', async () => {
   const config = loadConfig(testEnv({ DATA_DIR: await newFolder() }))
-  const first = await openStorage(config, new Sealer(KEY), QUIET)
+  const first = await openStorage(config, new Sealer(KEY), { log: QUIET, onThreadDeath })
   await first.close()
-  await expect(openStorage(config, new Sealer(OTHER_KEY), QUIET)).rejects.toThrow(
-    'the stored tasks were encrypted with another SEALING_KEY',
-  )
-  const again = await openStorage(config, new Sealer(KEY), QUIET)
+  await expect(
+    openStorage(config, new Sealer(OTHER_KEY), { log: QUIET, onThreadDeath }),
+  ).rejects.toThrow('the stored tasks were encrypted with another SEALING_KEY')
+  const again = await openStorage(config, new Sealer(KEY), { log: QUIET, onThreadDeath })
   expect(again.deployment).toBe(first.deployment)
   await again.close()
 })
@@ -44,7 +47,7 @@ test('on Postgres, instances share the deployment; a copied data folder is anoth
       }),
     )
     await mkdir(config.dataDir, { recursive: true })
-    const storage = await openStorage(config, new Sealer(key), QUIET)
+    const storage = await openStorage(config, new Sealer(key), { log: QUIET, onThreadDeath })
     open.push(storage)
     return storage
   }

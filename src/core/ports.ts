@@ -134,6 +134,8 @@ export interface WorkerBackend {
   check(): Promise<void>
   /** Why no worker could be given the task files as they are now; undefined: they are fine. */
   taskFilesProblem?(): Promise<string | undefined>
+  /** What workers that have ended left on our disk, and what cannot be removed. */
+  leftBehind?(): number
   /** Lets go of workers without ending them. */
   close(): Promise<void>
 }

@@ -152,3 +152,8 @@ export function workerNameFor(taskId: string): string {
   const hash = createHash('sha256').update(taskId).digest('hex').slice(0, 20)
   return slug === '' ? `task-${hash}` : `task-${slug}-${hash}`
 }
+
+/** Whether `workerNameFor`, of this release or of those before, can have made the name. */
+export function isWorkerName(name: string): boolean {
+  return /^task-(?:[a-z0-9-]{1,22}-)?[0-9a-f]{12,20}$/.test(name)
+}

@@ -39,7 +39,12 @@ export class Metrics {
     const live = this.#gauge('tasks', 'Tasks that have not ended', ['status'])
     const oldest = this.#gauge('oldest_queued_seconds', 'How long the oldest waiting task waits')
     const workers = this.#gauge('workers', 'Workers that exist', ['status'])
+    const unremovable = this.#gauge(
+      'unremovable_folders',
+      'Folders of ended workers that cannot be removed',
+    )
     this.#collect = async () => {
+      unremovable.set(backend.leftBehind?.() ?? 0)
       const [counts, exist] = await Promise.all([tasks.countLive(), statusesOf(backend)])
       live.reset()
       for (const { status, count } of counts) live.set({ status }, count)

@@ -1,9 +1,11 @@
 /** The thread that owns the SQLite file. Batches that wait together share one commit, hence one wait for the disk. */
 import { DatabaseSync, type SQLInputValue, type StatementSync } from 'node:sqlite'
-import { parentPort, workerData } from 'node:worker_threads'
+import { workerData } from 'node:worker_threads'
+import { type Answer, type Call, failed } from '../threads/messages.ts'
+import { perTurn } from '../threads/per-turn.ts'
+import { serve } from '../threads/serving.ts'
 
 export interface Batch {
-  id: number
   statements: Array<{ sql: string; parameters: readonly unknown[] }>
   /** When the first statement changes nothing, the batch is undone and answers with no results. */
   guarded: boolean
@@ -14,12 +16,8 @@ export interface StatementResult {
   changes: number
 }
 
-export type Answer = { id: number; results: StatementResult[] } | { id: number; error: Error }
-
 const STATEMENTS_CACHED_MAX = 200
 
-const port = parentPort
-if (!port) throw new Error('runs as a thread only')
 // Holds: store/sqlite.ts starts this thread with it.
 const { path } = workerData as { path: string }
 
@@ -37,36 +35,31 @@ interface Prepared {
 }
 
 const known = new Map<string, Prepared>()
-let waiting: Batch[] = []
 let inTransaction = false
 
-port.on('message', (message: Batch[] | 'close') => {
-  if (message === 'close') {
-    flush()
+const waiting = perTurn(runAll)
+const { tell } = serve<Batch>(
+  (calls) => waiting.add(...calls),
+  () => {
+    waiting.flush()
     db.close()
-    port.close()
-    return
-  }
-  if (waiting.length === 0) setImmediate(flush)
-  waiting.push(...message)
-})
-port.postMessage('open')
+  },
+)
 
-function flush(): void {
-  const batches = waiting
-  waiting = []
-  const alone = batches.some((batch) => batch.statements.some(({ sql }) => isControl(sql)))
-  const reads = batches.every((batch) => batch.statements.every(({ sql }) => isRead(sql)))
-  if (alone || inTransaction || reads) tell(batches.map(runAlone))
-  else runTogether(batches)
+function runAll(calls: Call<Batch>[]): void {
+  const statements = calls.flatMap(({ request }) => request.statements)
+  const alone = statements.some(({ sql }) => isControl(sql))
+  const reads = statements.every(({ sql }) => isRead(sql))
+  if (alone || inTransaction || reads) tell(calls.map(runAlone))
+  else runTogether(calls)
 }
 
 /** One transaction for all; a batch of several statements in a savepoint, so that one that fails undoes only itself. */
-function runTogether(batches: Batch[]): void {
+function runTogether(calls: Call<Batch>[]): void {
   const answers: Answer[] = []
   try {
     db.exec('begin immediate')
-    for (const batch of batches) {
+    for (const { id, request: batch } of calls) {
       try {
         // A statement that fails undoes itself.
         const undoes = batch.statements.length > 1
@@ -74,33 +67,28 @@ function runTogether(batches: Batch[]): void {
         const results = run(batch)
         if (undoes && results.length === 0) db.exec('rollback to batch')
         if (undoes) db.exec('release batch')
-        answers.push({ id: batch.id, results })
+        answers.push({ id, value: results })
       } catch (err) {
         // A full disk undoes the whole transaction, not the statement alone.
         if (!db.isTransaction) throw err
         if (batch.statements.length > 1) db.exec('rollback to batch; release batch')
-        answers.push({ id: batch.id, error: asError(err) })
+        answers.push(failed(id, err))
       }
     }
     db.exec('commit')
     tell(answers)
   } catch (err) {
     if (db.isTransaction) db.exec('rollback')
-    tell(batches.map(({ id }) => ({ id, error: asError(err) })))
+    tell(calls.map(({ id }) => failed(id, err)))
   }
 }
 
-function runAlone(batch: Batch): Answer {
+function runAlone({ id, request }: Call<Batch>): Answer {
   try {
-    return { id: batch.id, results: run(batch) }
+    return { id, value: run(request) }
   } catch (err) {
-    return { id: batch.id, error: asError(err) }
+    return failed(id, err)
   }
-}
-
-/** All at once: each message wakes the other thread. */
-function tell(answers: Answer[]): void {
-  port?.postMessage(answers)
 }
 
 function run(batch: Batch): StatementResult[] {
@@ -142,8 +130,4 @@ function isControl(sql: string): boolean {
 
 function isRead(sql: string): boolean {
   return sql.startsWith('select')
-}
-
-function asError(err: unknown): Error {
-  return err instanceof Error ? err : new Error(String(err))
 }

@@ -1,6 +1,5 @@
 import { mkdir, open } from 'node:fs/promises'
-import { dirname, extname } from 'node:path'
-import { Worker } from 'node:worker_threads'
+import { dirname } from 'node:path'
 import {
   type Compilable,
   type CompiledQuery,
@@ -13,25 +12,30 @@ import {
   SqliteQueryCompiler,
 } from 'kysely'
 import { Migrator } from 'kysely/migration'
+import { ServiceThread } from '../threads/service-thread.ts'
 import { type Connection, storeUnavailable } from './connection.ts'
 import { fileIdentity } from './file-identity.ts'
 import { migrations } from './migrations.ts'
 import type { Database } from './schema.ts'
-import type { Answer, Batch, StatementResult } from './sqlite-thread.ts'
+import type { Batch, StatementResult } from './sqlite-thread.ts'
 
 const TYPES = { serial: 'integer primary key autoincrement', bytes: 'blob' }
 
 /**
  * Opens the SQLite file, made when missing, and brings its tables up to date. The file is ours alone while
  * open: a second service on the same folder fails here. Throws when the file is damaged; it is never replaced.
+ * `onThreadDeath` is called when the thread of the open database ends by itself: the store is gone for this process.
  */
-export async function openSqlite(path: string): Promise<Connection> {
+export async function openSqlite(
+  path: string,
+  onThreadDeath?: (err: Error) => void,
+): Promise<Connection> {
   await mkdir(dirname(path), { recursive: true, mode: 0o700 })
   // Made here for its mode, which SQLite gives to the files beside it as well.
   const file = await open(path, 'a', 0o600)
   await file.chmod(0o600)
   await file.close()
-  const thread = new SqliteThread(path)
+  const thread = new SqliteThread(path, onThreadDeath)
   const db = new Kysely<Database>({
     dialect: {
       createAdapter: () => new ThreadedAdapter(),
@@ -77,72 +81,28 @@ export async function openSqlite(path: string): Promise<Connection> {
 /** node:sqlite is synchronous, and a durable commit waits for the disk: both happen on a thread of their own. */
 class SqliteThread {
   readonly ready: Promise<void>
-  readonly #thread: Worker
-  readonly #waiting = new Map<
-    number,
-    { resolve: (results: StatementResult[]) => void; reject: (err: Error) => void }
-  >()
-  #outgoing: Batch[] = []
-  #lastId = 0
-  #dead: Error | undefined
+  readonly #thread: ServiceThread<Batch>
 
-  constructor(path: string) {
-    this.#thread = new Worker(
-      new URL(`./sqlite-thread${extname(import.meta.url)}`, import.meta.url),
-      {
-        workerData: { path },
-        name: 'sqlite',
-      },
-    )
-    this.ready = new Promise((resolve, reject) => {
-      this.#thread.once('message', () => resolve())
-      this.#thread.once('error', reject)
-      this.#thread.once('exit', () => reject(new Error('the SQLite thread ended')))
+  constructor(path: string, onDeath?: (err: Error) => void) {
+    this.#thread = new ServiceThread('./sqlite-thread', import.meta.url, {
+      name: 'sqlite',
+      workerData: { path },
+      onDeath,
     })
-    this.ready.catch(() => {})
-    this.#thread.on('message', (answers: Answer[] | 'open') => {
-      if (answers === 'open') return
-      for (const answer of answers) {
-        const waiting = this.#waiting.get(answer.id)
-        this.#waiting.delete(answer.id)
-        if ('results' in answer) waiting?.resolve(answer.results)
-        else waiting?.reject(storeUnavailable(answer.error))
-      }
-    })
-    this.#thread.on('error', (err) => this.#fail(err))
-    this.#thread.on('exit', () => this.#fail(new Error('the SQLite thread ended')))
+    this.ready = this.#thread.ready
   }
 
-  run(batch: Omit<Batch, 'id'>): Promise<StatementResult[]> {
-    if (this.#dead) return Promise.reject(storeUnavailable(this.#dead))
-    this.#lastId += 1
-    const id = this.#lastId
-    return new Promise((resolve, reject) => {
-      this.#waiting.set(id, { resolve, reject })
-      // What comes within a turn of the loop goes together: each message wakes the other thread.
-      if (this.#outgoing.length === 0) setImmediate(() => this.#send())
-      this.#outgoing.push({ ...batch, id })
-    })
+  async run(batch: Batch): Promise<StatementResult[]> {
+    try {
+      // Holds: sqlite-thread.ts answers a batch with these.
+      return (await this.#thread.call(batch)) as StatementResult[]
+    } catch (err) {
+      throw storeUnavailable(err)
+    }
   }
 
-  #send(): void {
-    if (this.#outgoing.length > 0) this.#thread.postMessage(this.#outgoing)
-    this.#outgoing = []
-  }
-
-  async close(): Promise<void> {
-    await this.ready.catch(() => {})
-    if (this.#dead) return
-    const exited = new Promise((resolve) => this.#thread.once('exit', resolve))
-    this.#send()
-    this.#thread.postMessage('close')
-    await exited
-  }
-
-  #fail(err: unknown): void {
-    this.#dead ??= err instanceof Error ? err : new Error(String(err))
-    for (const { reject } of this.#waiting.values()) reject(storeUnavailable(this.#dead))
-    this.#waiting.clear()
+  close(): Promise<void> {
+    return this.#thread.close()
   }
 }
 

@@ -17,6 +17,7 @@ import { tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { afterAll, afterEach, beforeAll, describe, expect, test, vi } from 'vitest'
+import { UnavailableError } from '../../src/core/errors.ts'
 import type { Worker, WorkerSpec } from '../../src/core/ports.ts'
 import type { Contents, WorkerRecord } from '../../src/workers/local/folders.ts'
 import { LocalBackend } from '../../src/workers/local/local-backend.ts'
@@ -104,6 +105,7 @@ async function openLocal(overrides: Partial<LocalSettings> = {}): Promise<LocalH
     environment: { PATH: '/usr/bin:/bin', LANG: 'C.UTF-8' },
     umask: 0o22,
     terminationGraceMs: GRACE_MS,
+    logBytesKept: 5_500_000,
     ...overrides,
   }
   const services: ChildProcess[] = []
@@ -153,7 +155,7 @@ async function openLocal(overrides: Partial<LocalSettings> = {}): Promise<LocalH
     async dispose() {
       for (const service of services) await kill(service)
       try {
-        await harness.backend.check().catch(() => {
+        await harness.backend.list().catch(() => {
           // The test's own is closed.
           harness.backend = new LocalBackend(settings)
           opened.push(harness.backend)
@@ -169,8 +171,8 @@ async function openLocal(overrides: Partial<LocalSettings> = {}): Promise<LocalH
       }
     },
   }
-  // Answers when the thread is there, and with it the folder.
-  await harness.backend.check()
+  // With the thread, the folder is there.
+  await harness.backend.ready
   return harness
 }
 
@@ -410,7 +412,7 @@ describe('local workers', () => {
       prepare(folderOf(wanted.name), FIXTURE_TASKS, contentsOf(wanted, identity))
       const provisioning = harness.backend.provision(wanted, NEVER)
       // Answered after a turn of the thread that `provision` waits on.
-      await harness.backend.check()
+      await harness.backend.list()
       await expect(stat(runs)).rejects.toThrow('ENOENT')
       slot.kill('SIGKILL')
       const worker = await provisioning
@@ -427,7 +429,7 @@ describe('local workers', () => {
       try {
         prepare(folderOf(wanted.name), FIXTURE_TASKS, contentsOf(wanted, identity))
         const provisioning = harness.backend.provision(wanted, NEVER)
-        await harness.backend.check()
+        await harness.backend.list()
         await writeFile(join(folderOf(wanted.name), 'exit'), 'begun\n')
         const worker = await provisioning
         await writeFile(join(folderOf(wanted.name), 'exit'), 'task 21\n')
@@ -447,7 +449,7 @@ describe('local workers', () => {
       prepare(folderOf(wanted.name), FIXTURE_TASKS, contentsOf(wanted, identity))
       const over = new AbortController()
       const provisioning = harness.backend.provision(wanted, over.signal)
-      await harness.backend.check()
+      await harness.backend.list()
       over.abort(new Error('over'))
       await expect(provisioning).rejects.toThrow('over')
       await (await harness.backend.find(wanted.name))?.terminate()
@@ -570,7 +572,9 @@ describe('local workers', () => {
       await using other = await openDisposable({ tasksDir: join(harness.sharedDir, 'missing') })
       const before = (await slotShells()).length
       for (let turn = 0; turn < 3; turn += 1) {
-        await expect(other.backend.provision(spec('true'), NEVER)).rejects.toThrow('ENOENT')
+        await expect(other.backend.provision(spec('true'), NEVER)).rejects.toThrow(
+          new UnavailableError('The tasks folder cannot be read (ENOENT)'),
+        )
       }
       expect((await slotShells()).length - before).toBeLessThanOrEqual(1)
       expect(await other.backend.list()).toEqual([])
@@ -594,7 +598,7 @@ describe('local workers', () => {
     await writeFile(join(folder, 'a', 'b', 'c', 'file'), '')
     await symlink('/', join(folder, 'a', 'b', 'root'))
     for (const path of ['a/b/c', 'a/b', 'a']) await chmod(join(folder, path), 0o000)
-    const module = fileURLToPath(new URL('../../src/workers/local/folders.ts', import.meta.url))
+    const module = fileURLToPath(new URL('../../src/workers/local/removal.ts', import.meta.url))
     // Root may enter everything: then it is another user who has to manage.
     const uid = process.getuid?.() === 0 ? 65_534 : undefined
     if (uid !== undefined) {
@@ -605,8 +609,8 @@ describe('local workers', () => {
       }
     }
     const script = `
-      const { remove } = await import(${JSON.stringify(module)})
-      remove(${JSON.stringify(folder)})`
+      const { removedAtOnce } = await import(${JSON.stringify(module)})
+      if (!removedAtOnce(${JSON.stringify(folder)})) throw new Error('something is left')`
     const removing = spawn(process.execPath, ['--input-type=module', '-e', script], {
       stdio: ['ignore', 'ignore', 'pipe'],
       ...(uid === undefined ? {} : { uid, gid: uid }),

@@ -1,20 +1,21 @@
 /** A worker's folder: everything a local worker has, and all that is known about it after a restart. */
 import {
-  chmodSync,
   closeSync,
+  constants,
+  fstatSync,
+  ftruncateSync,
   lstatSync,
   openSync,
-  readdirSync,
-  readFileSync,
   readSync,
-  rmSync,
-  statSync,
+  type Stats,
   truncateSync,
   writeFileSync,
+  writeSync,
 } from 'node:fs'
 import { join } from 'node:path'
 import type { LogTail } from '../../core/ports.ts'
 import { type Exit, parseExit } from '../completion.ts'
+import { codeOf, isOurs, LocalFailure, sorted } from './failures.ts'
 import type { ProcessIdentity } from './processes.ts'
 
 /** `worker.json`. */
@@ -25,6 +26,8 @@ export interface WorkerRecord {
   createdAt: number
   maxLogBytes: number
   slot: ProcessIdentity
+  /** Which folder it was written into. Records of the release before have none. */
+  folder?: string
 }
 
 export interface Contents {
@@ -36,9 +39,17 @@ export interface Contents {
 }
 
 const CRLF_LOOK_BYTES = 4096
+/** Of `exit` and `worker.json`. More than that, the service never wrote. */
+const READ_BYTES_MAX = 16 * 1024
+/**
+ * How files are opened that a task may have made something else of: a link is not followed, and a FIFO does not hold up whoever
+ * opens it.
+ */
+export const SAFELY = constants.O_NOFOLLOW | constants.O_NONBLOCK
 
 /** Enough for the longest without words, and a block of the disk has room for those. */
 const EXIT_LENGTH = 11
+const NO_EXIT = `${' '.repeat(EXIT_LENGTH)}\n`
 
 /** Empty when a task begins. */
 export const DIRECTORIES: readonly string[] = ['home', 'tmp']
@@ -50,11 +61,11 @@ export function fill(folder: string, contents: Contents): void {
   for (const { name, content } of contents.files) {
     writeFileSync(join(folder, name), content, { mode: 0o600 })
   }
-  const notes = [...contents.notes, ...hints(join(folder, 'tasks', contents.taskFile))]
+  const notes = [...contents.notes, ...hints(folder, contents.taskFile)]
   const lines = notes.map((note) => `[task-runner] ${note}\n`).join('')
   writeFileSync(join(folder, 'log'), lines, { mode: 0o600 })
   // Made here for its mode, and with room for what the shell writes over it: a disk may be full by then.
-  write(join(folder, 'exit'), `${' '.repeat(EXIT_LENGTH)}\n`)
+  write(join(folder, 'exit'), NO_EXIT)
   write(join(folder, 'worker.json'), JSON.stringify(contents.record))
 }
 
@@ -77,56 +88,105 @@ export function empty(folder: string): void {
   }
 }
 
-/** Undefined also after a loss of power that took what was written. */
+/** Makes it ready to be started by another shell. What began in it has not run. */
+export function rewrite(folder: string, record: WorkerRecord): void {
+  overwrite(folder, 'worker.json', JSON.stringify(record))
+  overwrite(folder, 'exit', NO_EXIT)
+}
+
+/**
+ * Undefined where there is none, also after a loss of power that took what was written. Throws a `LocalFailure` of kind
+ * `folder_broken` where a task made something else of it.
+ */
 export function readRecord(folder: string): WorkerRecord | undefined {
-  const json = readIfThere(join(folder, 'worker.json'))
-  // Holds: it was written whole before the folder had its name, and only we may enter.
-  return json ? (JSON.parse(json) as WorkerRecord) : undefined
+  const json = readIfThere(folder, 'worker.json')
+  if (!json) return undefined
+  const record = parseRecord(json)
+  if (!record) throw broken('worker.json', 'was changed by its task')
+  return record
 }
 
-/** True once the slot shell has begun with the task, and after its end: it must not be run again. Before, there are blanks. */
+function parseRecord(json: string): WorkerRecord | undefined {
+  let value: unknown
+  try {
+    value = JSON.parse(json)
+  } catch {
+    return undefined
+  }
+  // Holds: each field is looked at before it is used.
+  const record = Object(value) as Partial<Record<keyof WorkerRecord, unknown>>
+  const slot = Object(record.slot) as Partial<Record<keyof ProcessIdentity, unknown>>
+  const isWhole =
+    typeof record.name === 'string' &&
+    typeof record.taskId === 'string' &&
+    (record.size === null || typeof record.size === 'string') &&
+    Number.isFinite(record.createdAt) &&
+    Number.isFinite(record.maxLogBytes) &&
+    ['string', 'undefined'].includes(typeof record.folder) &&
+    // Signals to lower ones go to more than a group.
+    Number.isInteger(slot.pid) &&
+    (slot.pid as number) > 1 &&
+    typeof slot.startedAt === 'string'
+  return isWhole ? (record as unknown as WorkerRecord) : undefined
+}
+
+/**
+ * True once the slot shell has begun with the task, and after its end: it must not be run again. Before, there are blanks.
+ * Throws like `readRecord`.
+ */
 export function hasStarted(folder: string): boolean {
-  return /^\w/.test(readIfThere(join(folder, 'exit')) ?? '')
+  return /^\w/.test(readIfThere(folder, 'exit') ?? '')
 }
 
-/** How the task ended; undefined while that is not written. */
+/** How the task ended; undefined while that is not written. Throws like `readRecord`. */
 export function readExit(folder: string): Exit | undefined {
-  return parseExit(readIfThere(join(folder, 'exit')) ?? '')
+  return parseExit(readIfThere(folder, 'exit') ?? '')
 }
 
 /** 0 when there is no log. */
 export function logBytes(folder: string): number {
-  return statSync(join(folder, 'log'), { throwIfNoEntry: false })?.size ?? 0
+  let stats: Stats | undefined
+  try {
+    stats = lstatSync(join(folder, 'log'), { throwIfNoEntry: false })
+  } catch (err) {
+    if (isOurs(err)) throw err
+  }
+  return stats?.isFile() ? stats.size : 0
 }
 
+/** Throws a `LocalFailure`. */
 export function readTail(folder: string, maxBytes: number): LogTail {
-  const file = openSync(join(folder, 'log'), 'r')
-  try {
-    const totalBytes = statSync(join(folder, 'log')).size
+  return withPlain(folder, 'log', constants.O_RDONLY, (file, { size: totalBytes }) => {
     const content = Buffer.alloc(Math.min(maxBytes, totalBytes))
     const read = readSync(file, content, 0, content.length, totalBytes - content.length)
     return { content: content.subarray(0, read), totalBytes }
-  } finally {
-    closeSync(file)
-  }
+  })
 }
 
-/** Removes the folder, also where a task left directories without permissions (Go's module cache does). */
-export function remove(folder: string): void {
-  try {
-    rmSync(folder, { recursive: true, force: true })
-  } catch (err) {
-    if (!['EACCES', 'EPERM'].includes((err as NodeJS.ErrnoException).code ?? '')) throw err
-    openUp(folder)
-    rmSync(folder, { recursive: true, force: true })
-  }
+/**
+ * Gives back the space of all but the log's last bytes. Its size stays, and with it every offset: what was cut is a hole. Needs
+ * no space of the disk, which may be full.
+ */
+export function cutLog(folder: string, keptBytes: number): void {
+  withPlain(folder, 'log', constants.O_RDWR, (file, { size, nlink }) => {
+    // Somebody else's file as well, when it has another name.
+    if (size <= keptBytes || nlink > 1) return
+    const tail = Buffer.alloc(keptBytes)
+    const read = readSync(file, tail, 0, keptBytes, size - keptBytes)
+    ftruncateSync(file, 0)
+    ftruncateSync(file, size)
+    for (let at = 0; at < read; ) {
+      at += writeSync(file, tail, at, read - at, size - keptBytes + at)
+    }
+  })
 }
 
 /** What a user would otherwise search for long. */
-function hints(taskFile: string): string[] {
+function hints(folder: string, taskFile: string): string[] {
   if (!taskFile.endsWith('.sh')) return []
+  const path = join(folder, 'tasks', taskFile)
   const start = Buffer.alloc(CRLF_LOOK_BYTES)
-  const file = openSync(taskFile, 'r')
+  const file = openSync(path, 'r')
   try {
     const read = readSync(file, start)
     if (!start.subarray(0, read).includes('\r\n')) return []
@@ -138,19 +198,73 @@ function hints(taskFile: string): string[] {
   ]
 }
 
-function openUp(folder: string): void {
-  if (!lstatSync(folder).isDirectory()) return
-  chmodSync(folder, 0o700)
-  for (const name of readdirSync(folder)) openUp(join(folder, name))
+/** In place, so that a full disk has room for it. */
+function overwrite(folder: string, name: string, text: string): void {
+  withPlain(folder, name, constants.O_WRONLY, (file) => {
+    const content = Buffer.from(text)
+    writeSync(file, content, 0, content.length, 0)
+    ftruncateSync(file, content.length)
+  })
 }
 
-function readIfThere(path: string): string | undefined {
+function readIfThere(folder: string, name: string): string | undefined {
   try {
-    return readFileSync(path, 'utf8')
+    return withPlain(folder, name, constants.O_RDONLY, (file, { size }) => {
+      if (size > READ_BYTES_MAX) throw broken(name, 'is larger than the service ever writes it')
+      const content = Buffer.alloc(size)
+      return content.toString('utf8', 0, readSync(file, content, 0, size, 0))
+    })
   } catch (err) {
-    ignoreMissing(err)
-    return undefined
+    if (err instanceof LocalFailure && codeOf(err.cause) === 'ENOENT') return undefined
+    throw err
   }
+}
+
+/**
+ * Works on a file of the worker's folder, if it still is a plain file. Throws a `LocalFailure`: of the machine's trouble, or of
+ * kind `folder_broken`.
+ */
+function withPlain<T>(
+  folder: string,
+  name: string,
+  flags: number,
+  work: (file: number, stats: Stats) => T,
+): T {
+  let file: number | undefined
+  try {
+    file = openSync(join(folder, name), flags | SAFELY)
+    const stats = fstatSync(file)
+    if (!stats.isFile()) throw notPlain(name)
+    return work(file, stats)
+  } catch (err) {
+    throw asBroken(name, err)
+  } finally {
+    if (file !== undefined) closeSync(file)
+  }
+}
+
+const WHAT: Readonly<Record<string, string>> = {
+  exit: 'exit file',
+  log: 'log',
+  'worker.json': 'record',
+}
+
+/** What it means that a file of a worker's folder cannot be opened: the machine's trouble, or the task's doing. */
+export function asBroken(name: string, err: unknown): unknown {
+  const known = sorted(err)
+  if (known instanceof LocalFailure) return known
+  // O_NOFOLLOW says so of a link, and a socket cannot be opened.
+  if (['ELOOP', 'ENXIO'].includes(codeOf(err) ?? '')) return notPlain(name)
+  return broken(name, 'cannot be read', err)
+}
+
+export function notPlain(name: string): LocalFailure {
+  return broken(name, 'is not a plain file any more')
+}
+
+function broken(name: string, what: string, cause?: unknown): LocalFailure {
+  const message = `The worker's ${WHAT[name] ?? name} ${what}`
+  return new LocalFailure('folder_broken', { message, cause })
 }
 
 function ignoreMissing(err: unknown): void {

@@ -35,12 +35,19 @@ export function jobText(job: Job, interpreters: Interpreters, bootstrap: string)
   const command = job.needsPreparing
     ? `/bin/sh ${quote(bootstrap)} run ${folder} ${quote(job.taskFolder)} ${file} ${commands}`
     : `"$__tr_interpreter" $__tr_option ${quote(`./${job.taskFileName}`)}`
+  // What the task made of these is neither followed nor waited for: the service takes it for lost.
+  const isWritable = `[ ! -h ${folder} ] && [ ! -h ${folder}/exit ] && { [ -f ${folder}/exit ] || [ ! -e ${folder}/exit ]; }`
+  const finish = job.needsPreparing
+    ? `finish ${folder} task $__tr_code`
+    : // Nobody else can have written it: it need not be read, which has no end where a task made it large.
+      `echo "task $__tr_code" 1<>${folder}/exit`
   return [
     '{',
     `cd ${folder}/tasks && echo begun 1<>${folder}/exit && {`,
     `choose_interpreter ${file} ${commands}`,
     `${environment}${command} ${redirects}`,
-    `finish ${folder} task $?`,
+    '__tr_code=$?',
+    `${isWritable} && ${finish}`,
     '}',
     'cd /',
     // Told also when the task could not begin. Ignoring PIPE only here: the task must not inherit it.

@@ -1,49 +1,62 @@
-import { open } from 'node:fs/promises'
-import { extname, join } from 'node:path'
+import { constants } from 'node:fs'
+import { type FileHandle, open } from 'node:fs/promises'
+import { join } from 'node:path'
 import { setTimeout as pause } from 'node:timers/promises'
-import { Worker as Thread } from 'node:worker_threads'
-import { UnavailableError } from '../../core/errors.ts'
-import {
-  type LogTail,
-  type Worker,
-  type WorkerBackend,
-  WorkerError,
-  type WorkerSpec,
-  type WorkerStatus,
+import { Deadline } from '../../core/deadline.ts'
+import { TaskRunnerError } from '../../core/errors.ts'
+import type {
+  Logger,
+  LogTail,
+  Worker,
+  WorkerBackend,
+  WorkerSpec,
+  WorkerStatus,
 } from '../../core/ports.ts'
+import { SharedLook } from '../../core/shared-look.ts'
 import { until } from '../../core/until.ts'
+import { ServiceThread } from '../../threads/service-thread.ts'
+import { LocalFailure, toCore } from './failures.ts'
+import { asBroken, notPlain, SAFELY } from './folders.ts'
 import type { End, LocalSettings, WorkerInfo } from './local-workers.ts'
-import type { Answer, Call, Methods } from './thread.ts'
+import type { Methods, Notice, Request } from './thread.ts'
 
 const FOLLOW_MS = 100
 const CHUNK_BYTES = 64 * 1024
+/** A look at the machine that takes longer finds it unusable. */
+const CHECK_MS = 5_000
 
 /** Workers that are processes of this machine, each in a folder of its own. */
 export class LocalBackend implements WorkerBackend {
   readonly name = 'local'
+  /** Settles when workers can be asked for; rejects when their folder cannot be used. */
+  readonly ready: Promise<void>
   readonly #settings: LocalSettings
-  readonly #thread: Thread
-  readonly #waiting = new Map<number, PromiseWithResolvers<unknown>>()
-  #outgoing: Call[] = []
-  #lastId = 0
-  #dead: Error | undefined
+  readonly #thread: ServiceThread<Request>
+  readonly #checks: SharedLook<void>
+  #leftBehind = 0
 
-  constructor(settings: LocalSettings) {
+  constructor(
+    settings: LocalSettings,
+    options: {
+      /** As of `ServiceThread`. */
+      onThreadDeath?: ((err: Error) => void) | undefined
+      log?: Logger | undefined
+    } = {},
+  ) {
     this.#settings = settings
-    this.#thread = new Thread(new URL(`./thread${extname(import.meta.url)}`, import.meta.url), {
-      workerData: settings,
+    this.#thread = new ServiceThread('./thread', import.meta.url, {
       name: 'local-workers',
+      workerData: settings,
+      onDeath: options.onThreadDeath,
+      onNotice: (notice) => {
+        // Holds: thread.ts sends no others.
+        const { unremovable, found } = notice as Notice
+        this.#leftBehind = unremovable
+        if (found) options.log?.error(found, 'a folder of a worker could not be removed')
+      },
     })
-    this.#thread.on('message', (answers: Answer[]) => {
-      for (const answer of answers) {
-        const waiting = this.#waiting.get(answer.id)
-        this.#waiting.delete(answer.id)
-        if ('error' in answer) waiting?.reject(named(answer.error, answer.name))
-        else waiting?.resolve(answer.value)
-      }
-    })
-    this.#thread.on('error', (err) => this.#fail(err))
-    this.#thread.on('exit', () => this.#fail(new Error('the local workers thread ended')))
+    this.ready = this.#thread.ready
+    this.#checks = new SharedLook(() => this.#call('check'))
   }
 
   async provision(spec: WorkerSpec, signal: AbortSignal): Promise<Worker> {
@@ -54,18 +67,11 @@ export class LocalBackend implements WorkerBackend {
     if (spec.size !== undefined)
       notes.push(`worker_size "${spec.size}" is not enforced on local workers`)
     if (spec.imageConfig !== undefined) notes.push('image_config is not used by local workers')
-    try {
-      const making = this.#call('provision', spec, notes)
-      // Asked along with it. Whether the worker could be made, `making` tells.
-      const end = this.#call('completion', spec.name)
-      end.catch(() => {})
-      return this.#worker(await until(making, signal), end)
-    } catch (err) {
-      const code = /^(ENOSPC|EDQUOT|EROFS)\b/.exec(err instanceof Error ? err.message : '')?.[1]
-      if (code === undefined) throw err
-      const message = `The worker's folder could not be written (${code}: disk full or read-only)`
-      throw new WorkerError('internal_error', message, { cause: err })
-    }
+    const making = this.#call('provision', spec, notes)
+    // Asked along with it. Whether the worker could be made, `making` tells.
+    const end = this.#call('completion', spec.name)
+    end.catch(() => {})
+    return this.#worker(await until(making, signal), end)
   }
 
   async find(name: string): Promise<Worker | undefined> {
@@ -77,28 +83,44 @@ export class LocalBackend implements WorkerBackend {
     return (await this.#call('list')).map((info) => this.#worker(info))
   }
 
+  /** Concurrent callers share one look, or two. */
   async check(): Promise<void> {
-    await this.#call('list')
+    using deadline = new Deadline(CHECK_MS, [])
+    try {
+      await until(this.#checks.at(''), deadline.signal)
+    } catch (err) {
+      // Of the thread itself: it hangs, has ended, or fails in a way that nobody thought of.
+      if (err instanceof TaskRunnerError) throw err
+      throw toCore(new LocalFailure('no_answer', { cause: err }))
+    }
   }
 
-  async close(): Promise<void> {
-    if (this.#dead) return
-    const exited = new Promise((resolve) => this.#thread.once('exit', resolve))
-    await this.#call('close')
-    await exited
+  /** Folders of workers that could not be removed. */
+  leftBehind(): number {
+    return this.#leftBehind
   }
 
-  #worker(info: WorkerInfo, end?: Promise<End>): Worker {
+  close(): Promise<void> {
+    return this.#thread.close()
+  }
+
+  #worker(info: WorkerInfo, provisioned?: Promise<End>): Worker {
     const { name, taskId, size, createdAt } = info
     const log = join(this.#settings.workersDir, name, 'log')
     const status = async (): Promise<WorkerStatus> =>
       (await this.#call('find', name))?.status ?? 'Terminating'
+    let end = provisioned
     let wholeLog: LogTail | undefined
     return {
       ...{ name, taskId, size, createdAt, backend: this.name, image: null },
       status,
       completion: async (signal) => {
-        const { completion, ...ended } = await until(end ?? this.#call('completion', name), signal)
+        end ??= this.#call('completion', name)
+        // Asked again after a failure, which says nothing about the next time.
+        end.catch(() => {
+          end = undefined
+        })
+        const { completion, ...ended } = await until(end, signal)
         wholeLog = ended.wholeLog
         return completion
       },
@@ -108,42 +130,23 @@ export class LocalBackend implements WorkerBackend {
       follow: ({ from, signal }) =>
         follow(log, from, signal, async () => (await status()) === 'Running'),
       terminate: () => this.#call('terminate', name),
+      freeSpace: () => this.#call('freeSpace', name),
     }
   }
 
-  #call<M extends keyof Methods>(
+  async #call<M extends keyof Methods>(
     method: M,
     ...args: Parameters<Methods[M]>
   ): Promise<Awaited<ReturnType<Methods[M]>>> {
-    if (this.#dead) return Promise.reject(this.#dead)
-    this.#lastId += 1
-    const waiting = Promise.withResolvers<unknown>()
-    this.#waiting.set(this.#lastId, waiting)
-    // What comes within a turn of the loop goes together: each message wakes the other thread.
-    if (this.#outgoing.length === 0) setImmediate(() => this.#send())
-    this.#outgoing.push({ id: this.#lastId, method, arguments: args })
-    // Holds: the thread answers with what its method of the same name returned.
-    return waiting.promise as Promise<Awaited<ReturnType<Methods[M]>>>
+    try {
+      // Holds: the thread answers with what its method of the same name returned.
+      return (await this.#thread.call({ method, arguments: args })) as Awaited<
+        ReturnType<Methods[M]>
+      >
+    } catch (err) {
+      throw toCore(err)
+    }
   }
-
-  #send(): void {
-    const calls = this.#outgoing
-    this.#outgoing = []
-    this.#thread.postMessage(calls)
-  }
-
-  #fail(err: unknown): void {
-    this.#dead ??= err instanceof Error ? err : new Error(String(err))
-    for (const { reject } of this.#waiting.values()) reject(this.#dead)
-    this.#waiting.clear()
-  }
-}
-
-/** An error of the thread as what it was there. */
-function named(err: Error, name: string): Error {
-  if (name === 'UnavailableError') return new UnavailableError(err.message, { cause: err })
-  if (name === 'WorkerError') return new WorkerError('startup_failed', err.message, { cause: err })
-  return err
 }
 
 /** The log's bytes as they come, from offset `from` on, until the task has ended and all was read. */
@@ -153,7 +156,7 @@ async function* follow(
   signal: AbortSignal,
   isRunning: () => Promise<boolean>,
 ): AsyncIterable<Buffer> {
-  const file = await open(path, 'r')
+  const file = await openLog(path)
   try {
     for (let at = from; !signal.aborted; ) {
       // Asked before reading: what is written before the end is then always read.
@@ -169,6 +172,19 @@ async function* follow(
     }
   } finally {
     await file.close()
+  }
+}
+
+/** A task may have made anything of its log: a link is not followed, and a FIFO does not hold us up. */
+async function openLog(path: string): Promise<FileHandle> {
+  let file: FileHandle | undefined
+  try {
+    file = await open(path, constants.O_RDONLY | SAFELY)
+    if ((await file.stat()).isFile()) return file
+    throw notPlain('log')
+  } catch (err) {
+    await file?.close()
+    throw toCore(asBroken('log', err))
   }
 }
 

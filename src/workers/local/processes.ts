@@ -12,10 +12,15 @@ const SETTLED_TICKS = 200
 const STARTED_AT_FIELD = 19
 const GROUP_FIELD = 2
 const STATE_FIELD = 0
+/** What /proc answers about a process that has ended, or about another user's. */
+const GONE: readonly string[] = ['ENOENT', 'ESRCH', 'EACCES', 'EPERM']
 
 let bootId: string | undefined
 
-/** The identity of a live process; undefined when there is none, or it is a zombie. */
+/**
+ * The identity of a live process; undefined when there is none, or it is a zombie. Throws when that
+ * cannot be read.
+ */
 export function identify(pid: number): ProcessIdentity | undefined {
   const stat = readStat(pid)
   if (!stat || stat[STATE_FIELD] === 'Z') return undefined
@@ -85,13 +90,9 @@ function inspect(
   const stat = readStat(pid)
   if (!stat || stat[STATE_FIELD] === 'Z') return undefined
   const group = Number(stat[GROUP_FIELD])
-  let environment: string
-  try {
-    environment = readFileSync(`/proc/${pid}/environ`, 'latin1')
-  } catch {
-    // Another user's process, or one that ended just now.
-    return { worker: '', group }
-  }
+  const environment = readIfThere(`/proc/${pid}/environ`)
+  // Another user's process, or one that ended just now.
+  if (environment === undefined) return { worker: '', group }
   const name = /(?:^|\0)WORKER_NAME=([^\0]*)/.exec(environment)?.[1] ?? ''
   // Another service of this machine may run a task of the same id: HOME, TMPDIR or PWD tell whose it is.
   const worker = environment.includes(`=${workersDir}/${name}/`) ? name : ''
@@ -102,10 +103,16 @@ function inspect(
 
 /** Fields of /proc/<pid>/stat from the third on (proc(5)); the second may hold spaces and parentheses. */
 function readStat(pid: number): string[] | undefined {
+  const stat = readIfThere(`/proc/${pid}/stat`)
+  return stat?.slice(stat.lastIndexOf(')') + 2).split(' ')
+}
+
+/** Anything but its absence is thrown: for want of a descriptor, no process may be taken for gone. */
+function readIfThere(path: string): string | undefined {
   try {
-    const stat = readFileSync(`/proc/${pid}/stat`, 'latin1')
-    return stat.slice(stat.lastIndexOf(')') + 2).split(' ')
-  } catch {
+    return readFileSync(path, 'latin1')
+  } catch (err) {
+    if (!GONE.includes((err as NodeJS.ErrnoException).code ?? '')) throw err
     return undefined
   }
 }

@@ -1,53 +1,61 @@
 /** The thread that local workers live on: forks, /proc and file copies block it instead of the HTTP loop. */
-import { parentPort, workerData } from 'node:worker_threads'
+import { workerData } from 'node:worker_threads'
+import { type Answer, type Call, failed } from '../../threads/messages.ts'
+import { perTurn } from '../../threads/per-turn.ts'
+import { serve } from '../../threads/serving.ts'
+import { sorted } from './failures.ts'
 import { type LocalSettings, LocalWorkers } from './local-workers.ts'
+import type { Unremovable } from './removal.ts'
 
 export type Methods = Pick<
   LocalWorkers,
-  'provision' | 'find' | 'list' | 'completion' | 'tail' | 'stop' | 'terminate' | 'close'
+  | 'provision'
+  | 'find'
+  | 'list'
+  | 'completion'
+  | 'tail'
+  | 'stop'
+  | 'terminate'
+  | 'freeSpace'
+  | 'check'
 >
 
-export interface Call {
-  id: number
+export interface Request {
   method: keyof Methods
   arguments: unknown[]
 }
 
-/** `name`: of the error, which a message between threads loses. */
-export type Answer = { id: number; value: unknown } | { id: number; error: Error; name: string }
+/** How many folders cannot be removed, and one that was found to be such. */
+export interface Notice {
+  unremovable: number
+  found: Unremovable | undefined
+}
 
-const port = parentPort
-if (!port) throw new Error('runs as a thread only')
-// Holds: local-backend.ts starts this thread with it.
-const workers: Methods = new LocalWorkers(workerData as LocalSettings)
-
-let answers: Answer[] = []
-
-port.on('message', (calls: Call[]) => {
-  for (const call of calls) void answer(call)
+// The first may come before the thread has started.
+const notices = perTurn<Notice>((all) => {
+  for (const notice of all) notify(notice)
 })
+// Holds: local-backend.ts starts this thread with it.
+const workers = new LocalWorkers(workerData as LocalSettings, (unremovable, found) =>
+  notices.add({ unremovable, found }),
+)
+const methods: Methods = workers
+
+const { tell, notify } = serve<Request>(
+  (calls) => {
+    for (const call of calls) void answer(call)
+  },
+  () => workers.close(),
+)
+const answers = perTurn<Answer>(tell)
 
 /** Never rejects. */
-async function answer({ id, method, arguments: args }: Call): Promise<void> {
+async function answer({ id, request }: Call<Request>): Promise<void> {
   try {
+    const method = methods[request.method] as (...args: unknown[]) => unknown
     // Holds: local-backend.ts types its calls by `Methods`.
-    const value = await (workers[method] as (...args: unknown[]) => unknown).apply(workers, args)
-    say({ id, value })
+    answers.add({ id, value: await method.apply(workers, request.arguments) })
   } catch (err) {
-    const error = err instanceof Error ? err : new Error(String(err))
-    say({ id, error, name: error.name })
+    answers.add(failed(id, sorted(err)))
   }
-  if (method === 'close') setImmediate(() => port?.close())
-}
-
-/** Those of a turn of the loop go together, like the calls. */
-function say(answer: Answer): void {
-  if (answers.length === 0) setImmediate(tell)
-  answers.push(answer)
-}
-
-function tell(): void {
-  const told = answers
-  answers = []
-  port?.postMessage(told)
 }

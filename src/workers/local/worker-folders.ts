@@ -1,12 +1,36 @@
 import { randomUUID } from 'node:crypto'
-import { lstatSync, mkdirSync, readdirSync, realpathSync, renameSync, unlinkSync } from 'node:fs'
+import {
+  chmodSync,
+  lstatSync,
+  mkdirSync,
+  opendirSync,
+  readdirSync,
+  realpathSync,
+  renameSync,
+  rmdirSync,
+  unlinkSync,
+  writeFileSync,
+} from 'node:fs'
 import { basename, dirname, join } from 'node:path'
 import { leftOutNotes } from '../../core/tasks-folder.ts'
-import { type Contents, DIRECTORIES, empty, fill, REWRITTEN, remove } from './folders.ts'
+import { codeOf, isOurs, LocalFailure, sorted, sortedAs } from './failures.ts'
+import {
+  type Contents,
+  cutLog,
+  DIRECTORIES,
+  empty,
+  fill,
+  REWRITTEN,
+  type WorkerRecord,
+} from './folders.ts'
+import { type OnUnremovable, Removal, removedAtOnce } from './removal.ts'
 import { assertCopied, copyTasks, isUntouched, type TasksCopy } from './tasks-copy.ts'
 
 /** More than run at a time on most machines. */
 const SPARES_MAX = 64
+/** What hinders may be put right twice: there is no folder to move to, and no right to move. */
+const MOVES_MAX = 3
+const TRIAL = Buffer.alloc(16 * 1024, ' ')
 
 /** What must not have changed. */
 interface Prints {
@@ -26,6 +50,9 @@ interface Spare {
  * the store does. So what a task did not touch is kept for the next one: its folder, without anything in it that a task may find.
  */
 export class WorkerFolders {
+  /** Of the workers' folder as it was found. */
+  readonly #inode: number
+  readonly #realDir: string
   /** Beside the folder of the workers: what is in there is no worker. */
   readonly #sparesDir: string
   readonly #spares: Spare[] = []
@@ -33,17 +60,23 @@ export class WorkerFolders {
   readonly #prints = new Map<string, Prints>()
   /** They may lie in the tasks folder. */
   readonly #notCopied: readonly string[]
+  readonly #removal: Removal
 
   /** `workersDir` must be there. */
-  constructor(workersDir: string) {
+  constructor(workersDir: string, onUnremovable: OnUnremovable = () => {}) {
+    this.#realDir = realpathSync.native(workersDir)
+    this.#inode = lstatSync(this.#realDir).ino
     this.#sparesDir = `${workersDir}-spare`
-    // Of a service that was killed.
-    remove(this.#sparesDir)
+    this.#removal = new Removal(this.#sparesDir, onUnremovable)
+    this.#removeLeft()
     const around = realpathSync.native(dirname(workersDir))
-    this.#notCopied = [realpathSync.native(workersDir), join(around, basename(this.#sparesDir))]
+    this.#notCopied = [this.#realDir, join(around, basename(this.#sparesDir))]
   }
 
-  /** Makes the folder ready for its task. It comes to its place by renaming: once it is there, it is whole. */
+  /**
+   * Makes the folder ready for its task. It comes to its place by renaming: once it is there, it is whole. Throws a
+   * `LocalFailure` where that is anybody's fault, and leaves nothing then.
+   */
   prepare(folder: string, tasksDir: string, contents: Contents): void {
     const spare = this.#spares.pop()
     const draft = spare?.folder ?? this.#spareFolder()
@@ -55,36 +88,179 @@ export class WorkerFolders {
       const tasks = copyTasks(tasksDir, to, this.#notCopied, spare?.tasks)
       const { leftOut } = tasks
       if (contents.taskFile !== '') assertCopied(contents.taskFile, { tasksDir, to, leftOut })
-      fill(draft, { ...contents, notes: [...contents.notes, ...leftOutNotes(leftOut)] })
+      const identity = this.identityOf(lstatSync(draft).ino, basename(folder))
+      fill(draft, {
+        ...contents,
+        record: { ...contents.record, folder: identity },
+        notes: [...contents.notes, ...leftOutNotes(leftOut)],
+      })
       const byName = printsOf(draft)
-      moveTo(folder, draft)
+      this.#moveTo(folder, draft)
       this.#prints.set(folder, { byName, tasks })
     } catch (err) {
-      remove(draft)
-      throw err
+      void this.#removal.add(draft)
+      throw this.#failureOf(err, tasksDir)
     }
   }
 
-  /** The worker has ended, and nothing of it runs. */
-  release(folder: string): void {
+  /** What a record is of: a copy of the folder is another one. */
+  identityOf(inode: number, name: string): string {
+    return `${inode} ${join(this.#realDir, name)}`
+  }
+
+  isOf(record: WorkerRecord, inode: number): boolean {
+    return record.folder === undefined || record.folder === this.identityOf(inode, record.name)
+  }
+
+  /** True of the folder of a worker that has ended: only what cannot be removed is left of it. */
+  isLeft(folder: string): boolean {
+    return this.#removal.has(folder)
+  }
+
+  /** The worker has ended, and nothing of it runs. Its folder is out of the way when this settles, if it can be moved or removed. */
+  async release(folder: string): Promise<void> {
     const prints = this.#prints.get(folder)
+    let spare: string | undefined
+    try {
+      spare = this.#movedAside(folder)
+    } catch (err) {
+      if (isOurs(err)) throw sorted(err)
+      this.#prints.delete(folder)
+      await this.#removal.add(folder)
+      return
+    }
     this.#prints.delete(folder)
-    const spare = this.#spareFolder()
-    if (prints && this.#spares.length < SPARES_MAX && isMoved(folder, spare)) {
+    if (spare === undefined) return
+    if (prints && this.#spares.length < SPARES_MAX) {
       try {
         const tasks = removeChanged(spare, prints)
         empty(spare)
         this.#spares.push({ folder: spare, tasks })
+        return
       } catch {
-        remove(spare)
+        // It is of no use to a next worker.
       }
-    } else {
-      remove(folder)
     }
+    void this.#removal.add(spare)
+  }
+
+  /**
+   * Empties the folder of a worker that has ended of all but its outcome, with the last bytes of its log; and gives up what is
+   * spared.
+   */
+  async freeSpace(folder: string, logBytesKept: number): Promise<void> {
+    // What is not as it was made is not used again.
+    this.#prints.delete(folder)
+    const spares = this.#spares.splice(0).map((spare) => this.#removal.add(spare.folder))
+    if (lstatSync(folder, { throwIfNoEntry: false })?.isDirectory()) {
+      await this.#removal.empty(folder, ['log', ...REWRITTEN])
+      cutLog(folder, logBytesKept)
+    }
+    await Promise.all(spares)
+  }
+
+  /** Does what `prepare` does, as far as that leaves nothing behind. Throws a `LocalFailure`. */
+  check(tasksDir: string): void {
+    this.sureOfWorkersDir()
+    try {
+      const trial = this.#spareFolder()
+      mkdirSync(trial, { recursive: true, mode: 0o700 })
+      try {
+        writeFileSync(join(trial, 'trial'), TRIAL, { mode: 0o600 })
+      } finally {
+        removedAtOnce(trial)
+      }
+    } catch (err) {
+      throw sortedAs('workers_folder_away', err)
+    }
+    sureOfTasks(tasksDir)
+  }
+
+  /** Throws a `LocalFailure` unless the folder of the workers is the one it was: a disk may be away, and with it every worker. */
+  sureOfWorkersDir(): void {
+    try {
+      if (lstatSync(this.#realDir).ino === this.#inode) {
+        listable(this.#realDir)
+        return
+      }
+    } catch (err) {
+      throw sortedAs('workers_folder_away', err)
+    }
+    throw new LocalFailure('workers_folder_away')
+  }
+
+  /** Tries again what could not be removed. */
+  retry(): void {
+    this.#removal.retry()
   }
 
   close(): void {
-    for (const { folder } of this.#spares) remove(folder)
+    for (const { folder } of this.#spares.splice(0)) void this.#removal.add(folder)
+    this.#removal.close()
+  }
+
+  /** Removes what an earlier process, which was killed, had spared, and tries again what it could not remove. */
+  #removeLeft(): void {
+    let left: string[]
+    try {
+      left = readdirSync(this.#sparesDir)
+    } catch (err) {
+      // A file, or what else is in its place, holds no folder of a worker.
+      if (codeOf(err) !== 'ENOENT') void this.#removal.add(this.#sparesDir)
+      return
+    }
+    for (const name of left) void this.#removal.add(join(this.#sparesDir, name))
+    try {
+      rmdirSync(this.#sparesDir)
+    } catch {
+      // Some are still being removed, or cannot be.
+    }
+  }
+
+  #moveTo(folder: string, draft: string): void {
+    try {
+      renameSync(draft, folder)
+    } catch (err) {
+      // Left by an earlier process, whose task never began.
+      if (!['ENOTEMPTY', 'EEXIST', 'ENOTDIR'].includes(codeOf(err) ?? '')) throw err
+      const aside = this.#movedAside(folder)
+      if (aside !== undefined) void this.#removal.add(aside)
+      renameSync(draft, folder)
+    }
+  }
+
+  /** Where it is then; undefined when it was not there. */
+  #movedAside(folder: string): string | undefined {
+    const aside = this.#spareFolder()
+    for (let tries = 1; ; tries += 1) {
+      try {
+        renameSync(folder, aside)
+        return aside
+      } catch (err) {
+        const code = codeOf(err) ?? ''
+        if (tries === MOVES_MAX) throw err
+        const stats = lstatSync(folder, { throwIfNoEntry: false })
+        if (!stats) return undefined
+        // Somebody may have removed where it goes, or its own permissions, which moving it needs.
+        if (code === 'ENOENT') mkdirSync(this.#sparesDir, { recursive: true, mode: 0o700 })
+        else if (['EACCES', 'EPERM'].includes(code) && stats.isDirectory()) chmodSync(folder, 0o700)
+        else throw err
+      }
+    }
+  }
+
+  /** Whose fault it is that a folder could not be made. */
+  #failureOf(err: unknown, tasksDir: string): unknown {
+    const known = sorted(err)
+    // What a read may fail of as well is the tasks folder's when that fails again.
+    if (known instanceof LocalFailure && known.kind !== 'disk_failing') return known
+    try {
+      sureOfTasks(tasksDir)
+      this.sureOfWorkersDir()
+      return known
+    } catch (failure) {
+      return failure
+    }
   }
 
   #spareFolder(): string {
@@ -92,26 +268,24 @@ export class WorkerFolders {
   }
 }
 
-function moveTo(folder: string, draft: string): void {
+/** Throws a `LocalFailure` when the tasks folder cannot be read. */
+function sureOfTasks(tasksDir: string): void {
   try {
-    renameSync(draft, folder)
+    listable(tasksDir)
   } catch (err) {
-    // Left by an earlier process, whose task never began.
-    if (!['ENOTEMPTY', 'EEXIST', 'ENOTDIR'].includes((err as NodeJS.ErrnoException).code ?? '')) {
-      throw err
-    }
-    remove(folder)
-    renameSync(draft, folder)
+    const known = sorted(err)
+    const isItsOwn = !(known instanceof LocalFailure) || known.kind === 'disk_failing'
+    throw isItsOwn ? new LocalFailure('tasks_folder_away', { cause: err }) : known
   }
 }
 
-/** False: it could not be. A task may have made something else of its folder. */
-function isMoved(from: string, to: string): boolean {
+/** Throws when it cannot be. Reads some entries at most: it may hold many. */
+function listable(folder: string): void {
+  const directory = opendirSync(folder)
   try {
-    renameSync(from, to)
-    return true
-  } catch {
-    return false
+    directory.readSync()
+  } finally {
+    directory.closeSync()
   }
 }
 
@@ -128,8 +302,8 @@ function removeChanged(folder: string, { byName, tasks }: Prints): TasksCopy | u
     }
     const isAsItWas = byName.has(name) && printOf(path, name) === byName.get(name)
     if (isAsItWas && !(DIRECTORIES.includes(name) && readdirSync(path).length > 0)) continue
-    if (entry.isDirectory()) remove(path)
-    else unlinkSync(path)
+    if (!entry.isDirectory()) unlinkSync(path)
+    else if (!removedAtOnce(path)) throw new Error('there is more to remove than takes a moment')
   }
   return left
 }

@@ -1,0 +1,103 @@
+import { extname } from 'node:path'
+import { Worker } from 'node:worker_threads'
+import type { FromThread, ToThread } from './messages.ts'
+import { perTurn } from './per-turn.ts'
+
+export interface ServiceThreadOptions {
+  /** What error messages call it. */
+  name: string
+  workerData: unknown
+  /**
+   * Called once when the thread has ended although nobody closed it, for whatever reason: what it knew is lost, and only a new
+   * process finds it again. Not called for a thread that never started, of which `ready` tells.
+   */
+  onDeath?: ((err: Error) => void) | undefined
+  onNotice?: ((notice: unknown) => void) | undefined
+}
+
+/** A thread that answers calls, for work that would block the HTTP loop. */
+export class ServiceThread<Request> {
+  /** Settles when the thread has started; rejects when it cannot. */
+  readonly ready: Promise<void>
+  readonly #options: ServiceThreadOptions
+  readonly #thread: Worker
+  readonly #ready = Promise.withResolvers<void>()
+  readonly #waiting = new Map<number, PromiseWithResolvers<unknown>>()
+  readonly #outgoing = perTurn<{ id: number; request: Request }>((calls) => this.#post(calls))
+  #lastId = 0
+  #state: 'starting' | 'open' | 'closing' = 'starting'
+  #dead: Error | undefined
+
+  /** `module`: without its ending, which is that of `importedFrom`, an `import.meta.url`. */
+  constructor(module: string, importedFrom: string, options: ServiceThreadOptions) {
+    const { name, workerData } = options
+    this.#options = options
+    this.ready = this.#ready.promise
+    this.ready.catch(() => {})
+    this.#thread = new Worker(new URL(`${module}${extname(importedFrom)}`, importedFrom), {
+      ...{ workerData, name },
+    })
+    this.#thread.on('message', (message: FromThread) => this.#hear(message))
+    this.#thread.on('messageerror', (err) => this.#fail(err))
+    this.#thread.on('error', (err) => this.#fail(err))
+    this.#thread.on('exit', (code) => this.#fail(new Error(`it ended with code ${code}`)))
+  }
+
+  /** Rejects with the thread's own error, or when the thread has ended. */
+  call(request: Request): Promise<unknown> {
+    if (this.#dead) return Promise.reject(this.#dead)
+    this.#lastId += 1
+    const waiting = Promise.withResolvers<unknown>()
+    this.#waiting.set(this.#lastId, waiting)
+    this.#outgoing.add({ id: this.#lastId, request })
+    return waiting.promise
+  }
+
+  /** Ends the thread, which is no death. Idempotent. */
+  async close(): Promise<void> {
+    await this.ready.catch(() => {})
+    if (this.#dead) return
+    const exited = new Promise((resolve) => this.#thread.once('exit', resolve))
+    if (this.#state !== 'closing') {
+      this.#state = 'closing'
+      this.#outgoing.flush()
+      this.#post('close')
+    }
+    await exited
+  }
+
+  #post(message: ToThread<Request>): void {
+    this.#thread.postMessage(message)
+  }
+
+  #hear(message: FromThread): void {
+    if (message === 'open') {
+      if (this.#state === 'starting') this.#state = 'open'
+      this.#ready.resolve()
+    } else if ('notice' in message) this.#options.onNotice?.(message.notice)
+    else {
+      for (const answer of message) {
+        const waiting = this.#waiting.get(answer.id)
+        this.#waiting.delete(answer.id)
+        if ('error' in answer) waiting?.reject(Object.assign(answer.error, answer.details))
+        else waiting?.resolve(answer.value)
+      }
+    }
+  }
+
+  #fail(cause: unknown): void {
+    if (this.#dead) return
+    const { name } = this.#options
+    const isDeath = this.#state === 'open'
+    const words = cause instanceof Error ? cause.message : String(cause)
+    // What kept it from starting is told as it is: there the thread is nobody's concern.
+    this.#dead =
+      this.#state === 'starting' && cause instanceof Error
+        ? cause
+        : new Error(`the ${name} thread ended: ${words}`, { cause })
+    this.#ready.reject(this.#dead)
+    for (const { reject } of this.#waiting.values()) reject(this.#dead)
+    this.#waiting.clear()
+    if (isDeath) this.#options.onDeath?.(this.#dead)
+  }
+}
