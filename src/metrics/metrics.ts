@@ -4,7 +4,7 @@ import type { DeliveryStore, TaskStore, WorkerBackend } from '../core/ports.ts'
 /** From a glance to a day: a task may be over in milliseconds, or run for hours. */
 const LONG_SECONDS = [0.01, 0.1, 1, 5, 15, 60, 300, 1_800, 3_600, 21_600, 86_400]
 const SHORT_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5]
-/** Of outcomes whose first attempt has not been recorded: beyond that some go uncounted. */
+/** Maximum outcomes remembered whose first attempt has not been recorded here: others may make it. */
 const AWAITED_MAX = 10_000
 
 /**
@@ -90,9 +90,7 @@ export class Metrics {
       if (task.startedAt !== null) this.#run.observe((finishedAt - task.startedAt) / 1000)
       this.#logBytes.inc(logBytes)
       this.#logBytesCut.inc(Math.max(0, log.totalBytes - log.content.length))
-      if (delivery && this.#finishedAt.size < AWAITED_MAX) {
-        this.#finishedAt.set(task.taskId, finishedAt)
-      }
+      if (delivery) this.#await(task.taskId, finishedAt)
       return committed
     }
     return this.#timed(store, { claim, finish })
@@ -109,7 +107,7 @@ export class Metrics {
       this.#attempts.inc({ outcome: next.status === 'pending' ? 'failed' : next.status })
       const finishedAt = this.#finishedAt.get(taskId)
       this.#finishedAt.delete(taskId)
-      if (finishedAt !== undefined) {
+      if (finishedAt !== undefined && attempt.number === 1) {
         this.#callbackDelay.observe(Math.max(0, attempt.startedAt - finishedAt) / 1000)
       }
     }
@@ -124,6 +122,15 @@ export class Metrics {
       return worker
     }
     return wrapped(backend, { provision })
+  }
+
+  /** Forgets the oldest for it, where there is no more room. */
+  #await(taskId: string, finishedAt: number): void {
+    this.#finishedAt.set(taskId, finishedAt)
+    const [oldest] = this.#finishedAt.keys()
+    if (this.#finishedAt.size > AWAITED_MAX && oldest !== undefined) {
+      this.#finishedAt.delete(oldest)
+    }
   }
 
   /** The port with these methods instead of its own, and the time of each call told. */
