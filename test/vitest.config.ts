@@ -1,11 +1,26 @@
 import { defineConfig } from 'vitest/config'
 
+/** Suites that start browsers, interpreters and many services; `npm run test:slow` runs them. */
+export const SLOW = [
+  'conformance/**/*.test.ts',
+  'examples/**/*.test.ts',
+  'package.test.ts',
+  'queue/pg-boss.test.ts',
+  'readme.test.ts',
+  'recovery/**/*.test.ts',
+  'security/secrets.test.ts',
+  'web/page.test.ts',
+  'workers/docker-restart.test.ts',
+  'workers/kubernetes-failures.test.ts',
+  'workers/kubernetes-streams.test.ts',
+]
+
 export default defineConfig({
   cacheDir: '../node_modules/.vite',
   test: {
     root: new URL('.', import.meta.url).pathname,
     include: ['**/*.test.ts'],
-    exclude: ['chaos/**'],
+    exclude: ['chaos/**', ...SLOW],
     globalSetup: ['helpers/build.ts'],
     testTimeout: 30_000,
     hookTimeout: 30_000,
