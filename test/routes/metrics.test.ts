@@ -92,9 +92,9 @@ test('bytes of a log that were not kept are told', async () => {
 test('a worker that no task knows is told, and ended', async () => {
   await using app = await startApp()
   expect((await app.get('/workers')).body.workers).toEqual([])
-  const worker = join(app.dataDir, 'workers', 'task-leaked')
+  const worker = join(app.dataDir, 'workers', 'task-leaked-0123456789ab')
   await mkdir(worker)
-  const record = { name: 'task-leaked', taskId: 'unknown', size: null, createdAt: 1 }
+  const record = { name: 'task-leaked-0123456789ab', taskId: 'unknown', size: null, createdAt: 1 }
   const slot = { pid: 1, startedAt: 'before the machine restarted' }
   await writeFile(join(worker, 'worker.json'), JSON.stringify({ ...record, maxLogBytes: 1, slot }))
   await app.app.reaper.sweepWorkers()
