@@ -1,6 +1,12 @@
 import { type GitHosts, WorkerError } from '../core/ports.ts'
 import { type AddressGuard, BlockedAddressError } from './address-guard.ts'
 
+/**
+ * Answers of the resolver that are final: there is no such name, or it cannot be one. All others
+ * say that nobody could tell.
+ */
+const NO_SUCH_HOST = ['ENOTFOUND', 'ENODATA', 'EINVAL']
+
 /** The hosts that the guard lets repositories be cloned from. */
 export class GuardedGitHosts implements GitHosts {
   readonly #guard: AddressGuard
@@ -17,11 +23,16 @@ export class GuardedGitHosts implements GitHosts {
     try {
       return await this.#guard.addressesOf(url.hostname)
     } catch (err) {
-      const why =
-        err instanceof BlockedAddressError
-          ? 'may not be reached: it is not a public address, nor in GIT_ALLOWED_NETWORKS'
-          : `was not found (${(err as NodeJS.ErrnoException).code ?? 'lookup failed'})`
-      throw new WorkerError('startup_failed', `The git host "${url.hostname}" ${why}`)
+      const host = `The git host "${url.hostname}"`
+      if (err instanceof BlockedAddressError) {
+        const why = 'it is not a public address, nor in GIT_ALLOWED_NETWORKS'
+        throw new WorkerError('startup_failed', `${host} may not be reached: ${why}`)
+      }
+      const { code = 'lookup failed' } = err as NodeJS.ErrnoException
+      if (NO_SUCH_HOST.includes(code)) {
+        throw new WorkerError('startup_failed', `${host} was not found (${code})`)
+      }
+      throw new Error(`${host} cannot be looked up at the moment (${code})`, { cause: err })
     }
   }
 }

@@ -159,7 +159,10 @@ export class WorkerError extends Error {
 
 /** Named secrets, read anew each time, so that a rotated one needs no restart. */
 export interface SecretSource {
-  /** Undefined: there is none of this name. Throws `UnusableSecretError`. */
+  /**
+   * Undefined: there is none of this name. Throws `UnusableSecretError`, and any other error, with
+   * words for people, while it cannot be read for a reason of ours.
+   */
   read(name: string): Promise<string | undefined>
 }
 
@@ -172,7 +175,10 @@ export class UnusableSecretError extends Error {
 export interface GitHosts {
   /** Why a URL can be refused without asking anybody; undefined when only looking it up will tell. */
   refusal(url: URL): string | undefined
-  /** The addresses of the URL's host that may be dialled. Throws a `WorkerError` when there are none. */
+  /**
+   * The addresses of the URL's host that may be dialled. Throws a `WorkerError` when there are
+   * none, and any other error, with words for people, while nobody can tell.
+   */
   addresses(url: URL): Promise<string[]>
 }
 

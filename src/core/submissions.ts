@@ -62,7 +62,7 @@ export class Submissions {
   /**
    * Repeating the same request is safe: it starts nothing and tells the task's status.
    * Throws `task_id_conflict`, `task_file_not_found`, `invalid_request`, `queue_full`, `draining`,
-   * `defaults_file_broken`, `store_unavailable`.
+   * `defaults_file_broken`, `store_unavailable`, `workers_unavailable`.
    */
   async submit(request: TaskRequest, context: SubmissionContext = {}): Promise<Submitted> {
     const digest = this.#digest(request)

@@ -1,5 +1,5 @@
 /** What a worker is given for its task: environment, secrets, repositories. */
-import { type FieldError, InvalidRequestError } from './errors.ts'
+import { type FieldError, InvalidRequestError, UnavailableError } from './errors.ts'
 import {
   type GitHosts,
   type ImageConfig,
@@ -39,7 +39,10 @@ export class WorkerSetup {
     this.#options = options
   }
 
-  /** Throws `invalid_request` that names each secret that is not there, and each host that may not be asked. */
+  /**
+   * Throws `invalid_request` that names each secret that is not there, and each host that may not
+   * be asked, and `workers_unavailable` while a secret cannot be read for a reason of ours.
+   */
   async check(config: WorkerConfig): Promise<void> {
     const { secrets, gitHosts } = this.#options
     const missing = await Promise.all(
@@ -47,6 +50,9 @@ export class WorkerSetup {
         const why = await secrets
           .read(name)
           .then((value) => (value === undefined ? 'does not exist' : undefined), whyUnusable)
+          .catch((err: Error) => {
+            throw new UnavailableError(err.message, { cause: err })
+          })
         return why === undefined ? [] : [{ path, message: `the secret "${name}" ${why}` }]
       }),
     )
@@ -60,8 +66,9 @@ export class WorkerSetup {
   }
 
   /**
-   * The worker's spec, with secrets and addresses as they are now, and the values that must not show in its log.
-   * Throws a `WorkerError` with `startup_failed` when a secret has gone or a host may not be asked.
+   * The worker's spec, with secrets and addresses as they are now, and the values that must not
+   * show in its log. Throws a `WorkerError` with `startup_failed` when a secret has gone or a host
+   * may not be asked, and any other error while a secret cannot be read or a host not be looked up.
    */
   async specFor(
     task: Pick<

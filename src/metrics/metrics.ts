@@ -4,7 +4,9 @@ import type { DeliveryStore, TaskStore, WorkerBackend } from '../core/ports.ts'
 /** From a glance to a day: a task may be over in milliseconds, or run for hours. */
 const LONG_SECONDS = [0.01, 0.1, 1, 5, 15, 60, 300, 1_800, 3_600, 21_600, 86_400]
 const SHORT_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5]
-/** Maximum outcomes remembered whose first attempt has not been recorded here: others may make it. */
+/**
+ * Maximum outcomes remembered whose first attempt has not been recorded here: others may make it.
+ */
 const AWAITED_MAX = 10_000
 
 /**

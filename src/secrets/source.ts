@@ -4,6 +4,11 @@ import { type SecretSource, UnusableSecretError } from '../core/ports.ts'
 
 /** Linux takes no longer `NAME=value` (MAX_ARG_STRLEN, include/uapi/linux/binfmts.h). */
 const BYTES_MAX = 131_071 - 256
+/**
+ * The file is not there, or is of no use to anybody until its owner mends it. All others may pass.
+ */
+const MISSING = ['ENOENT', 'ENOTDIR', 'ENAMETOOLONG']
+const UNUSABLE = ['EACCES', 'EPERM', 'ELOOP']
 
 /**
  * Secrets as Docker and Kubernetes mount them, a file for each, or as variables `SECRET_<NAME>`; a file wins.
@@ -26,6 +31,7 @@ export class FileSecretSource implements SecretSource {
     // A name that could lead out of the folder is no name of a secret.
     if (!/^[A-Za-z0-9_][A-Za-z0-9._-]*$/.test(name)) return undefined
     const value = (await this.#fromFile(name)) ?? this.#fromVariable(name)
+    if (value === undefined) await this.#checkFolder()
     if (value?.includes('\0')) throw new UnusableSecretError('holds a NUL character')
     return value
   }
@@ -44,11 +50,23 @@ export class FileSecretSource implements SecretSource {
     } catch (err) {
       if (err instanceof UnusableSecretError) throw err
       const { code } = err as NodeJS.ErrnoException
-      if (code === 'ENOENT' || code === 'ENOTDIR' || code === 'ENAMETOOLONG') return undefined
+      if (MISSING.includes(code ?? '')) return undefined
       if (code === 'ERR_ENCODING_INVALID_ENCODED_DATA') {
         throw new UnusableSecretError('is not UTF-8 text')
       }
-      throw new UnusableSecretError(`cannot be read (${code})`)
+      if (UNUSABLE.includes(code ?? '')) throw new UnusableSecretError(`cannot be read (${code})`)
+      throw new Error(`The secret "${name}" cannot be read at the moment (${code})`, { cause: err })
+    }
+  }
+
+  /** Throws while the folder is away: nobody knows what it holds. It was there at the start. */
+  async #checkFolder(): Promise<void> {
+    if (this.#folder === undefined) return
+    try {
+      await stat(this.#folder)
+    } catch (err) {
+      const { code } = err as NodeJS.ErrnoException
+      throw new Error(`The folder SECRETS_DIR is away (${code})`, { cause: err })
     }
   }
 

@@ -1,11 +1,16 @@
-import { mkdtemp, rm, symlink, writeFile } from 'node:fs/promises'
+import { mkdir, mkdtemp, readFile, rm, symlink, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest'
 import { UnusableSecretError } from '../../src/core/ports.ts'
 import { FileSecretSource } from '../../src/secrets/source.ts'
 import { startApp, taskRequest } from '../helpers/app.ts'
 import { startReceiver } from '../helpers/receiver.ts'
+
+vi.mock('node:fs/promises', async (original) => {
+  const fs = await original<typeof import('node:fs/promises')>()
+  return { ...fs, readFile: vi.fn(fs.readFile) }
+})
 
 let folder: string
 beforeAll(async () => {
@@ -80,6 +85,67 @@ describe('FileSecretSource', () => {
       expect(String(err)).toContain(why)
       expect(String(err)).not.toContain('canary')
     }
+  })
+})
+
+describe('a secret that cannot be read', () => {
+  const failing = (code: string) => {
+    vi.mocked(readFile).mockRejectedValueOnce(Object.assign(new Error(`${code}: oops`), { code }))
+    return new FileSecretSource({ folder, variables: { there: 'a' } }).read('there')
+  }
+  const errorOf = (reading: Promise<unknown>) => reading.catch((err: unknown) => err)
+
+  beforeAll(() => writeFile(join(folder, 'there'), 'canary'))
+  afterAll(() => rm(join(folder, 'there')))
+
+  test.each(['EMFILE', 'ENFILE', 'ENOMEM', 'EIO', 'ESTALE', 'EAGAIN', 'ETIMEDOUT', 'EANYTHING'])(
+    'because of %s is a trouble of ours: whoever asked may ask again',
+    async (code) => {
+      const error = await errorOf(failing(code))
+      expect(error).not.toBeInstanceOf(UnusableSecretError)
+      expect(error).toMatchObject({
+        message: `The secret "there" cannot be read at the moment (${code})`,
+        cause: { code },
+      })
+      expect(await new FileSecretSource({ folder, variables: {} }).read('there')).toBe('canary')
+    },
+  )
+
+  test.each(['EACCES', 'EPERM', 'ELOOP'])('because of %s is unusable', async (code) => {
+    const error = await errorOf(failing(code))
+    expect(error).toBeInstanceOf(UnusableSecretError)
+    expect(error).toMatchObject({ message: `cannot be read (${code})` })
+  })
+
+  test.each(['ENOENT', 'ENOTDIR'])(
+    'as it has just gone (%s), is what a variable says',
+    async (code) => {
+      expect(await failing(code)).toBe('a')
+    },
+  )
+
+  test('is a trouble of ours as long as the whole folder is away, but for what variables hold', async () => {
+    const away = join(folder, 'unmounted')
+    const source = new FileSecretSource({ folder: away, variables: { there: 'a' } })
+    expect(await source.read('there')).toBe('a')
+    const error = await errorOf(source.read('any'))
+    expect(error).not.toBeInstanceOf(UnusableSecretError)
+    expect(error).toMatchObject({ message: 'The folder SECRETS_DIR is away (ENOENT)' })
+    await mkdir(away)
+    expect(await source.read('any')).toBeUndefined()
+  })
+
+  test('because of us refuses a new task for the moment, and not as if it asked for something wrong', async () => {
+    const dir = await mkdtemp(join(folder, 'away-'))
+    await using app = await startApp({ SECRETS_DIR: dir })
+    await rm(dir, { recursive: true })
+    const request = taskRequest({ worker_config: { personal_secrets: ['any'] } })
+    expect(await app.submit(request)).toMatchObject({
+      status: 503,
+      body: { message: 'The folder SECRETS_DIR is away (ENOENT)' },
+    })
+    await mkdir(dir)
+    expect(await app.submit(request)).toMatchObject({ status: 422 })
   })
 })
 
