@@ -16,7 +16,7 @@ import { type Seal, SqlTaskStore } from './store/task-store.ts'
 export interface Storage {
   /** The name of this instance, as tasks show it. */
   instance: string
-  /** The id that owns workers, 16 hex digits: who shares the database shares them. */
+  /** The id that owns workers, 16 hex digits. Services that share the database share it. */
   deployment: string
   tasks: SqlTaskStore
   deliveries: DeliveryStore

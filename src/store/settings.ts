@@ -40,7 +40,7 @@ export async function verifyKey({ db }: Connection, seal: Seal): Promise<void> {
  * workers, and two databases never do, whatever keys they use. It is made once. A database that was
  * copied or restored elsewhere gets another, so that the copy leaves the workers of its original
  * alone; `Connection.identity` says how far a copy can be told. A service with a new id does not
- * know the workers of its tasks again, so tasks should have ended before a database moves.
+ * find the workers of its tasks again, so tasks should have ended before a database moves.
  */
 export async function deploymentOf(connection: Connection): Promise<string> {
   const { db } = connection

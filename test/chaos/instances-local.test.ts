@@ -1,5 +1,5 @@
 import { randomBytes } from 'node:crypto'
-import { readFile } from 'node:fs/promises'
+import { copyFile, mkdir, readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import pg from 'pg'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
@@ -10,6 +10,7 @@ import { SqlTaskStore } from '../../src/store/task-store.ts'
 import {
   attemptsFor,
   expectCounted,
+  type Instances,
   runnerOf,
   startInstances,
   taskOf,
@@ -39,6 +40,12 @@ beforeAll(async () => {
 }, 60_000)
 afterAll(() => postgres[Symbol.asyncDispose]())
 
+/** The name that the instance has given itself in its data folder. */
+async function nameKeptBy(instances: Instances, host: string): Promise<string> {
+  const content = await readFile(join(instances.dataDirOf(host), 'instance'), 'utf8')
+  return String(content.split('\n')[0])
+}
+
 /** The task ended as lost, and its caller was told so. */
 async function expectLost(service: Service, taskId: string, host: string) {
   const task = await finalTask(service, taskId)
@@ -65,7 +72,7 @@ describe.concurrent('an instance with local workers', () => {
         await stage.submit(first, taskId, 'r-count.sh', { env: { CODE: String(code) } })
       }
       const owner = await runnerOf(first, 'ends')
-      expect(owner).toBe(await readFile(join(instances.dataDirOf('a'), 'instance'), 'utf8'))
+      expect(owner).toBe(await nameKeptBy(instances, 'a'))
       await runnerOf(first, 'goes-on')
       const before = await taskOf(first, 'goes-on')
       const second = await instances.start('b')
@@ -88,6 +95,31 @@ describe.concurrent('an instance with local workers', () => {
       await expectCounted(second, stage, 'goes-on')
       expect(await taskOf(second, 'goes-on')).toMatchObject({ instance: owner })
       await expectNoWorkers(again, instances.dataDirOf('a'))
+    },
+    SLOW_MS,
+  )
+
+  test(
+    'whose data folder was copied to another host goes on: the copy is another instance, and judges none of its tasks',
+    async () => {
+      await using instances = await startInstances(postgres)
+      const { stage } = instances
+      const original = await instances.start('a')
+      await stage.submit(original, 'runs', 'r-count.sh')
+      const owner = await runnerOf(original, 'runs')
+      // Without its workers, whose processes another host does not have.
+      await mkdir(instances.dataDirOf('copy'))
+      const fileOf = (host: string) => join(instances.dataDirOf(host), 'instance')
+      await copyFile(fileOf('a'), fileOf('copy'))
+      const copy = await instances.start('copy')
+      const copied = await nameKeptBy(instances, 'copy')
+      expect(copied).not.toBe(owner)
+      await instances.beats(copied)
+      expect(await taskOf(copy, 'runs')).toMatchObject({ status: 'running', instance: owner })
+      await stage.open('runs', 'open')
+      await expectCounted(copy, stage, 'runs')
+      expect(await taskOf(copy, 'runs')).toMatchObject({ instance: owner })
+      await expectNoWorkers(original, instances.dataDirOf('a'))
     },
     SLOW_MS,
   )

@@ -99,7 +99,7 @@ describe('a secret that cannot be read', () => {
   afterAll(() => rm(join(folder, 'there')))
 
   test.each(['EMFILE', 'ENFILE', 'ENOMEM', 'EIO', 'ESTALE', 'EAGAIN', 'ETIMEDOUT', 'EANYTHING'])(
-    'because of %s is a trouble of ours: whoever asked may ask again',
+    'because of %s is a trouble of ours, and is read the next time',
     async (code) => {
       const error = await errorOf(failing(code))
       expect(error).not.toBeInstanceOf(UnusableSecretError)

@@ -55,7 +55,7 @@ test('a copied folder takes a name of its own, which it keeps, and says so once;
   expect(warnings).toHaveLength(1)
 })
 
-test('the name that the release before kept is taken over, and told from its copies from then on', async () => {
+test('the name that the release before kept is taken over, and differs from that of its copies from then on', async () => {
   await writeFile(join(folder, 'instance'), 'host-0123abcd')
   expect(await nameIn(folder)).toBe('host-0123abcd')
   expect(await nameIn(folder)).toBe('host-0123abcd')

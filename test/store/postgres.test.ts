@@ -59,7 +59,7 @@ describe('the id of a deployment', () => {
     await here.close()
   })
 
-  test('is told to an ordinary role, and to one that may not ask for the server', async () => {
+  test('can be made by an ordinary role, and by one that may not ask for the server', async () => {
     const url = await postgres.database()
     await query(url, `create role ordinary login password 'not-a-secret'`)
     await query(url, 'grant create on schema public to ordinary')
