@@ -1,31 +1,18 @@
-import { type ChildProcess, spawn } from 'node:child_process'
+import { spawn } from 'node:child_process'
 import { once } from 'node:events'
-import {
-  chmod,
-  cp,
-  mkdir,
-  mkdtemp,
-  readdir,
-  readFile,
-  realpath,
-  rm,
-  stat,
-  symlink,
-  writeFile,
-} from 'node:fs/promises'
-import { tmpdir } from 'node:os'
+import { chmod, cp, mkdir, readdir, rm, stat, symlink, writeFile } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { afterAll, afterEach, beforeAll, describe, expect, test, vi } from 'vitest'
+import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest'
 import { UnavailableError } from '../../src/core/errors.ts'
 import type { Worker, WorkerSpec } from '../../src/core/ports.ts'
 import type { Contents, WorkerRecord } from '../../src/workers/local/folders.ts'
-import { LocalBackend } from '../../src/workers/local/local-backend.ts'
-import type { LocalSettings } from '../../src/workers/local/local-workers.ts'
 import { identify, type ProcessIdentity } from '../../src/workers/local/processes.ts'
 import { WorkerFolders } from '../../src/workers/local/worker-folders.ts'
+import { FIXTURE_TASKS } from '../helpers/app.ts'
+import { kill, type LocalHarness, openDisposable, openLocal, slotShells } from '../helpers/local.ts'
+import { processesWith } from '../helpers/processes.ts'
 import {
-  type BackendHarness,
   describeWorkerBackend,
   fileThere,
   LARGE_ENVIRONMENT,
@@ -37,150 +24,9 @@ import {
   touch,
 } from './contract.ts'
 
-const FIXTURE_TASKS = fileURLToPath(new URL('../fixtures/tasks', import.meta.url))
-const BOOTSTRAP = fileURLToPath(new URL('../../src/workers/bootstrap.sh', import.meta.url))
-const BACKEND_MODULE = fileURLToPath(
-  new URL('../../src/workers/local/local-backend.ts', import.meta.url),
-)
-const GRACE_MS = 400
-const CLOSE_MS_MAX = 2_000
-
-/** Of live processes: `pid command line`, where the command line or the environment holds `marker`. */
-async function processesWith(wanted: string): Promise<string[]> {
-  const found: string[] = []
-  for (const pid of (await readdir('/proc')).filter((entry) => /^\d+$/.test(entry))) {
-    if (Number(pid) === process.pid) continue
-    const [command = '', environment = ''] = await Promise.all(
-      ['cmdline', 'environ'].map((file) =>
-        readFile(`/proc/${pid}/${file}`, 'latin1').catch(() => ''),
-      ),
-    )
-    // A zombie has neither, and is as good as gone.
-    if (command.includes(wanted) || environment.includes(wanted)) {
-      found.push(`${pid} ${command.replaceAll('\0', ' ')}`)
-    }
-  }
-  return found
-}
-
-/** Slot shells that this process started and that have not ended. */
-async function slotShells(): Promise<string[]> {
-  const found: string[] = []
-  for (const pid of (await readdir('/proc')).filter((entry) => /^\d+$/.test(entry))) {
-    const [stat = '', command = ''] = await Promise.all(
-      ['stat', 'cmdline'].map((file) => readFile(`/proc/${pid}/${file}`, 'latin1').catch(() => '')),
-    )
-    const parent = stat.slice(stat.lastIndexOf(')') + 2).split(' ')[1]
-    if (parent === String(process.pid) && command === '/bin/sh\0-s\0') found.push(pid)
-  }
-  return found
-}
-
-interface LocalHarness extends BackendHarness {
-  backend: LocalBackend
-  readonly settings: LocalSettings
-  reopen(): Promise<LocalBackend>
-  /** A service in a process of its own that has provisioned the worker, to be killed. */
-  service(wanted: WorkerSpec): Promise<ChildProcess>
-}
-
 /** As a service made it before. */
 function prepare(folder: string, tasksDir: string, contents: Contents): void {
   new WorkerFolders(dirname(folder)).prepare(folder, tasksDir, contents)
-}
-
-async function openLocal(overrides: Partial<LocalSettings> = {}): Promise<LocalHarness> {
-  const folder = await realpath(await mkdtemp(join(tmpdir(), 'local-workers-')))
-  const sharedDir = join(folder, 'shared')
-  await mkdir(sharedDir)
-  const settings: LocalSettings = {
-    workersDir: join(folder, 'workers'),
-    tasksDir: FIXTURE_TASKS,
-    bootstrap: BOOTSTRAP,
-    interpreters: {
-      python: '/nonexistent/missing-python',
-      shell: '/bin/bash',
-      node: process.execPath,
-    },
-    environment: { PATH: '/usr/bin:/bin', LANG: 'C.UTF-8' },
-    umask: 0o22,
-    terminationGraceMs: GRACE_MS,
-    logBytesKept: 5_500_000,
-    ...overrides,
-  }
-  const services: ChildProcess[] = []
-  const shellsOfOthers = await slotShells()
-  const ownShells = async () => (await slotShells()).filter((pid) => !shellsOfOthers.includes(pid))
-  const opened: LocalBackend[] = [new LocalBackend(settings)]
-  const close = async (backend: LocalBackend) => {
-    const inTime = await Promise.race([
-      backend.close().then(() => true),
-      new Promise((resolve) => setTimeout(resolve, CLOSE_MS_MAX, false)),
-    ])
-    if (!inTime) throw new Error(`close took longer than ${CLOSE_MS_MAX} ms`)
-  }
-  const harness: LocalHarness = {
-    backend: opened[0] as LocalBackend,
-    graceMs: GRACE_MS,
-    sharedDir,
-    settings,
-    async reopen() {
-      const before = harness.backend
-      harness.backend = new LocalBackend(settings)
-      opened.push(harness.backend)
-      await close(before)
-      return harness.backend
-    },
-    async clean() {
-      for (const worker of await harness.backend.list()) await worker.terminate()
-      expect(await readdir(settings.workersDir)).toEqual([])
-      expect(await processesWith(settings.workersDir)).toEqual([])
-    },
-    async service(wanted) {
-      const script = `
-        const { LocalBackend } = await import(${JSON.stringify(BACKEND_MODULE)})
-        const backend = new LocalBackend(${JSON.stringify(settings)})
-        const worker = await backend.provision(${JSON.stringify(wanted)}, new AbortController().signal)
-        worker.completion(new AbortController().signal)
-        console.log('provisioned')`
-      // A file: what is given with -e makes threads fail (they inherit --input-type).
-      const file = join(folder, `service-${services.length}.mjs`)
-      await writeFile(file, script)
-      const child = spawn(process.execPath, [file], { stdio: ['ignore', 'pipe', 'inherit'] })
-      services.push(child)
-      await once(child.stdout, 'data')
-      return child
-    },
-    processes: processesWith,
-    async dispose() {
-      for (const service of services) await kill(service)
-      try {
-        await harness.backend.list().catch(() => {
-          // The test's own is closed.
-          harness.backend = new LocalBackend(settings)
-          opened.push(harness.backend)
-        })
-        await harness.clean()
-        await Promise.all(opened.map(close))
-        await vi.waitFor(async () => expect(await ownShells()).toEqual([]), 10_000)
-        expect(await processesWith(folder)).toEqual([])
-      } finally {
-        for (const left of await ownShells()) process.kill(Number(left), 'SIGKILL')
-        for (const left of await processesWith(folder)) process.kill(Number.parseInt(left, 10), 9)
-        await rm(folder, { recursive: true, force: true })
-      }
-    },
-  }
-  // With the thread, the folder is there.
-  await harness.backend.ready
-  return harness
-}
-
-async function kill(service: ChildProcess): Promise<void> {
-  if (service.exitCode !== null || service.signalCode !== null) return
-  const exited = once(service, 'exit')
-  service.kill('SIGKILL')
-  await exited
 }
 
 describeWorkerBackend('LocalBackend', openLocal)
@@ -627,11 +473,4 @@ describe('local workers', () => {
 
 async function killAll(mark: string): Promise<void> {
   for (const left of await processesWith(mark)) process.kill(Number.parseInt(left, 10), 9)
-}
-
-async function openDisposable(
-  overrides: Partial<LocalSettings>,
-): Promise<LocalHarness & AsyncDisposable> {
-  const harness = await openLocal(overrides)
-  return Object.assign(harness, { [Symbol.asyncDispose]: () => harness.dispose() })
 }

@@ -101,6 +101,8 @@ export class LocalWorkers {
   /** Workers whose task has ended here. True: with nothing left behind, and nothing can come after that. */
   readonly #ended = new Map<string, boolean>()
   readonly #leftovers: LeftoverFinder
+  /** Workers of an earlier process that made away with their folders, and whose processes run. */
+  readonly #homeless = new Set<string>()
   readonly #watch: NodeJS.Timeout
   readonly #sweep: NodeJS.Timeout
   #isClosed = false
@@ -112,6 +114,10 @@ export class LocalWorkers {
     this.#folders = new WorkerFolders(settings.workersDir, onUnremovable)
     this.#leftovers = new LeftoverFinder(settings.workersDir)
     for (const name of readdirSync(settings.workersDir)) void this.#endIfHalfMade(name)
+    for (const name of this.#leftovers.workers()) {
+      const isThere = lstatSync(this.#folder(name), { throwIfNoEntry: false }) !== undefined
+      if (!isThere) this.#homeless.add(name)
+    }
     this.#watch = setInterval(() => this.#look(), WATCH_MS)
     this.#sweep = setInterval(() => {
       this.#leftovers.forget()
@@ -208,15 +214,16 @@ export class LocalWorkers {
       throw sortedAs('workers_folder_away', err)
     }
     // A task may have made away with its folder.
-    const all = new Set([...names, ...this.#live.keys()])
+    const all = new Set([...names, ...this.#live.keys(), ...this.#homeless])
     return [...all].flatMap((name) => this.find(name) ?? [])
   }
 
   async completion(name: string): Promise<End> {
     await this.#making.get(name)?.made
     const live = this.#live.get(name) ?? this.#attach(name)
-    if (!live) await this.#endLeftovers(name)
+    // Before what it left is ended: its shell would take that for the task's own end.
     const completion = live ? await live.ended.promise : this.#completionIn(name)
+    if (!live) await this.#endLeftovers(name)
     const wholeLog = this.#ended.get(name) ? shortLog(this.#folder(name)) : undefined
     return { completion, wholeLog }
   }
@@ -264,6 +271,7 @@ export class LocalWorkers {
       await this.#folders.release(this.#folder(name))
       this.#ended.delete(name)
       this.#records.delete(name)
+      this.#homeless.delete(name)
     } finally {
       this.#terminating.delete(name)
     }
@@ -300,6 +308,7 @@ export class LocalWorkers {
     if (!isWorkerName(name)) return undefined
     const folder = this.#folder(name)
     const stats = lstatSync(folder, { throwIfNoEntry: false })
+    if (!stats && this.#homeless.has(name)) throw broken("The worker's folder is gone")
     if (!stats || this.#folders.isLeft(folder)) return undefined
     if (known) return known
     if (!stats.isDirectory()) throw broken("The worker's folder is not a folder any more")

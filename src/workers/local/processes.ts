@@ -63,6 +63,12 @@ export class LeftoverFinder {
     this.#known.clear()
   }
 
+  /** Names of workers that processes carry. */
+  workers(): Set<string> {
+    this.find('', undefined)
+    return new Set([...this.#known.values()].flatMap(({ worker }) => (worker ? [worker] : [])))
+  }
+
   /** Processes that belong to the worker, besides its slot shell. `group` undefined: by name only. */
   find(workerName: string, group: number | undefined): number[] {
     const found: number[] = []
