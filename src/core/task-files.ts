@@ -52,10 +52,13 @@ export class TaskFiles {
    */
   async has(name: string): Promise<boolean> {
     try {
-      return await this.#has(name)
+      const isThere = await this.#has(name)
+      // Without the folder, nothing is known of the file.
+      if (!isThere) await this.check()
+      return isThere
     } catch (err) {
       if (err instanceof TaskRunnerError) throw err
-      await assertTasksFolder(this.#folder)
+      await this.check()
       const code = codeOf(err)
       if (READ_FAULTS[code] === 'gone') return false
       if (READ_FAULTS[code] !== 'refused') throw tasksFolderUnavailable(err)

@@ -100,15 +100,17 @@ export async function linkedTo(link: string, root: string): Promise<string | und
 }
 
 /** Returns a line for each that is left out, such as `dump.sql (EACCES)`, and one for those beyond `max`. */
-export function leftOutLines(all: readonly LeftOut[], max = NOTES_MAX): string[] {
+export function leftOutLines(all: readonly LeftOut[], max: number): string[] {
   // Names may hold line ends, and what moves a terminal's cursor.
   const lines = all.slice(0, max).map(({ path, why }) => `${path.replace(/\p{C}/gu, '?')} (${why})`)
-  return all.length > max ? [...lines, `and ${all.length - max} more`] : lines
+  return all.length > max ? [...lines, `${all.length - max} more`] : lines
 }
 
 /** Returns notes for a task's log. */
 export function leftOutNotes(all: readonly LeftOut[]): string[] {
-  return leftOutLines(all).map((line) => `Left out of the copy of the tasks folder: ${line}`)
+  return leftOutLines(all, NOTES_MAX).map(
+    (line) => `Left out of the copy of the tasks folder: ${line}`,
+  )
 }
 
 /** Throws `UnavailableError` when the tasks folder itself cannot be read. */

@@ -97,6 +97,29 @@ describe.skipIf(!isRoot)('a tasks folder with', () => {
   }
 })
 
+test.skipIf(!isRoot)(
+  'what nobody but root may read is told of up to a number of warnings',
+  async () => {
+    for (let index = 0; index < 30; index += 1) {
+      writeFileSync(join(tasksDir, `secret-${index}`), '', { mode: 0o600 })
+    }
+    const { body } = await get(service, '/health/ready')
+    expect(body.warnings).toHaveLength(21)
+    expect(Object(body.warnings).at(-1)).toBe('Tasks get no copy of 10 more')
+  },
+)
+
+test.skipIf(!isRoot)(
+  'a tasks folder that may be listed but not entered is one that cannot be read',
+  async () => {
+    chmodSync(tasksDir, 0o744)
+    const message = 'The tasks folder cannot be read (EACCES)'
+    expect(await submit(INNOCENT)).toMatchObject({ status: 503, message })
+    const ready = await get(service, '/health/ready')
+    expect(ready).toMatchObject({ status: 503, body: { parts: { tasks_folder: message } } })
+  },
+)
+
 test('a task file that is removed after its task was accepted fails it, in clear words', async () => {
   writeFileSync(join(tasksDir, 'wait.sh'), `while [ -e ${folder}/wait ]; do sleep 0.02; done\n`)
   writeFileSync(join(folder, 'wait'), '')

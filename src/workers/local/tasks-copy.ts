@@ -20,7 +20,7 @@ import {
   symlinkSync,
   utimesSync,
 } from 'node:fs'
-import { dirname, join, relative, resolve } from 'node:path'
+import { dirname, join, relative, resolve, sep } from 'node:path'
 import {
   codeOf,
   isInside,
@@ -105,7 +105,8 @@ export function assertCopied(
 function rootOf(tasksDir: string): string {
   try {
     const root = realpathSync.native(tasksDir)
-    accessSync(root, constants.R_OK | constants.X_OK)
+    // With a slash, for what is no folder.
+    accessSync(root + sep, constants.R_OK | constants.X_OK)
     return root
   } catch (err) {
     throw tasksFolderUnavailable(err)
