@@ -8,6 +8,7 @@ import {
   type WorkerSpec,
   type WorkerStatus,
 } from '../../core/ports.ts'
+import { assertTasksFolder } from '../../core/tasks-folder.ts'
 import { until } from '../../core/until.ts'
 import { lost } from '../completion.ts'
 import { type ImageNames, imageFor } from '../image.ts'
@@ -87,6 +88,7 @@ export class DockerBackend implements WorkerBackend {
   }
 
   async check(): Promise<void> {
+    await assertTasksFolder(this.#settings.tasksDir)
     try {
       await this.#engine.text('GET', '/_ping')
     } catch (err) {

@@ -9,6 +9,7 @@ import {
   WorkerError,
   type WorkerSpec,
 } from '../../core/ports.ts'
+import { assertTasksFolder } from '../../core/tasks-folder.ts'
 import { until } from '../../core/until.ts'
 import { ApiError, ApiUnreachableError, KubernetesApi } from './api.ts'
 import { ClusterView } from './cluster-view.ts'
@@ -128,6 +129,7 @@ export class KubernetesBackend implements WorkerBackend {
   }
 
   async check(): Promise<void> {
+    await assertTasksFolder(this.#settings.tasksDir)
     const missing = await this.#rights().catch((err: unknown) => {
       throw new TaskRunnerError('workers_unavailable', messageOf(err), { cause: err })
     })
