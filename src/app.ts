@@ -151,7 +151,8 @@ export async function buildApp(options: AppOptions): Promise<App> {
       deliveries: storage.deliveries,
       backend: await openBackend(config, {
         umask: options.taskUmask ?? process.umask(),
-        instance: sealer.derive('deployment').toString('hex').slice(0, 16),
+        deployment: storage.deployment,
+        legacyInstance: sealer.derive('deployment').toString('hex').slice(0, 16),
         logCursors: {
           read: (taskId) => storage.tasks.logCursor(taskId),
           write: (taskId, cursor) => storage.tasks.keepLogCursor(taskId, cursor),

@@ -37,18 +37,20 @@ export function openBackend(
     /** Of local tasks. */
     umask: number
     /** Tells this service's workers from those of others. */
-    instance: string
+    deployment: string
+    /** Id that container workers had in its place in versions before. */
+    legacyInstance: string
     logCursors: LogCursors
-    /** By which the age of workers is judged: that of all instances together. */
     /** Called when the thread of local workers has ended by itself. */
     onThreadDeath: (err: Error) => void
+    /** By which the age of workers is judged: that of all instances together. */
     now: () => number
     log: Logger
   },
 ): Promise<WorkerBackend> {
-  const { instance, logCursors, onThreadDeath, now, log } = options
+  const { deployment, legacyInstance, logCursors, onThreadDeath, now, log } = options
   const common = {
-    ...{ instance, now, log, tasksDir: config.tasksDir },
+    ...{ now, log, tasksDir: config.tasksDir },
     images: { default: config.workerImage, prefix: config.workerImagePrefix },
     terminationGraceMs: config.terminationGraceMs,
     logBytesKept: LOG_BYTES_READ,
@@ -59,6 +61,7 @@ export function openBackend(
       const { DockerBackend } = await import('./workers/docker/docker-backend.ts')
       return new DockerBackend({
         ...common,
+        instance: deployment,
         engine: config.dockerEngine,
         network: config.dockerNetwork,
         mounts: config.workerMounts,
@@ -68,6 +71,7 @@ export function openBackend(
       const { KubernetesBackend } = await import('./workers/kubernetes/kubernetes-backend.ts')
       return new KubernetesBackend({
         ...{ ...common, ...config.kubernetes, logCursors },
+        ...{ deployment, legacyInstance },
         provisioningTimeoutMs: config.provisioningTimeoutMs,
         keptWorkerMs: config.keptWorkerMs,
       })

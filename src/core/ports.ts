@@ -98,6 +98,8 @@ export interface Worker {
   readonly image: string | null
   readonly size: string | null
   readonly createdAt: number
+  /** Another service may have made it: it is ours only if the store knows its task. */
+  readonly mayBeForeign?: boolean
   status(): Promise<WorkerStatus>
   /** Settles when the task's exit is known; rejects only when `signal` aborts. */
   completion(signal: AbortSignal): Promise<Completion>

@@ -35,7 +35,7 @@ export function kubernetesSettings(
   return {
     kubeconfig,
     namespace: undefined,
-    instance: 'test',
+    deployment: 'test',
     tasksDir: FIXTURE_TASKS,
     images: { default: 'image', prefix: '' },
     serviceAccount: 'task-worker',

@@ -31,7 +31,13 @@ beforeAll(async () => {
   harness = await openKubernetes({
     settings: {
       provisioningTimeoutMs: TIMEOUT_MS,
-      waits: { lookMs: 50, configGraceMs: CONFIG_GRACE_MS, lastLogMs: 500, goneMs: 300 },
+      waits: {
+        lookMs: 50,
+        configGraceMs: CONFIG_GRACE_MS,
+        lastLogMs: 500,
+        goneMs: 300,
+        nodeReportMs: 0,
+      },
     },
     fake: { behave: (pod: Pod) => scripts.get(pod.metadata.labels?.['job-name'] ?? '') },
   })
@@ -481,19 +487,6 @@ describe('what the API server refuses', () => {
     expect(tookMs).toBeLessThan(TIMEOUT_MS - 200)
   })
 
-  test.each([
-    ['create jobs', /jobs.batch is forbidden: User .* cannot create resource "jobs"/],
-    ['create secrets', /secrets is forbidden/],
-  ])('the right to %s is missing', async (right, words) => {
-    fake.denied.add(right)
-    const { reason, message } = await refusal(scripted(exits(0)))
-    fake.denied.delete(right)
-    expect({ reason, message }).toEqual({
-      reason: 'startup_failed',
-      message: expect.stringMatching(words),
-    })
-  })
-
   test('a profile that the worker violates', async () => {
     fake.faults.inject({
       ...{ method: 'POST', path: /\/jobs$/, times: 1 },
@@ -509,30 +502,10 @@ describe('what the API server refuses', () => {
     })
   })
 
-  test('a namespace that is being removed', async () => {
-    fake.admission.terminatingNamespaces.add('workers')
-    const { reason, message } = await refusal(scripted(exits(0)))
-    fake.admission.terminatingNamespaces.clear()
-    expect({ reason, message }).toEqual({
-      reason: 'startup_failed',
-      message: expect.stringMatching(/it is being terminated/),
-    })
-  })
-
   test('a field that is not valid', async () => {
     const { reason, message } = await refusal(scripted(exits(0), { timeoutSeconds: -1_000_000 }))
     expect(reason).toBe('startup_failed')
     expect(message).toMatch(/Kubernetes refuses .*spec.*activeDeadlineSeconds: Invalid value/)
-  })
-
-  test('an answer that is no words of its own', async () => {
-    const fault = fake.faults.inject({ method: 'POST', path: /\/jobs$/, html: '<h1>Bad</h1>' })
-    const { reason, message } = await refusal(scripted(exits(0)))
-    fault.remove()
-    expect({ reason, message }).toEqual({
-      reason: 'provisioning_timeout',
-      message: expect.stringMatching(/The Kubernetes API answered with status 502/),
-    })
   })
 
   test('a webhook that is down is not a refusal', async () => {

@@ -28,7 +28,7 @@ const SPEC: WorkerSpec = {
   notes: ['a note'],
 }
 const OPTIONS: JobOptions = {
-  instance: 'instance-1',
+  deployment: 'instance-1',
   image: 'example.com/team/image:1',
   filesName: 'task-runner-files-0123456789abcdef',
   serviceAccount: 'task-worker',

@@ -43,7 +43,7 @@ async function startReflector(
   const api = apiOf(fake)
   const deleted: string[] = []
   const reflector = new Reflector<Named>(api, {
-    path: CONFIG_MAPS,
+    ...{ path: CONFIG_MAPS, answer: 'ConfigMapList' },
     labelSelector: 'app=runner',
     onChange: ({ metadata }) => options.onChange?.(metadata.name),
     onDeleted: ({ metadata }) => deleted.push(metadata.name),
@@ -187,7 +187,7 @@ describe.concurrent('a watch', () => {
       '{"type":"ADDED","object":{"metadata":{"name":"b","uid":"2","resourceVersion":"3"}}}\n',
     ])
     const reflector = new Reflector<Named>(api.api, {
-      ...{ path: CONFIG_MAPS, labelSelector: '', log: QUIET },
+      ...{ path: CONFIG_MAPS, answer: 'ConfigMapList', labelSelector: '', log: QUIET },
       ...{ onChange: () => {}, onDeleted: () => {} },
     })
     await reflector.synced()
@@ -207,7 +207,7 @@ test(
       for (let round = 0; round < count; round += 1) {
         const api = apiOf(fake)
         const reflector = new Reflector<Named>(api, {
-          ...{ path: CONFIG_MAPS, labelSelector: '', log: QUIET },
+          ...{ path: CONFIG_MAPS, answer: 'ConfigMapList', labelSelector: '', log: QUIET },
           ...{ onChange: () => {}, onDeleted: () => {} },
         })
         // Stopped at other moments each time: before, during and after list and watch.

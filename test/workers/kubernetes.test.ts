@@ -16,7 +16,7 @@ describeWorkerBackend('KubernetesBackend', () => openKubernetes({ fake: { runPro
 async function openRealKubernetes(kubeconfig: string): Promise<BackendHarness> {
   const sharedDir = await realpath(await mkdtemp(join(tmpdir(), 'kubernetes-e2e-')))
   const settings = kubernetesSettings(kubeconfig, {
-    instance: `test-${marker()}`,
+    deployment: `test-${marker()}`,
     images: { default: process.env.WORKER_IMAGE_E2E ?? 'task-runner', prefix: '' },
     serviceAccount: 'default',
     provisioningTimeoutMs: 60_000,

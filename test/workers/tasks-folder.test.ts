@@ -42,7 +42,10 @@ const BACKENDS: Record<string, { skipped?: string | undefined; open: () => Promi
     async open() {
       const config = loadConfig(testEnv({ DATA_DIR: join(root, 'data'), TASKS_DIR: tasksDir }))
       const backend = await openBackend(config, {
-        ...{ umask: 0o022, instance: 'test', now: Date.now, log: QUIET },
+        ...{ umask: 0o022, deployment: 'test', legacyInstance: '', now: Date.now, log: QUIET },
+        onThreadDeath: (err) => {
+          throw err
+        },
         logCursors: { read: async () => undefined, write: async () => {} },
       })
       return { backend, [Symbol.asyncDispose]: () => backend.close() }

@@ -4,39 +4,29 @@ import { setTimeout as pause } from 'node:timers/promises'
 import type { KubeConfig } from '@kubernetes/client-node'
 import { Pool } from 'undici'
 import { Deadline } from '../../core/deadline.ts'
+import { UnavailableError } from '../../core/errors.ts'
+import { until } from '../../core/until.ts'
+import { ApiUnavailableError, failureOf } from './failures.ts'
 
-const CALL_TIMEOUT_MS = 30_000
+/** To be answered. What creates objects may wait for several webhooks. */
+const READ_TIMEOUT_MS = 10_000
+const WRITE_TIMEOUT_MS = 30_000
 /** Credentials are read anew so often: tokens of pods are rotated on disk. */
 const CREDENTIALS_MS = 30_000
 /** Towards the API server, as other controllers do (the defaults of client-go's rest config are 5 and 10). */
 const CALLS_PER_SECOND = 20
 const CALLS_AT_ONCE = 30
-const RETRIES_MAX = 5
+/** Longest wait within one call for an API server that is busy. */
+const BUSY_MS_MAX = 8_000
 const RETRY_AFTER_MS_MAX = 30_000
-
-/** The API server refused. `reason` and `message` are its own (meta/v1 Status). */
-export class ApiError extends Error {
-  override name = 'ApiError'
-  readonly status: number
-  readonly reason: string
-
-  constructor(status: number, reason: string, message: string) {
-    super(message)
-    this.status = status
-    this.reason = reason
-  }
-}
-
-/** The API server does not answer, or not at the moment: nothing is known about its objects. */
-export class ApiUnreachableError extends Error {
-  override name = 'ApiUnreachableError'
-}
 
 export interface ApiCall {
   query?: Record<string, string | number>
   body?: object
   /** Few, and others wait for what it tells: it does not wait its turn. */
   isUrgent?: boolean
+  /** What the answer is to be, such as `JobList`. Default: any object. */
+  answer?: string
   signal?: AbortSignal | undefined
 }
 
@@ -51,6 +41,8 @@ export class KubernetesApi {
   readonly #now: () => number
   readonly #callsPerSecond: number
   readonly #callsAtOnce: number
+  readonly #callMs: number | undefined
+  readonly #closed = new AbortController()
   #config: KubeConfig
   #pool: Pool | undefined
   /** What the pool was made for. */
@@ -63,13 +55,20 @@ export class KubernetesApi {
   /** `load` is called again when the credentials are refused: they may have been replaced. */
   constructor(
     load: () => KubeConfig,
-    options: { callsPerSecond?: number; callsAtOnce?: number; now?: () => number } = {},
+    options: {
+      callsPerSecond?: number
+      callsAtOnce?: number
+      /** For a plain call to be answered. Default: 10 s, and 30 s for what creates objects. */
+      callMs?: number
+      now?: () => number
+    } = {},
   ) {
     this.#load = load
     this.#config = load()
     this.#now = options.now ?? Date.now
     this.#callsPerSecond = options.callsPerSecond ?? CALLS_PER_SECOND
     this.#callsAtOnce = options.callsAtOnce ?? CALLS_AT_ONCE
+    this.#callMs = options.callMs
     this.#tokens = this.#callsAtOnce
     this.#refilledAt = this.#now()
   }
@@ -78,46 +77,67 @@ export class KubernetesApi {
     return this.#config
   }
 
-  /** Throws `ApiError`, `ApiUnreachableError`, or the reason of `signal`. 429 is waited out, as it asks for. */
+  /**
+   * Throws `ApiError`, `ApiUnavailableError`, or the reason of `signal`. Ends by itself. 429 is waited out as it asks for,
+   * as long as that is short.
+   */
   async json<T>(method: Method, path: string, call: ApiCall = {}): Promise<T> {
-    for (let attempt = 1; ; attempt += 1) {
+    const others = [this.#closed.signal, ...(call.signal ? [call.signal] : [])]
+    let busyMs = 0
+    let isNewToken = false
+    for (;;) {
       // Before the clock starts: in a rush the turn alone may take longer than a call.
       await this.#token(call)
-      using deadline = new Deadline(CALL_TIMEOUT_MS, call.signal ? [call.signal] : [])
+      const callMs = this.#callMs ?? (method === 'GET' ? READ_TIMEOUT_MS : WRITE_TIMEOUT_MS)
+      using deadline = new Deadline(callMs, others)
       const { signal } = deadline
       const response = await this.#request(method, path, { ...call, signal })
-      const text = await textOf(response.body, call.signal)
-      if (response.statusCode < 400) return JSON.parse(text) as T
-      const isBusy = response.statusCode === 429
-      if (response.statusCode === 401) this.#reload()
-      const isWorthIt = isBusy || (response.statusCode === 401 && attempt === 1)
-      if (!isWorthIt || attempt > RETRIES_MAX) throw errorOf(response.statusCode, text)
-      if (isBusy) {
-        const asked = Number(response.headers['retry-after'] ?? 1) * 1000
-        const waitMs = Math.min(asked || 1000, RETRY_AFTER_MS_MAX) * (1 + Math.random() / 2)
+      const text = await textOf(response.body, signal)
+      const { statusCode } = response
+      if (statusCode < 400) return answerOf<T>(text, statusCode, call.answer)
+      const asked = Number(response.headers['retry-after'] ?? 1) * 1000
+      const waitMs = Math.min(asked || 1000, RETRY_AFTER_MS_MAX) * (1 + Math.random() / 2)
+      busyMs += waitMs
+      if (statusCode === 429 && busyMs <= BUSY_MS_MAX) {
         await pause(waitMs, undefined, call.signal && { signal: call.signal })
+        continue
       }
+      const isRefused = statusCode === 401
+      if (isRefused) this.#reload()
+      if (!isRefused || isNewToken)
+        throw failureOf(statusCode, text, statusCode === 429 ? waitMs : 0)
+      isNewToken = true
     }
   }
 
-  /** An answer as it comes. Its reader has to expect that it is cut. */
-  async stream(path: string, call: ApiCall = {}): Promise<Readable> {
+  /** An answer as it comes. Its reader has to expect that it is cut, or never begins. */
+  async stream(path: string, call: ApiCall & { type: 'json' | 'text' }): Promise<Readable> {
     await this.#token(call)
     const response = await this.#request('GET', path, call)
-    if (response.statusCode < 400) return response.body
-    const text = await textOf(response.body, call.signal)
-    if (response.statusCode === 401) this.#reload()
-    throw errorOf(response.statusCode, text)
+    const { statusCode, headers, body } = response
+    const isJson = String(headers['content-type'] ?? '').startsWith('application/json')
+    if (statusCode < 400 && (call.type === 'text' || isJson)) return body
+    if (statusCode < 400) {
+      body.on('error', () => {}).destroy()
+      throw garbage(statusCode, 'a stream of JSON')
+    }
+    const text = await textOf(body, call.signal)
+    if (statusCode === 401) this.#reload()
+    throw failureOf(statusCode, text)
   }
 
+  /** Ends what is under way. */
   async close(): Promise<void> {
+    this.#closed.abort(new UnavailableError('The Kubernetes backend is closed'))
     await this.#pool?.destroy()
   }
 
   async #request(method: Method, path: string, { query = {}, body, signal }: ApiCall) {
     const search = Object.entries(query).map(([name, value]) => [name, String(value)])
     try {
-      const pool = await this.#authenticated()
+      const authenticated = this.#authenticated()
+      // It may ask an identity provider.
+      const pool = await (signal ? until(authenticated, signal) : authenticated)
       return await pool.request({
         method,
         path: search.length > 0 ? `${path}?${new URLSearchParams(search)}` : path,
@@ -138,7 +158,13 @@ export class KubernetesApi {
   async #authenticated(): Promise<Pool> {
     if (this.#pool && this.#now() < this.#credentialsUntil) return this.#pool
     const options: RequestOptions = {}
-    await this.#config.applyToHTTPSOptions(options)
+    try {
+      await this.#config.applyToHTTPSOptions(options)
+    } catch (err) {
+      const message = `The credentials of the kubeconfig cannot be used (${wordsOf(err)})`
+      throw new ApiUnavailableError('credentials', message, { cause: err })
+    }
+    this.#closed.signal.throwIfAborted()
     const { ca, cert, key, rejectUnauthorized, servername, auth, headers } = options
     this.#headers = {
       ...(auth ? { authorization: `Basic ${Buffer.from(auth).toString('base64')}` } : {}),
@@ -196,29 +222,36 @@ async function textOf(body: Readable, signal: AbortSignal | undefined): Promise<
 }
 
 function unreachable(err: unknown, signal: AbortSignal | undefined): unknown {
-  if (
-    signal?.aborted &&
-    !(signal.reason instanceof DOMException && signal.reason.name === 'TimeoutError')
-  ) {
-    return signal.reason
-  }
-  const { code } = err as NodeJS.ErrnoException
-  const why = code ?? (err instanceof Error ? err.message : String(err))
-  return new ApiUnreachableError(`The Kubernetes API does not answer (${why})`, { cause: err })
+  if (err instanceof UnavailableError) return err
+  const isTimeout = signal?.reason instanceof DOMException && signal.reason.name === 'TimeoutError'
+  if (signal?.aborted && !isTimeout) return signal.reason
+  const why = isTimeout ? 'in time' : `(${wordsOf(err)})`
+  const message = `The Kubernetes API does not answer ${why}`
+  return new ApiUnavailableError(isTimeout ? 'timed_out' : 'unreachable', message, { cause: err })
 }
 
-/** What an answer of 400 and more means. Proxies in between answer with HTML. */
-function errorOf(status: number, text: string): Error {
-  let reason = ''
-  let message = `The Kubernetes API answered with status ${status}`
+function wordsOf(err: unknown): string {
+  const { code } = err as NodeJS.ErrnoException
+  return code ?? (err instanceof Error ? err.message : String(err))
+}
+
+/** Throws where a proxy or another server has answered. */
+function answerOf<T>(text: string, status: number, wanted: string | undefined): T {
+  let parsed: { kind?: unknown; metadata?: unknown; items?: unknown } | null = null
   try {
-    const parsed = JSON.parse(text) as { reason?: string; message?: string }
-    reason = parsed.reason ?? ''
-    message = parsed.message ?? message
+    parsed = JSON.parse(text)
   } catch {
-    // Not the API server's own words.
+    // Told below.
   }
-  // It will answer otherwise when it has recovered, or our credentials have.
-  if (status >= 500 || status === 401 || status === 429) return new ApiUnreachableError(message)
-  return new ApiError(status, reason, message)
+  const isWanted = wanted === undefined ? true : parsed?.kind === wanted
+  const isList = wanted?.endsWith('List') ?? false
+  const isWhole = parsed?.metadata instanceof Object && (!isList || Array.isArray(parsed.items))
+  if (!isWanted || !isWhole) throw garbage(status, wanted ?? 'an object')
+  // Holds as far as it was looked at; what is read of it is optional in its type.
+  return parsed as T
+}
+
+function garbage(status: number, wanted: string): ApiUnavailableError {
+  const message = `The Kubernetes API answered with status ${status}, and not with ${wanted}: does a proxy answer in its place?`
+  return new ApiUnavailableError('garbage', message)
 }

@@ -2,8 +2,11 @@ import { once, setMaxListeners } from 'node:events'
 import { setTimeout as pause } from 'node:timers/promises'
 import type { CoreV1Event, V1Job, V1Pod } from '@kubernetes/client-node'
 import { Deadline } from '../../core/deadline.ts'
+import { UnavailableError } from '../../core/errors.ts'
 import type { Logger } from '../../core/ports.ts'
-import { ApiError, ApiUnreachableError, type KubernetesApi } from './api.ts'
+import { until } from '../../core/until.ts'
+import type { KubernetesApi } from './api.ts'
+import { ApiError, ApiUnavailableError } from './failures.ts'
 import { LABELS } from './manifests.ts'
 import { Reflector } from './reflector.ts'
 
@@ -11,16 +14,29 @@ const RETRY_MS = 250
 const RETRY_MAX_MS = 30_000
 /** Watches may be late or dead: what waits wakes up so often. */
 const LOOK_MS = 5_000
+/** How long an API that does not answer is waited for where the caller can come again. */
+const RIDE_MS = 5_000
 const LAST_PODS_MAX = 2_000
 const CONTROLLER_UID = 'batch.kubernetes.io/controller-uid'
 
 export interface ClusterViewOptions {
   namespace: string
-  instance: string
+  /** Tells this service's workers from those of others. */
+  deployment: string
+  /** By which earlier versions told them: services that share a key share it. */
+  legacyInstance: string | undefined
   log: Logger
   lookMs?: number | undefined
+  rideMs?: number | undefined
   watchIdleMs?: number | undefined
   onJobGone: (uid: string) => void
+}
+
+export interface Persistence {
+  /** Is told of each failure. */
+  hindered?: (err: UnavailableError) => void
+  /** How long to go on. Default: until the signal aborts. */
+  rideMs?: number
 }
 
 /**
@@ -29,6 +45,9 @@ export interface ClusterViewOptions {
  */
 export class ClusterView {
   readonly lookMs: number
+  readonly rideMs: number
+  /** Of workers that are ours, and of those that may be. */
+  readonly labelSelector: string
   readonly #api: KubernetesApi
   readonly #options: ClusterViewOptions
   readonly #jobs: Reflector<V1Job>
@@ -44,8 +63,11 @@ export class ClusterView {
     this.#api = api
     this.#options = options
     this.lookMs = options.lookMs ?? LOOK_MS
+    this.rideMs = options.rideMs ?? RIDE_MS
+    const owners = [...new Set([options.deployment, options.legacyInstance])].filter(Boolean)
+    this.labelSelector = `${LABELS.instance} in (${owners})`
     const common = {
-      labelSelector: `${LABELS.instance}=${options.instance}`,
+      labelSelector: this.labelSelector,
       log: options.log,
       idleMs: options.watchIdleMs,
     }
@@ -53,7 +75,7 @@ export class ClusterView {
     setMaxListeners(0, this.#changes)
     this.#jobs = new Reflector(api, {
       ...common,
-      path: this.path('jobs'),
+      ...{ path: this.path('jobs'), answer: 'JobList' },
       onChange: (job) => this.#changed(job.metadata?.uid ?? ''),
       onDeleted: (job) => {
         this.#changed(job.metadata?.uid ?? '')
@@ -62,7 +84,7 @@ export class ClusterView {
     })
     this.#pods = new Reflector(api, {
       ...common,
-      path: this.path('pods'),
+      ...{ path: this.path('pods'), answer: 'PodList' },
       onChange: (pod) => {
         const known = this.#podOf.get(jobUidOf(pod))
         if (!known || known.metadata?.uid === pod.metadata?.uid || isYounger(pod, known)) {
@@ -87,9 +109,18 @@ export class ClusterView {
     return `${group}/namespaces/${this.#options.namespace}/${resource}`
   }
 
-  /** Settles when all is known that there is. */
+  /** Settles when all is known that there is. Throws `UnavailableError` when that takes long. */
   async synced(): Promise<void> {
-    await Promise.all([this.#jobs.synced(), this.#pods.synced()])
+    using deadline = new Deadline(this.rideMs, [])
+    const both = Promise.all([this.#jobs.synced(), this.#pods.synced()])
+    try {
+      await until(both, deadline.signal)
+    } catch (err) {
+      if (!deadline.signal.aborted) throw err
+      const why =
+        this.problem ?? `it has not listed the workers in namespace ${this.#options.namespace} yet`
+      throw new UnavailableError(`The cluster cannot be watched: ${why}`, { cause: err })
+    }
   }
 
   async close(): Promise<void> {
@@ -98,11 +129,34 @@ export class ClusterView {
 
   /** Why nothing is heard of the cluster; undefined: it is. */
   get problem(): string | undefined {
-    return this.#jobs.problem ?? this.#pods.problem
+    return (this.#jobs.problem ?? this.#pods.problem)?.message
   }
 
-  get jobs(): Iterable<V1Job> {
-    return this.#jobs.objects.values()
+  /** Throws `UnavailableError` when nothing was heard of the cluster for a while. */
+  throwIfBlind(): void {
+    for (const { problem } of [this.#jobs, this.#pods]) {
+      if (problem && performance.now() - problem.since >= this.rideMs) {
+        throw new UnavailableError(`The cluster cannot be watched: ${problem.message}`)
+      }
+    }
+  }
+
+  /** How long it is heard of without a break: kubelets that were cut off as we were have had that to report. */
+  get heardMs(): number {
+    const now = performance.now()
+    const heard = [this.#jobs, this.#pods].map(({ problem, watchedSince }) =>
+      problem ? 0 : now - (watchedSince ?? now),
+    )
+    return Math.min(...heard)
+  }
+
+  /** Those that are surely ours. */
+  get jobs(): V1Job[] {
+    return [...this.#jobs.objects.values()].filter((job) => this.isOurs(job))
+  }
+
+  isOurs(job: V1Job): boolean {
+    return job.metadata?.labels?.[LABELS.instance] === this.#options.deployment
   }
 
   job(uid: string): V1Job | undefined {
@@ -124,31 +178,41 @@ export class ClusterView {
 
   /** Asks, where the watches tell nothing: they may be late, and one later than the other. */
   async look(
-    name: string,
-    uid: string,
+    { name, uid }: { name: string; uid: string },
     signal: AbortSignal,
+    options: Persistence = {},
   ): Promise<{ job: V1Job | undefined; pod: V1Pod | undefined }> {
     const query = { labelSelector: `${CONTROLLER_UID}=${uid}` }
     const [job, pods] = await Promise.all([
-      this.persistently(() => this.namedJob(name, signal), signal),
+      this.persistently(() => this.#jobNamed(name, signal), signal, options),
       this.persistently(
-        () => this.#api.json<{ items: V1Pod[] }>('GET', this.path('pods'), { query, signal }),
+        () => {
+          const call = { query, signal, answer: 'PodList' }
+          return this.#api.json<{ items: V1Pod[] }>('GET', this.path('pods'), call)
+        },
         signal,
+        options,
       ),
     ])
     const [pod] = pods.items.toSorted((a, b) => (isYounger(a, b) ? -1 : 1))
     return { job: job?.metadata?.uid === uid ? job : undefined, pod }
   }
 
-  /** One of ours, as the API server has it now. */
+  /** One of ours, or one that may be, as the API server has it now. */
   async namedJob(name: string, signal: AbortSignal): Promise<V1Job | undefined> {
+    const job = await this.#jobNamed(name, signal)
+    const owner = job?.metadata?.labels?.[LABELS.instance]
+    const { deployment, legacyInstance } = this.#options
+    const mayBeOurs = owner === deployment || (owner !== undefined && owner === legacyInstance)
+    return mayBeOurs ? job : undefined
+  }
+
+  async #jobNamed(name: string, signal: AbortSignal): Promise<V1Job | undefined> {
     try {
       const path = `${this.path('jobs')}/${name}`
-      const job = await this.#api.json<V1Job>('GET', path, { signal })
-      const isOurs = job.metadata?.labels?.[LABELS.instance] === this.#options.instance
-      return isOurs ? job : undefined
+      return await this.#api.json<V1Job>('GET', path, { signal, answer: 'Job' })
     } catch (err) {
-      if (err instanceof ApiError && err.status === 404) return undefined
+      if (err instanceof ApiError && err.kind === 'not_found') return undefined
       throw err
     }
   }
@@ -156,11 +220,12 @@ export class ClusterView {
   async events(uid: string, signal: AbortSignal): Promise<CoreV1Event[]> {
     const query = { fieldSelector: `involvedObject.uid=${uid}` }
     const path = this.path('events')
-    return (await this.#api.json<{ items: CoreV1Event[] }>('GET', path, { query, signal })).items
+    const call = { query, signal, answer: 'EventList' }
+    return (await this.#api.json<{ items: CoreV1Event[] }>('GET', path, call)).items
   }
 
   /**
-   * Until something about the Job, or `any`, has changed, or a moment has passed: false then. Rejects when `signal` aborts.
+   * Waits until something about the Job, or `any`, has changed, or a moment has passed: false then. Rejects when `signal` aborts.
    */
   async change(jobUid: string, signal: AbortSignal): Promise<boolean> {
     using deadline = new Deadline(this.lookMs, [signal])
@@ -173,21 +238,25 @@ export class ClusterView {
     return isNews
   }
 
-  /** Repeats a step while the API does not answer. Rejects when `signal` aborts. */
+  /** Repeats a step while the API is unavailable. Rejects when `signal` aborts, or with that after `rideMs`. */
   async persistently<T>(
     step: () => Promise<T>,
     signal: AbortSignal,
-    hindered: (message: string) => void = () => {},
+    { hindered, rideMs = Number.POSITIVE_INFINITY }: Persistence = {},
   ): Promise<T> {
+    const began = performance.now()
     for (let waitMs = RETRY_MS; ; waitMs = Math.min(waitMs * 2, RETRY_MAX_MS)) {
       try {
         return await step()
       } catch (err) {
         signal.throwIfAborted()
-        if (!(err instanceof ApiUnreachableError)) throw err
-        hindered(err.message)
+        if (!(err instanceof UnavailableError)) throw err
+        hindered?.(err)
+        const retryAfterMs = err instanceof ApiUnavailableError ? err.retryAfterMs : 0
+        const pauseMs = Math.max(waitMs * (0.5 + Math.random()), retryAfterMs)
+        if (performance.now() + pauseMs - began >= rideMs) throw err
         this.#options.log.warn({ err }, 'waiting for the Kubernetes API')
-        await pause(waitMs * (0.5 + Math.random()), undefined, { signal })
+        await pause(pauseMs, undefined, { signal })
       }
     }
   }

@@ -1,14 +1,18 @@
 import { once } from 'node:events'
+import { setTimeout as pause } from 'node:timers/promises'
 import { createGzip } from 'node:zlib'
-import type { V1Job } from '@kubernetes/client-node'
+import type { V1ConfigMap, V1Job } from '@kubernetes/client-node'
+import { UnavailableError } from '../../core/errors.ts'
 import { WorkerError, type WorkerSpec } from '../../core/ports.ts'
 import { assertTaskFile, type LeftOut, leftOutNotes } from '../../core/tasks-folder.ts'
 import { type ImageNames, imageFor } from '../image.ts'
 import { sharedTar } from '../worker-files.ts'
-import { ApiError, type KubernetesApi } from './api.ts'
-import type { ClusterView } from './cluster-view.ts'
+import type { KubernetesApi } from './api.ts'
+import type { ClusterView, Persistence } from './cluster-view.ts'
+import { ApiError, FAILURES } from './failures.ts'
 import type { Hindered } from './job-watch.ts'
 import {
+  ANNOTATIONS,
   filesConfigMap,
   type JobOptions,
   OBJECT_BYTES_MAX,
@@ -16,9 +20,13 @@ import {
   pullSecret,
   workerJob,
 } from './manifests.ts'
+import { observe } from './observation.ts'
 
 export interface JobSettings {
-  instance: string
+  /** Made once for the database: tells this service's workers from those of others. */
+  deployment: string
+  /** By which earlier versions told them: services that share a key share it. */
+  legacyInstance?: string | undefined
   tasksDir: string
   images: ImageNames
   serviceAccount: string
@@ -33,6 +41,15 @@ export interface JobSettings {
 }
 
 const FILES_KNOWN_MS = 1_000
+const CONFIG_MAPS_KEPT_MAX = 3
+/** For a Secret that goes with an earlier Job of the same name. */
+const GARBAGE_MS = 500
+
+export interface MadeJob {
+  job: V1Job
+  /** An earlier attempt has made it, and it was over before it was given its Secret: its task never began. */
+  isNeverBegun: boolean
+}
 
 /** The tasks folder as workers get it. */
 interface PackedFiles {
@@ -47,8 +64,9 @@ export class JobMaker {
   readonly #settings: JobSettings
   /** Names of workers that may be made, and may not be seen yet. */
   readonly #admitted = new Set<string>()
-  /** Names of ConfigMaps that are there. */
-  readonly #filesThere = new Set<string>()
+  /** ConfigMaps that were put, the last ones: somebody may remove one that a worker waits for. */
+  readonly #filesThere = new Map<string, V1ConfigMap>()
+  #areFilesFine = true
   #filesKnown: { known: Promise<PackedFiles>; until: number } | undefined
 
   constructor(api: KubernetesApi, view: ClusterView, settings: JobSettings) {
@@ -65,36 +83,75 @@ export class JobMaker {
   async make(
     spec: WorkerSpec,
     options: { signal: AbortSignal; hindered: Hindered; mayStart: () => Promise<void> },
-  ): Promise<V1Job> {
+  ): Promise<MadeJob> {
     const { signal, hindered, mayStart } = options
-    const { tasksDir, instance } = this.#settings
+    const { tasksDir, deployment } = this.#settings
     if (spec.taskFolder === 'tasks') await assertTaskFile(tasksDir, spec.taskFileName)
-    const files = await this.#files()
-    const jobOptions = await this.#jobOptions(spec, files.zipped, signal)
+    const { name: filesName, leftOut } = await this.#putFiles(options)
+    const jobOptions = this.#jobOptions(spec, filesName)
     await this.#withinCap(spec.name, signal, hindered)
-    const job = await this.#put<V1Job>('jobs', workerJob(spec, jobOptions), signal, hindered)
+    const { object: job, isNew } = await this.#put<V1Job>(
+      ...(['jobs', workerJob(spec, jobOptions), options] as const),
+    )
     const uid = job.metadata?.uid ?? ''
+    const wasOver = !isNew && (await this.#isOver(job, signal))
+    const secrets = { ...options, isOwnerNew: isNew }
     // The one for the registry first: images are pulled once all volumes are there.
     const pull = pullSecret(spec, jobOptions, uid)
-    if (pull) await this.#put('secrets', pull, signal, hindered)
+    if (pull) await this.#put('secrets', pull, secrets)
     await mayStart()
-    const notes = [...spec.notes, ...leftOutNotes(files.leftOut)]
-    await this.#put('secrets', ownSecret({ ...spec, notes }, instance, uid), signal, hindered)
-    return job
+    const notes = [...spec.notes, ...leftOutNotes(leftOut)]
+    const own = ownSecret({ ...spec, notes }, deployment, uid)
+    const { isNew: isSecretNew } = await this.#put('secrets', own, secrets)
+    return { job, isNeverBegun: wasOver && isSecretNew }
   }
 
-  async #jobOptions(spec: WorkerSpec, files: Buffer, signal: AbortSignal): Promise<JobOptions> {
-    const settings = this.#settings
-    const problem = files.length > OBJECT_BYTES_MAX ? await this.taskFilesProblem() : undefined
-    if (problem) throw new WorkerError('startup_failed', `The worker cannot be given ${problem}`)
-    const configMap = filesConfigMap(files, settings.instance)
-    const filesName = configMap.metadata?.name ?? ''
-    if (!this.#filesThere.has(filesName)) {
-      await this.#put('configmaps', configMap, signal, () => {})
-      this.#filesThere.add(filesName)
+  async #isOver({ metadata }: V1Job, signal: AbortSignal): Promise<boolean> {
+    const { rideMs } = this.#view
+    const which = { name: metadata?.name ?? '', uid: metadata?.uid ?? '' }
+    const { job, pod } = await this.#view.look(which, signal, { rideMs })
+    return observe(job, pod).phase === 'ended'
+  }
+
+  /** Makes no object. Throws what making a Job without anything of a task's own would. */
+  async tryJob(spec: WorkerSpec, signal: AbortSignal): Promise<void> {
+    const body = workerJob(spec, this.#jobOptions(spec, 'task-runner-files'))
+    const call = { body, signal, answer: 'Job', query: { dryRun: 'All' }, isUrgent: true }
+    await this.#api.json('POST', this.#view.path('jobs'), call)
+  }
+
+  /** Puts a ConfigMap again that somebody has removed. Nothing happens when it is none that was put here. */
+  async putFilesAgain(
+    name: string,
+    options: { signal: AbortSignal; hindered: Hindered },
+  ): Promise<void> {
+    const configMap = this.#filesThere.get(name)
+    if (configMap) await this.#put('configmaps', configMap, options)
+  }
+
+  /** Puts the ConfigMap with the task files, and returns its name. */
+  async #putFiles(options: {
+    signal: AbortSignal
+    hindered: Hindered
+  }): Promise<{ name: string; leftOut: readonly LeftOut[] }> {
+    const { zipped, leftOut } = await this.#files()
+    const problem = await this.taskFilesProblem()
+    if (problem) throw new UnavailableError(`Workers cannot be given their files: ${problem}`)
+    const configMap = filesConfigMap(zipped, this.#settings.deployment)
+    const name = configMap.metadata?.name ?? ''
+    if (!this.#filesThere.has(name)) {
+      await this.#put('configmaps', configMap, options)
+      this.#filesThere.set(name, configMap)
+      const [oldest = ''] = this.#filesThere.keys()
+      if (this.#filesThere.size > CONFIG_MAPS_KEPT_MAX) this.#filesThere.delete(oldest)
     }
+    return { name, leftOut }
+  }
+
+  #jobOptions(spec: WorkerSpec, filesName: string): JobOptions {
+    const settings = this.#settings
     return {
-      ...{ instance: settings.instance, queue: settings.queue, filesName },
+      ...{ deployment: settings.deployment, queue: settings.queue, filesName },
       image: imageFor(spec.image, settings.images),
       serviceAccount: settings.serviceAccount,
       provisioningTimeoutSeconds: Math.ceil(settings.provisioningTimeoutMs / 1000),
@@ -105,44 +162,70 @@ export class JobMaker {
   }
 
   /** Creates, or adopts what an earlier attempt has created whose answer got lost. Waits for quota. */
-  async #put<T extends { metadata?: { name?: string } }>(
+  async #put<T extends { kind?: string; metadata?: { name?: string } }>(
     resource: 'jobs' | 'secrets' | 'configmaps',
     object: T,
-    signal: AbortSignal,
-    hindered: Hindered,
-  ): Promise<T> {
-    const path = this.#view.path(resource)
+    options: { signal: AbortSignal; hindered: Hindered; isOwnerNew?: boolean },
+  ): Promise<{ object: T; isNew: boolean }> {
+    const { signal, hindered, isOwnerNew = false } = options
+    const call = { body: object, signal, answer: object.kind ?? '' }
+    const isUrgent = resource === 'secrets'
+    let wasUnheard = false
+    const persistence = {
+      rideMs: this.#view.rideMs,
+      hindered: (err: UnavailableError) => {
+        wasUnheard = true
+        hindered(err)
+      },
+    }
     for (;;) {
       try {
-        return await this.#view.persistently(
-          () =>
-            this.#api.json<T>('POST', path, {
-              body: object,
-              signal,
-              isUrgent: resource === 'secrets',
-            }),
+        const path = this.#view.path(resource)
+        const made = await this.#view.persistently(
+          () => this.#api.json<T>('POST', path, { ...call, isUrgent }),
           signal,
-          (message) => hindered('provisioning_timeout', message),
+          persistence,
         )
+        return { object: made, isNew: true }
       } catch (err) {
-        if (!(err instanceof ApiError)) throw err
-        const name = object.metadata?.name ?? ''
-        if (err.reason === 'AlreadyExists') {
-          // What is named by its content, or made for the very Job, is as we would make it.
-          if (resource !== 'jobs') return object
-          const job = await this.#view.persistently(() => this.#view.namedJob(name, signal), signal)
-          // Holds: it is a Job, as `object` is.
-          if (job && !job.metadata?.deletionTimestamp) return job as T
-          hindered('startup_failed', `Another Job has the name ${name}`)
-        } else if (err.status === 403 && /exceeded quota/.test(err.message)) {
-          hindered('unschedulable', `The namespace has no quota left: ${err.message}`)
+        if (!(err instanceof ApiError) || FAILURES[err.kind] !== 'task') throw err
+        if (err.kind === 'already_exists') {
+          const adopted =
+            resource === 'jobs'
+              ? await this.#adopted(object, { signal, persistence })
+              : !isOwnerNew || wasUnheard
+          // Holds: where it is no boolean it is a Job, as `object` is.
+          if (adopted) return { object: adopted === true ? object : (adopted as T), isNew: false }
+          const name = object.metadata?.name ?? ''
+          const message = `Another ${object.kind} has the name ${name}`
+          hindered(new WorkerError('startup_failed', message))
+        } else if (err.kind === 'quota') {
+          const message = `The namespace has no quota left: ${err.message}`
+          hindered(new WorkerError('unschedulable', message))
         } else {
           const message = `Kubernetes refuses to make the worker: ${err.message}`
           throw new WorkerError('startup_failed', message, { cause: err })
         }
-        await this.#view.change('any', signal)
+        if (isUrgent) await pause(GARBAGE_MS, undefined, { signal })
+        else await this.#view.change('any', signal)
       }
     }
+  }
+
+  /** Returns the Job that has the name of `wanted` and is for its task. Undefined: it is being removed, or another service's. */
+  async #adopted(
+    wanted: V1Job,
+    { signal, persistence }: { signal: AbortSignal; persistence: Persistence },
+  ): Promise<V1Job | undefined> {
+    const name = wanted.metadata?.name ?? ''
+    const find = () => this.#view.namedJob(name, signal)
+    const job = await this.#view.persistently(find, signal, persistence)
+    if (!job) return undefined
+    const taskOf = ({ metadata }: V1Job) => metadata?.annotations?.[ANNOTATIONS.taskId]
+    if (taskOf(job) !== taskOf(wanted)) {
+      throw new WorkerError('startup_failed', `Another task's worker has the name ${name}`)
+    }
+    return job.metadata?.deletionTimestamp ? undefined : job
   }
 
   async #withinCap(name: string, signal: AbortSignal, hindered: Hindered): Promise<void> {
@@ -150,22 +233,31 @@ export class JobMaker {
     const live = () => {
       const isEnded = ({ type, status }: { type: string; status: string }) =>
         ['Complete', 'Failed'].includes(type) && status === 'True'
-      const names = [...this.#view.jobs]
+      const names = this.#view.jobs
         .filter(({ status }) => !status?.conditions?.some(isEnded))
         .map(({ metadata }) => metadata?.name ?? '')
       return new Set([...names, ...this.#admitted]).size
     }
-    const isThere = () => [...this.#view.jobs].some(({ metadata }) => metadata?.name === name)
+    const isThere = () => this.#view.jobs.some(({ metadata }) => metadata?.name === name)
     while (live() >= workersMax && !isThere()) {
-      hindered('unschedulable', `There are ${workersMax} workers already, as many as may be`)
+      const message = `There are ${workersMax} workers already, as many as may be`
+      hindered(new WorkerError('unschedulable', message))
       await this.#view.change('any', signal)
     }
     this.#admitted.add(name)
   }
 
+  /** Throws `UnavailableError` while no worker could be given the task files. Packs them only after it has failed. */
+  async check(): Promise<void> {
+    if (this.#areFilesFine) return
+    const problem = await this.taskFilesProblem()
+    if (problem) throw new UnavailableError(`Workers cannot be given their files: ${problem}`)
+  }
+
   async taskFilesProblem(): Promise<string | undefined> {
     const { length } = (await this.#files()).zipped
-    if (length <= OBJECT_BYTES_MAX) return undefined
+    this.#areFilesFine = length <= OBJECT_BYTES_MAX
+    if (this.#areFilesFine) return undefined
     return `the tasks folder has ${length} bytes when compressed, and a ConfigMap takes ${OBJECT_BYTES_MAX}: bake task files into the image, or clone them with git_configs`
   }
 
@@ -179,6 +271,7 @@ export class JobMaker {
     if (!this.#filesKnown || this.#filesKnown.until < Date.now()) {
       this.#filesKnown = { known: this.#pack(), until: Date.now() + FILES_KNOWN_MS }
       this.#filesKnown.known.catch(() => {
+        this.#areFilesFine = false
         this.#filesKnown = undefined
       })
     }

@@ -1,14 +1,17 @@
 import { setTimeout as pause } from 'node:timers/promises'
 import type { V1Job, V1Pod } from '@kubernetes/client-node'
 import { Deadline } from '../../core/deadline.ts'
+import { UnavailableError } from '../../core/errors.ts'
 import { type Completion, type LogCursors, type Logger, WorkerError } from '../../core/ports.ts'
+import { until } from '../../core/until.ts'
 import { overLogLimit } from '../completion.ts'
 import { LogRing } from '../log-ring.ts'
-import { ApiError, type KubernetesApi } from './api.ts'
-import type { ClusterView } from './cluster-view.ts'
+import type { KubernetesApi } from './api.ts'
+import type { ClusterView, Persistence } from './cluster-view.ts'
+import { ApiError } from './failures.ts'
 import { LogCursor, type LogPosition } from './log-cursor.ts'
-import { ANNOTATIONS, TASK_CONTAINER } from './manifests.ts'
-import { deletedOutside, type Observation, observe, warningOf } from './observation.ts'
+import { ANNOTATIONS, maxLogBytesOf, TASK_CONTAINER } from './manifests.ts'
+import { deletedOutside, isOverdue, type Observation, observe, warningOf } from './observation.ts'
 import { PodLog } from './pod-log.ts'
 
 const RETRY_MS = 250
@@ -18,9 +21,14 @@ const LAST_LOG_MS = 30_000
 const FIRST_PIECE_MS = 1_000
 /** A Secret may come later than the pod that wants it. */
 const CONFIG_GRACE_MS = 10_000
+/** For a log to be counted on from where an earlier reader was. */
+const COUNTED_MS = 10_000
+/** For a kubelet to report, once the API is there again: it has to find its node's lease first. */
+const NODE_REPORT_MS = 45_000
+const NEVER_OVERDUE = 0
 
-/** What a worker waits for, told when it waited in vain. */
-export type Hindered = (reason: WorkerError['reason'], message: string) => void
+/** Is told what a worker waits for: what it fails with should it wait in vain. */
+export type Hindered = (why: WorkerError | UnavailableError) => void
 
 export interface JobWatchOptions {
   api: KubernetesApi
@@ -29,11 +37,14 @@ export interface JobWatchOptions {
   logBytesKept: number
   configGraceMs?: number | undefined
   lastLogMs?: number | undefined
+  nodeReportMs?: number | undefined
   logSilentMs?: number | undefined
   logCursors: LogCursors | undefined
   logCursorMs?: number | undefined
   /** Ends the task's pod. */
   end: () => Promise<void>
+  /** Puts the ConfigMap of the task files again. */
+  putFilesAgain: (configMapName: string, signal: AbortSignal) => Promise<void>
   /** The task's completion is known. */
   onEnded: () => void
   closing: AbortSignal
@@ -51,7 +62,9 @@ export class JobWatch {
   readonly #options: JobWatchOptions
   /** As it was given: stands for what the watches have not told yet, the first time. */
   #given: V1Job | undefined
-  readonly #annotations: Record<string, string>
+  readonly #maxLogBytes: number
+  /** Of the ConfigMap that its pod waits for. */
+  readonly #filesName: string
   #ended: Promise<Completion> | undefined
   readonly #cursor: LogCursor
   readonly #counted = Promise.withResolvers<void>()
@@ -61,13 +74,15 @@ export class JobWatch {
   constructor(job: V1Job, options: JobWatchOptions) {
     this.#given = job
     this.#options = options
-    this.#annotations = job.metadata?.annotations ?? {}
+    this.#maxLogBytes = maxLogBytesOf(job)
+    const volumes = job.spec?.template.spec?.volumes ?? []
+    this.#filesName = volumes.find(({ configMap }) => configMap)?.configMap?.name ?? ''
     this.name = job.metadata?.name ?? ''
     this.uid = job.metadata?.uid ?? ''
     this.ring = new LogRing(options.logBytesKept)
     this.#cursor = new LogCursor({
       ...{ cursors: options.logCursors, writeMs: options.logCursorMs, log: options.log },
-      taskId: this.#annotations[ANNOTATIONS.taskId] ?? '',
+      taskId: job.metadata?.annotations?.[ANNOTATIONS.taskId] ?? '',
     })
   }
 
@@ -75,20 +90,32 @@ export class JobWatch {
     return this.#completion
   }
 
-  /** Until the task runs, or has run. Throws a `WorkerError` when it never will. */
-  async started(signal: AbortSignal, hindered: Hindered): Promise<void> {
+  /**
+   * Waits until the task runs, or has run. Throws a `WorkerError` when it never will, and an `UnavailableError` when nothing
+   * is heard of it.
+   */
+  async started(signal: AbortSignal, hindered: Hindered): Promise<Observation['phase']> {
     const { view } = this.#options
+    const persistence = { rideMs: view.rideMs, hindered }
     let lookMs = view.lookMs
     let lookAt = Date.now() + lookMs
     let warning: ReturnType<typeof warningOf>
     for (;;) {
-      const { seen, pod } = await this.#observe(signal)
-      if (seen.phase !== 'waiting') return
-      if (this.#isVain(seen)) throw new WorkerError(seen.reason, seen.message)
+      view.throwIfBlind()
+      const { seen, pod } = await this.#observe(signal, persistence)
+      if (seen.phase !== 'waiting') return seen.phase
+      if (await this.#isVain(seen, signal, persistence)) {
+        throw new WorkerError(seen.reason, seen.message)
+      }
       const isUnclear = ['provisioning_timeout', 'unschedulable'].includes(seen.reason)
       const tell = () => {
-        if (!warning || !isUnclear) hindered(seen.reason, seen.message)
-        else hindered(warning.reason ?? seen.reason, `${seen.message}. ${warning.message}`)
+        const also = isUnclear ? warning : undefined
+        const message = also ? `${seen.message}. ${also.message}` : seen.message
+        hindered(
+          also?.reason === 'unavailable'
+            ? new UnavailableError(also.message)
+            : new WorkerError(also?.reason ?? seen.reason, message),
+        )
       }
       tell()
       const changed = view.change(this.uid, signal)
@@ -98,8 +125,13 @@ export class JobWatch {
         lookMs *= 2
         lookAt = Date.now() + lookMs
         const uid = pod?.metadata?.uid ?? this.uid
-        warning = warningOf(await view.events(uid, signal).catch(() => [])) ?? warning
+        const events = await view.events(uid, signal).catch(() => [])
+        warning = warningOf(events) ?? warning
         tell()
+        const isMissing = `configmap "${this.#filesName}" not found`
+        if (events.some(({ message }) => message?.includes(isMissing))) {
+          await this.#options.putFilesAgain(this.#filesName, signal)
+        }
       }
       await changed
     }
@@ -107,15 +139,28 @@ export class JobWatch {
 
   /** How the task ended, once it has. Rejects when the backend is closed. */
   ended(): Promise<Completion> {
-    this.#ended ??= this.#end()
-    // While we shut down nobody waits for it.
-    this.#ended.catch(() => {})
+    if (!this.#ended) {
+      const ended = this.#end()
+      this.#ended = ended
+      // While we shut down nobody waits for it. Whatever else went wrong is tried again by who asks next.
+      ended.catch(() => {
+        if (this.#ended === ended) this.#ended = undefined
+      })
+    }
     return this.#ended
   }
 
-  /** Settles once the ring's bytes are counted from where they were before a restart, or the task has ended. */
+  /**
+   * Settles once the ring's bytes are counted from where they were before a restart, or the task has ended. Throws
+   * `UnavailableError` when the log cannot be read.
+   */
   async counted(): Promise<void> {
-    await Promise.race([this.#counted.promise, this.ended()])
+    using deadline = new Deadline(COUNTED_MS, [])
+    const either = Promise.race([this.#counted.promise, this.ended()])
+    await until(either, deadline.signal).catch((err: unknown) => {
+      if (!deadline.signal.aborted) throw err
+      throw new UnavailableError('The log of the worker cannot be read at the moment')
+    })
   }
 
   /** Nobody reads on: settles once it is kept how far the log was read. */
@@ -127,7 +172,7 @@ export class JobWatch {
   phase(): Observation['phase'] {
     if (this.#completion) return 'ended'
     const { view } = this.#options
-    return observe(view.job(this.uid), view.pod(this.uid)).phase
+    return observe(view.job(this.uid), view.pod(this.uid), NEVER_OVERDUE).phase
   }
 
   async #end(): Promise<Completion> {
@@ -147,14 +192,17 @@ export class JobWatch {
         log ??= this.#logOf(podName, after)
         if (seen.phase === 'running') following ??= log.follow(signal)
       }
-      waitingSince = seen.phase === 'waiting' ? (waitingSince ?? Date.now()) : undefined
+      // Only while something is heard of it: what we are not told may have happened.
+      const isWaiting = seen.phase === 'waiting' && view.problem === undefined
+      waitingSince = isWaiting ? (waitingSince ?? Date.now()) : undefined
       // A queue has let it go, and it does not come up: nobody else looks at the time any more.
       const isTooLong =
         waitingSince !== undefined && Date.now() - waitingSince >= provisioningTimeoutMs
-      if (
-        seen.phase === 'ended' ||
-        (seen.phase === 'waiting' && (isTooLong || this.#isVain(seen)))
-      ) {
+      const isVain =
+        seen.phase === 'waiting' &&
+        ((isTooLong && (await this.#isStill('waiting', closing))) ||
+          (await this.#isVain(seen, closing)))
+      if (seen.phase === 'ended' || isVain) {
         log?.over()
         // The stream ends with the container; one that has stalled is not waited for.
         const lastLogMs = this.#options.lastLogMs ?? LAST_LOG_MS
@@ -177,8 +225,7 @@ export class JobWatch {
   }
 
   #completionOf(seen: Observation, pod: V1Pod | undefined): Completion {
-    if (this.#isOverLogLimit)
-      return overLogLimit(Number(this.#annotations[ANNOTATIONS.maxLogBytes]))
+    if (this.#isOverLogLimit) return overLogLimit(this.#maxLogBytes)
     if (seen.phase !== 'ended') {
       // Holds: nothing else ends without a completion. These reasons are no one's but a worker's.
       const { reason, message } = seen as Extract<Observation, { phase: 'waiting' }>
@@ -191,34 +238,65 @@ export class JobWatch {
     return wasDeleted && !this.isStopping ? deletedOutside() : seen.completion
   }
 
-  /** What is not there may not have been told yet: that it has gone is asked for. */
-  async #observe(signal: AbortSignal): Promise<{ seen: Observation; pod: V1Pod | undefined }> {
+  /** What is not there may not have been told yet: that it has gone, or its node, is asked for. */
+  async #observe(
+    signal: AbortSignal,
+    persistence: Persistence = {},
+  ): Promise<{ seen: Observation; pod: V1Pod | undefined }> {
     const { view } = this.#options
-    const last = view.lastPod(this.uid)
-    const judge = (job: V1Job | undefined, pod: V1Pod | undefined) => {
-      const seen = observe(job, pod)
-      const lastSeen = !pod && last ? observe(job, last) : undefined
-      return lastSeen?.phase === 'ended' ? { seen: lastSeen, pod: last } : { seen, pod }
-    }
     const job = view.job(this.uid) ?? this.#given
     this.#given = undefined
-    const told = judge(job, view.pod(this.uid))
-    if (told.pod || (told.seen.phase !== 'ended' && job)) return told
-    const asked = await view.look(this.name, this.uid, signal)
-    return judge(asked.job, asked.pod)
+    const told = this.#judge(job, view.pod(this.uid), NEVER_OVERDUE)
+    const isLost = told.pod && told.seen.phase !== 'ended' && isOverdue(told.pod, this.#heardNow())
+    if (!isLost && (told.pod || (told.seen.phase !== 'ended' && job))) return told
+    const asked = await view.look(this, signal, persistence)
+    return this.#judge(asked.job, asked.pod, this.#heardNow())
   }
 
-  #isVain(seen: Extract<Observation, { phase: 'waiting' }>): boolean {
-    const isConfig = seen.reason === 'startup_failed'
-    this.#stuckSince = isConfig ? (this.#stuckSince ?? Date.now()) : undefined
-    const graceMs = this.#options.configGraceMs ?? CONFIG_GRACE_MS
-    const isTooLong = this.#stuckSince !== undefined && Date.now() - this.#stuckSince >= graceMs
-    return seen.isHopeless || isTooLong
+  #judge(
+    job: V1Job | undefined,
+    pod: V1Pod | undefined,
+    now: number,
+  ): { seen: Observation; pod: V1Pod | undefined } {
+    const last = this.#options.view.lastPod(this.uid)
+    const lastSeen = !pod && last ? observe(job, last, now) : undefined
+    if (lastSeen?.phase === 'ended') return { seen: lastSeen, pod: last }
+    return { seen: observe(job, pod, now), pod }
+  }
+
+  /** The time by which pods are overdue. After an outage of the API kubelets come late, as we do. */
+  #heardNow(): number {
+    const { view, nodeReportMs = NODE_REPORT_MS } = this.#options
+    return view.heardMs >= nodeReportMs ? Date.now() : NEVER_OVERDUE
+  }
+
+  async #isVain(
+    seen: Extract<Observation, { phase: 'waiting' }>,
+    signal: AbortSignal,
+    persistence: Persistence = {},
+  ): Promise<boolean> {
+    const { view, configGraceMs = CONFIG_GRACE_MS } = this.#options
+    const isStuck = seen.reason === 'startup_failed' && view.problem === undefined
+    this.#stuckSince = isStuck ? (this.#stuckSince ?? Date.now()) : undefined
+    if (seen.isHopeless) return true
+    if (this.#stuckSince === undefined || Date.now() - this.#stuckSince < configGraceMs)
+      return false
+    return this.#isStill('startup_failed', signal, persistence)
+  }
+
+  /** Asks before the time is said to be up: watches may be late, or dead. */
+  async #isStill(
+    what: 'waiting' | 'startup_failed',
+    signal: AbortSignal,
+    persistence: Persistence = {},
+  ): Promise<boolean> {
+    const { job, pod } = await this.#options.view.look(this, signal, persistence)
+    const seen = observe(job, pod, NEVER_OVERDUE)
+    return seen.phase === 'waiting' && (what === 'waiting' || seen.reason === what)
   }
 
   #logOf(podName: string, after: LogPosition | undefined): PodLog {
     const { api, view, logSilentMs, end } = this.#options
-    const maxLogBytes = Number(this.#annotations[ANNOTATIONS.maxLogBytes])
     return new PodLog(api, {
       path: `${view.path('pods')}/${podName}/log`,
       container: TASK_CONTAINER,
@@ -228,7 +306,7 @@ export class JobWatch {
       onRead: (position) => {
         this.#counted.resolve()
         this.#cursor.moved(position)
-        if (this.ring.totalBytes <= maxLogBytes || this.#isOverLogLimit) return
+        if (this.ring.totalBytes <= this.#maxLogBytes || this.#isOverLogLimit) return
         this.#isOverLogLimit = true
         end().catch((err: unknown) =>
           this.#options.log.error({ err, worker: this.name }, 'ending a task failed'),
@@ -248,10 +326,10 @@ export class JobWatch {
         return ''
       } catch (err) {
         // Gone with its pod, or never begun.
-        if (err instanceof ApiError && [400, 404].includes(err.status)) return ''
+        if (err instanceof ApiError && ['invalid', 'not_found'].includes(err.kind)) return ''
         words ||= err instanceof Error ? err.message : String(err)
-        const isFinal = signal.aborted || (err instanceof ApiError && err.status < 500)
-        if (isFinal) return `[task-runner] The end of the log could not be read: ${words}\n`
+        if (signal.aborted || err instanceof ApiError)
+          return `[task-runner] The end of the log could not be read: ${words}\n`
         await pause(RETRY_MS, undefined, { signal }).catch(() => {})
       }
     }

@@ -1,6 +1,6 @@
-import { KubeConfig, type V1Job } from '@kubernetes/client-node'
+import type { V1Job } from '@kubernetes/client-node'
 import { Deadline } from '../../core/deadline.ts'
-import { TaskRunnerError } from '../../core/errors.ts'
+import { UnavailableError } from '../../core/errors.ts'
 import {
   type LogCursors,
   type Logger,
@@ -9,13 +9,16 @@ import {
   WorkerError,
   type WorkerSpec,
 } from '../../core/ports.ts'
+import { SharedLook } from '../../core/shared-look.ts'
 import { assertTasksFolder } from '../../core/tasks-folder.ts'
 import { until } from '../../core/until.ts'
-import { ApiError, ApiUnreachableError, KubernetesApi } from './api.ts'
-import { ClusterView } from './cluster-view.ts'
+import { KubernetesApi } from './api.ts'
+import { ClusterView, type Persistence } from './cluster-view.ts'
+import { ApiError, ApiUnavailableError, FAILURES } from './failures.ts'
 import { JobMaker, type JobSettings } from './job-maker.ts'
 import { JobWatch } from './job-watch.ts'
-import { ANNOTATIONS, LABELS } from './manifests.ts'
+import { loadKubeconfig } from './kubeconfig.ts'
+import { ANNOTATIONS, createdAtOf } from './manifests.ts'
 import { statusOf } from './observation.ts'
 import { missingRights, type Right } from './rights.ts'
 
@@ -35,10 +38,18 @@ export interface KubernetesSettings extends JobSettings {
   waits?: {
     /** Before we look for ourselves. */
     lookMs?: number
+    /** For the answer to a call. */
+    callMs?: number
+    /** For an API that does not answer, where the caller can come again. */
+    rideMs?: number
+    /** For a check to pass. */
+    checkMs?: number
     /** For what may still heal in a container's configuration. */
     configGraceMs?: number
     /** For the rest of an ended container's log. */
     lastLogMs?: number
+    /** For kubelets to report after an outage of the API. */
+    nodeReportMs?: number
     /** For a word of a watch, and of a log, until it is asked for anew. */
     watchIdleMs?: number
     logSilentMs?: number
@@ -59,8 +70,20 @@ export const RIGHTS: readonly Right[] = [
   { group: '', resource: 'secrets', verbs: ['create'] },
 ]
 const RIGHTS_KNOWN_MS = 300_000
+/** A right that is missing may be granted at any moment. */
+const MISSING_RIGHTS_KNOWN_MS = 5_000
+const CHECK_MS = 5_000
 /** For a worker to go after its grace period. */
 const GONE_MS = 10_000
+/** For a stopped task's node to be found lost, and its log to be read, after its grace period. */
+const STOPPED_MS = 90_000
+
+/** What is tried by a check: a worker with nothing of a task's own. */
+const TRIED: WorkerSpec = {
+  ...{ name: 'task-runner-check', taskId: 'check', taskFileName: 'check.sh', taskFolder: 'tasks' },
+  ...{ repositories: [], environment: {}, notes: [], keepAfterwards: false },
+  ...{ maxLogBytes: 1, timeoutSeconds: 1 },
+}
 
 /** Workers that are Jobs of a Kubernetes namespace. */
 export class KubernetesBackend implements WorkerBackend {
@@ -74,23 +97,27 @@ export class KubernetesBackend implements WorkerBackend {
   readonly #watches = new Map<string, JobWatch>()
   readonly #making = new Map<string, Promise<Worker>>()
   readonly #closing = new AbortController()
+  readonly #checks = new SharedLook(() => this.#check())
   #missingRights: { known: Promise<string[]>; until: number } | undefined
 
   constructor(settings: KubernetesSettings) {
     this.#settings = settings
     const { waits = {}, callsPerSecond, callsAtOnce } = settings
-    this.#api = new KubernetesApi(() => configOf(settings.kubeconfig), {
+    this.#api = new KubernetesApi(() => loadKubeconfig(settings.kubeconfig), {
       ...(callsPerSecond === undefined ? {} : { callsPerSecond }),
       ...(callsAtOnce === undefined ? {} : { callsAtOnce }),
+      ...(waits.callMs === undefined ? {} : { callMs: waits.callMs }),
     })
     const { config } = this.#api
     const context = config.getContextObject(config.getCurrentContext())
     this.#namespace = settings.namespace ?? context?.namespace ?? 'default'
     this.#view = new ClusterView(this.#api, {
       namespace: this.#namespace,
-      instance: settings.instance,
+      deployment: settings.deployment,
+      legacyInstance: settings.legacyInstance,
       log: settings.log,
       lookMs: waits.lookMs,
+      rideMs: waits.rideMs,
       watchIdleMs: waits.watchIdleMs,
       onJobGone: (uid) => this.#forgetIfGone(uid),
     })
@@ -121,21 +148,15 @@ export class KubernetesBackend implements WorkerBackend {
 
   async list(): Promise<Worker[]> {
     await this.#view.synced()
-    const query = { labelSelector: `${LABELS.instance}=${this.#settings.instance}` }
     const { items } = await this.#api.json<{ items: V1Job[] }>('GET', this.#view.path('jobs'), {
-      query,
+      ...{ query: { labelSelector: this.#view.labelSelector }, answer: 'JobList' },
     })
     return items.map((job) => this.#worker(job))
   }
 
-  async check(): Promise<void> {
-    await assertTasksFolder(this.#settings.tasksDir)
-    const missing = await this.#rights().catch((err: unknown) => {
-      throw new TaskRunnerError('workers_unavailable', messageOf(err), { cause: err })
-    })
-    if (missing.length === 0) return
-    const message = `The service account may not ${missing.join(', ')} in namespace ${this.#namespace}`
-    throw new TaskRunnerError('workers_unavailable', message)
+  /** One call each time, and one for each right now and then; who asks meanwhile shares it. */
+  check(): Promise<void> {
+    return this.#checks.at('provisioning')
   }
 
   taskFilesProblem(): Promise<string | undefined> {
@@ -155,17 +176,20 @@ export class KubernetesBackend implements WorkerBackend {
     signal: AbortSignal,
     mayStart: () => Promise<void>,
   ): Promise<Worker> {
-    let hindrance: { reason: WorkerError['reason']; message: string } = {
-      reason: 'provisioning_timeout',
-      message: 'The Kubernetes API did not answer in time',
-    }
-    const hindered = (reason: WorkerError['reason'], message: string) => {
-      hindrance = { reason, message }
+    const unheard = new UnavailableError('The Kubernetes API did not answer in time')
+    const last: { hindrance: WorkerError | UnavailableError } = { hindrance: unheard }
+    const hindered = (why: WorkerError | UnavailableError) => {
+      last.hindrance = why
     }
     try {
       await until(this.#view.synced(), signal)
-      const job = await this.#maker.make(spec, { signal, hindered, mayStart })
-      const watch = this.#watch(job)
+      const options = { signal, hindered, mayStart }
+      let made = await this.#maker.make(spec, options)
+      while (made.isNeverBegun) {
+        await this.#removed(this.#watch(made.job), signal)
+        made = await this.#maker.make(spec, options)
+      }
+      const watch = this.#watch(made.job)
       await watch.started(signal, hindered).catch((err: unknown) => {
         // Whoever ends it finds it by its name.
         this.#watches.delete(watch.uid)
@@ -173,17 +197,19 @@ export class KubernetesBackend implements WorkerBackend {
       })
       // From now on, whether anybody asks or not: a log that nobody reads may be lost.
       void watch.ended()
-      return this.#worker(job)
+      return this.#worker(made.job)
     } catch (err) {
       const isTimeout = signal.aborted && signal.reason instanceof DOMException
-      if (isTimeout && signal.reason.name === 'TimeoutError') {
-        const seconds = this.#settings.provisioningTimeoutMs / 1000
-        const { problem } = this.#view
-        const also = problem === undefined ? '' : `. The cluster cannot be watched: ${problem}`
-        const message = `The worker was not ready within ${seconds} seconds. ${hindrance.message}${also}`
-        throw new WorkerError(hindrance.reason, message, { cause: err })
+      if (!isTimeout || signal.reason.name !== 'TimeoutError') throw err
+      const { problem } = this.#view
+      if (problem !== undefined) {
+        throw new UnavailableError(`The cluster cannot be watched: ${problem}`, { cause: err })
       }
-      throw err
+      const { hindrance } = last
+      if (hindrance instanceof UnavailableError) throw hindrance
+      const seconds = this.#settings.provisioningTimeoutMs / 1000
+      const message = `The worker was not ready within ${seconds} seconds. ${hindrance.message}`
+      throw new WorkerError(hindrance.reason, message, { cause: err })
     }
   }
 
@@ -203,18 +229,22 @@ export class KubernetesBackend implements WorkerBackend {
       backend: this.name,
       image: annotations[ANNOTATIONS.image] ?? null,
       size: annotations[ANNOTATIONS.size] || null,
-      createdAt: Number(annotations[ANNOTATIONS.createdAt]),
+      createdAt: createdAtOf(job),
+      mayBeForeign: !this.#view.isOurs(job),
       status: async () => {
         await this.#view.synced()
         if ((held ?? this.#watches.get(uid))?.completion) return 'Completed'
         const now = await this.#view.namedJob(name, this.#closing.signal).catch((err: unknown) => {
           // The watches' word is the last that was heard.
-          if (err instanceof ApiUnreachableError) return this.#view.job(uid)
+          if (err instanceof ApiUnavailableError) return this.#view.job(uid)
           throw err
         })
         return statusOf(now?.metadata?.uid === uid ? now : undefined, this.#view.pod(uid))
       },
-      completion: async (signal) => until((await until(watched(), signal)).ended(), signal),
+      completion: async (signal) => {
+        const watch = await until(this.#view.persistently(watched, signal), signal)
+        return until(watch.ended(), signal)
+      },
       stop: async () => this.#stop(await watched()),
       logs: async ({ maxBytes }) => {
         const watch = await watched()
@@ -247,9 +277,12 @@ export class KubernetesBackend implements WorkerBackend {
       ...{ provisioningTimeoutMs, logBytesKept, logCursors, log },
       configGraceMs: waits.configGraceMs,
       lastLogMs: waits.lastLogMs,
+      nodeReportMs: waits.nodeReportMs,
       logSilentMs: waits.logSilentMs,
       logCursorMs: waits.logCursorMs,
       end: () => this.#delete(watch),
+      putFilesAgain: (name, signal) =>
+        this.#maker.putFilesAgain(name, { signal, hindered: () => {} }),
       onEnded: () => this.#forgetIfGone(uid),
     })
     this.#watches.set(uid, watch)
@@ -266,36 +299,46 @@ export class KubernetesBackend implements WorkerBackend {
     this.#view.forget(uid)
   }
 
-  /** Ends the task with its pod; its log was read by then, and what the pod ended with is told before it goes. */
+  /**
+   * Ends the task with its pod; its log was read by then, and what the pod ended with is told before it goes. Throws when that
+   * takes long, as when the API is away.
+   */
   async #stop(watch: JobWatch): Promise<void> {
     if (watch.completion) return
     watch.isStopping = true
     const ended = watch.ended()
-    await this.#delete(watch)
-    await ended
+    await this.#delete(watch, { rideMs: this.#view.rideMs })
+    using deadline = new Deadline(this.#settings.terminationGraceMs + STOPPED_MS, [])
+    await until(ended, deadline.signal)
   }
 
   /** Rejects when the worker does not go, as when its node is lost. */
   async #terminate(watch: JobWatch): Promise<void> {
-    const { name, uid } = watch
     watch.isStopping = true
-    await this.#making.get(name)?.catch(() => {})
+    await this.#making.get(watch.name)?.catch(() => {})
+    await this.#removed(watch, this.#closing.signal)
+  }
+
+  /** Removes a Job, and waits until it and its pod are gone. */
+  async #removed(watch: JobWatch, signal: AbortSignal): Promise<void> {
+    const { name, uid } = watch
     await this.#remove(name, uid)
     const { waits = {}, terminationGraceMs } = this.#settings
     const patienceMs = terminationGraceMs + (waits.goneMs ?? GONE_MS)
-    using deadline = new Deadline(patienceMs, [this.#closing.signal])
-    const { signal } = deadline
+    using deadline = new Deadline(patienceMs, [this.#closing.signal, signal])
     const isThere = () => this.#view.job(uid) !== undefined || this.#view.pod(uid) !== undefined
     try {
       while (isThere()) {
         // Job and pod are often seen to go one after the other.
-        if ((await this.#view.change(uid, signal)) || !isThere()) continue
+        if ((await this.#view.change(uid, deadline.signal)) || !isThere()) continue
         // Watches may be late: whether it is gone is asked.
-        const asked = await this.#view.look(name, uid, signal)
+        const asked = await this.#view.look(watch, deadline.signal)
         if (!asked.job && !asked.pod) break
       }
     } catch (err) {
       this.#closing.signal.throwIfAborted()
+      signal.throwIfAborted()
+      this.#view.throwIfBlind()
       throw new Error(`Worker ${name} does not go: is its node lost?`, { cause: err })
     }
     this.#watches.delete(uid)
@@ -303,9 +346,9 @@ export class KubernetesBackend implements WorkerBackend {
   }
 
   /** Of the very Job, and no other of its name. */
-  async #delete({ name, uid }: JobWatch): Promise<void> {
+  async #delete({ name, uid }: JobWatch, persistence: Persistence = {}): Promise<void> {
     const { signal } = this.#closing
-    await this.#view.persistently(() => this.#remove(name, uid), signal)
+    await this.#view.persistently(() => this.#remove(name, uid), signal, persistence)
   }
 
   async #remove(name: string, uid: string): Promise<void> {
@@ -320,27 +363,57 @@ export class KubernetesBackend implements WorkerBackend {
       })
     } catch (err) {
       // Gone, or another by now.
-      if (!(err instanceof ApiError && [404, 409].includes(err.status))) throw err
+      if (!(err instanceof ApiError && FAILURES[err.kind] === 'lost')) throw err
     }
   }
 
+  async #check(): Promise<void> {
+    using deadline = new Deadline(this.#settings.waits?.checkMs ?? CHECK_MS, [this.#closing.signal])
+    const { signal } = deadline
+    try {
+      await assertTasksFolder(this.#settings.tasksDir)
+      await until(this.#tryProvisioning(signal), signal)
+    } catch (err) {
+      if (err instanceof UnavailableError) throw err
+      const words = deadline.signal.aborted ? 'it does not answer in time' : messageOf(err)
+      throw new UnavailableError(`The Kubernetes API cannot be used: ${words}`, { cause: err })
+    }
+  }
+
+  async #tryProvisioning(signal: AbortSignal): Promise<void> {
+    const missing = await this.#rights()
+    if (missing.length > 0) {
+      const what = missing.join(', ')
+      throw new UnavailableError(
+        `The service account may not ${what} in namespace ${this.#namespace}`,
+      )
+    }
+    await this.#view.synced()
+    this.#view.throwIfBlind()
+    await this.#maker.check()
+    await this.#maker.tryJob(TRIED, signal).catch((err: unknown) => {
+      // What is wrong with one worker need not be so with another.
+      if (!(err instanceof ApiError && FAILURES[err.kind] === 'task')) throw err
+    })
+  }
+
+  /** Missing ones. Known for a while, and only shortly where there are some. */
   #rights(): Promise<string[]> {
     if (!this.#missingRights || this.#missingRights.until < Date.now()) {
       const known = missingRights(this.#api, this.#namespace, RIGHTS)
-      this.#missingRights = { known, until: Date.now() + RIGHTS_KNOWN_MS }
-      known.catch(() => {
-        this.#missingRights = undefined
-      })
+      const look = { known, until: Date.now() + RIGHTS_KNOWN_MS }
+      this.#missingRights = look
+      known.then(
+        ({ length }) => {
+          if (length > 0) look.until = Date.now() + MISSING_RIGHTS_KNOWN_MS
+        },
+        () => {
+          this.#missingRights = undefined
+        },
+      )
     }
     return this.#missingRights.known
   }
-}
-
-function configOf(path: string | undefined): KubeConfig {
-  const config = new KubeConfig()
-  if (path === undefined) config.loadFromDefault()
-  else config.loadFromFile(path)
-  return config
 }
 
 function messageOf(err: unknown): string {

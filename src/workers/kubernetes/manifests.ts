@@ -35,9 +35,12 @@ export const OBJECT_BYTES_MAX = 900 * 1024
 const SHOWS_NODE_LOSS_SECONDS = 60
 const JOB_DEADLINE_SLACK_SECONDS = 120
 const TTL_SECONDS = 3600
+/** Of a Date, https://tc39.es/ecma262/#sec-time-values-and-time-range */
+const TIME_MAX = 8.64e15
 
 export interface JobOptions {
-  instance: string
+  /** The service that the worker belongs to. */
+  deployment: string
   image: string
   /** Of the ConfigMap with the task files. */
   filesName: string
@@ -52,19 +55,19 @@ export interface JobOptions {
 }
 
 /** The task files, shared by all workers that have the same. `files`: a tar, compressed with gzip. */
-export function filesConfigMap(files: Buffer, instance: string): V1ConfigMap {
+export function filesConfigMap(files: Buffer, deployment: string): V1ConfigMap {
   const hash = createHash('sha256').update(files).digest('hex').slice(0, 16)
   return {
     apiVersion: 'v1',
     kind: 'ConfigMap',
-    metadata: { name: `task-runner-files-${hash}`, labels: labelsOf(instance) },
+    metadata: { name: `task-runner-files-${hash}`, labels: labelsOf(deployment) },
     immutable: true,
     binaryData: { 'files.tgz': files.toString('base64') },
   }
 }
 
 /** What is the worker's alone, its secrets among it. It goes with its Job. */
-export function ownSecret(spec: WorkerSpec, instance: string, jobUid: string): V1Secret {
+export function ownSecret(spec: WorkerSpec, deployment: string, jobUid: string): V1Secret {
   const data = ownFiles(spec).map(({ name, content }) => [
     name,
     Buffer.from(content).toString('base64'),
@@ -74,7 +77,7 @@ export function ownSecret(spec: WorkerSpec, instance: string, jobUid: string): V
     kind: 'Secret',
     metadata: {
       name: spec.name,
-      labels: labelsOf(instance),
+      labels: labelsOf(deployment),
       ownerReferences: [ownedBy(spec.name, jobUid)],
     },
     type: 'Opaque',
@@ -99,7 +102,7 @@ export function pullSecret(
     kind: 'Secret',
     metadata: {
       name: pullSecretName(spec.name),
-      labels: labelsOf(options.instance),
+      labels: labelsOf(options.deployment),
       ownerReferences: [ownedBy(spec.name, jobUid)],
     },
     type: 'kubernetes.io/dockerconfigjson',
@@ -114,7 +117,7 @@ function pullSecretName(workerName: string): string {
 
 /** One attempt, whose verdict stays readable after its pod has gone; nothing secret is in it. */
 export function workerJob(spec: WorkerSpec, options: JobOptions): V1Job {
-  const labels = labelsOf(options.instance)
+  const labels = labelsOf(options.deployment)
   const annotations = {
     [ANNOTATIONS.taskId]: spec.taskId,
     [ANNOTATIONS.size]: spec.size ?? '',
@@ -230,6 +233,19 @@ export function workerJob(spec: WorkerSpec, options: JobOptions): V1Job {
   }
 }
 
+/** In epoch ms; by the API server's clock where the annotation is missing or broken. */
+export function createdAtOf({ metadata }: V1Job): number {
+  const at = Number(metadata?.annotations?.[ANNOTATIONS.createdAt] ?? Number.NaN)
+  const isTime = at > 0 && at <= TIME_MAX
+  return isTime ? at : Date.parse(String(metadata?.creationTimestamp ?? '')) || 0
+}
+
+/** Nobody knows the limit of a worker whose annotation is missing or broken: it has none. */
+export function maxLogBytesOf({ metadata }: V1Job): number {
+  const bytes = Number(metadata?.annotations?.[ANNOTATIONS.maxLogBytes])
+  return bytes > 0 ? bytes : Number.POSITIVE_INFINITY
+}
+
 function ownedBy(jobName: string, uid: string): V1OwnerReference {
   return { apiVersion: 'batch/v1', kind: 'Job', name: jobName, uid }
 }
@@ -256,10 +272,10 @@ function resourcesOf({ resources }: WorkerSpec): V1ResourceRequirements {
   }
 }
 
-function labelsOf(instance: string): Record<string, string> {
+function labelsOf(deployment: string): Record<string, string> {
   return {
     [LABELS.name]: 'task-runner-worker',
     [LABELS.managedBy]: 'task-runner',
-    [LABELS.instance]: instance,
+    [LABELS.instance]: deployment,
   }
 }

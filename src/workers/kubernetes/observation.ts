@@ -9,6 +9,7 @@ import type {
 import type { Completion, WorkerStatus } from '../../core/ports.ts'
 import type { Reason } from '../../core/task.ts'
 import { completionOf, lost, parseExit } from '../completion.ts'
+import { FAILURES, kindOfRefusal } from './failures.ts'
 import { ANNOTATIONS, TASK_CONTAINER } from './manifests.ts'
 
 export type Observation =
@@ -29,7 +30,10 @@ const NODE_SHUTDOWN = ['Terminated', 'NodeShutdown', 'Shutdown']
 /** Kubelet and controllers warn so of what its user can change. */
 const MOUNT_WARNINGS = ['FailedMount', 'FailedAttachVolume']
 
-/** `pod` undefined: there is none (yet, or any more). `job` undefined: it was deleted. */
+/**
+ * `pod` undefined: there is none (yet, or any more). `job` undefined: it was deleted. `now` judges whether a pod's node is
+ * lost.
+ */
 export function observe(
   job: V1Job | undefined,
   pod: V1Pod | undefined,
@@ -62,11 +66,11 @@ export function statusOf(job: V1Job | undefined, pod: V1Pod | undefined): Worker
 
 /**
  * What events tell about why there is no running pod; undefined when they do not. `reason`: where it fits better
- * than what pod and Job tell.
+ * than what pod and Job tell; `unavailable`: no pod would be made, of whatever task.
  */
 export function warningOf(
   events: readonly CoreV1Event[],
-): { reason: Reason | undefined; message: string } | undefined {
+): { reason: Reason | 'unavailable' | undefined; message: string } | undefined {
   const byTime = events.toSorted((a, b) => timeOf(a) - timeOf(b))
   const last = byTime.findLast(({ type }) => type === 'Warning')
   const grows = events.some(({ reason }) => reason === 'TriggeredScaleUp')
@@ -74,9 +78,13 @@ export function warningOf(
   if (!last) return growing === undefined ? undefined : { reason: undefined, message: growing }
   const { reason = '', message: words = '' } = last
   const told = `${reason}: ${words}`
-  if (reason === 'FailedCreate' && /exceeded quota/.test(words)) {
+  const refusal = / is invalid: /.test(words) ? 'invalid' : kindOfRefusal(words)
+  if (reason === 'FailedCreate' && refusal === 'quota') {
     const message = `The namespace has no quota left: ${told}. Hint: raise the quota, or run fewer tasks at once`
     return { reason: 'unschedulable', message }
+  }
+  if (reason === 'FailedCreate' && FAILURES[refusal] === 'ours') {
+    return { reason: 'unavailable', message: `The cluster makes no pods: ${told}` }
   }
   if (reason === 'FailedCreate') {
     const message = `The cluster refuses the pod: ${told}. Hint: ask who runs the cluster about its admission rules`
@@ -165,7 +173,7 @@ function disrupted(pod: V1Pod, job: V1Job | undefined): Completion | undefined {
 }
 
 /** Told to end, and its grace period is long over: nobody is there to end it. */
-function isOverdue({ metadata }: V1Pod, now: number): boolean {
+export function isOverdue({ metadata }: V1Pod, now: number): boolean {
   const at = Date.parse(String(metadata?.deletionTimestamp ?? ''))
   return now - at > NODE_LOSS_SLACK_MS
 }

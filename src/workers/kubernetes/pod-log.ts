@@ -1,6 +1,7 @@
 import { setTimeout as pause } from 'node:timers/promises'
 import { LogRing } from '../log-ring.ts'
-import { ApiError, type KubernetesApi } from './api.ts'
+import type { KubernetesApi } from './api.ts'
+import { ApiError, ApiUnavailableError } from './failures.ts'
 import type { LogPosition } from './log-cursor.ts'
 
 /** A stream that is silent for so long is asked whether it has stalled: across rotations some do (kubernetes#59902). */
@@ -67,9 +68,9 @@ export class PodLog {
       const before = this.#ring.totalBytes
       const isRefused = await this.#read({ follow: true, signal }).then(
         () => false,
-        (err: unknown) => err instanceof ApiError,
+        (err: unknown) => err instanceof ApiError || err instanceof ApiUnavailableError,
       )
-      // One that refuses for good, for want of rights, is not asked for ever.
+      // A node that is away, or a right that is missing: neither is asked twice a second.
       const isFutile = isRefused && this.#ring.totalBytes === before
       waitMs = isFutile ? Math.min(waitMs * 2, RETRY_MAX_MS) : RETRY_MS
       await pause(waitMs, undefined, { signal: either }).catch(() => {})
@@ -100,7 +101,7 @@ export class PodLog {
           ...(isFollowing ? { follow: 'true' } : {}),
           ...(this.#last.time === '' ? {} : { sinceTime: sinceOf(this.#last.time) }),
         },
-        signal: AbortSignal.any([signal, silent.signal]),
+        ...{ type: 'text', signal: AbortSignal.any([signal, silent.signal]) },
       })
       for await (const chunk of stream) {
         timer.refresh()

@@ -1,6 +1,7 @@
 import { setTimeout as pause } from 'node:timers/promises'
 import type { Logger } from '../../core/ports.ts'
-import { ApiError, type KubernetesApi } from './api.ts'
+import type { KubernetesApi } from './api.ts'
+import { ApiError, ApiUnavailableError, type FailureKind } from './failures.ts'
 
 const PAGE_SIZE = 500
 /** A watch is ended by the server after this; both at random, so that many do not come back together. */
@@ -8,11 +9,18 @@ const WATCH_SECONDS = 240
 const WATCH_SECONDS_SPREAD = 60
 /** A connection that is dead says nothing, and neither does a quiet cluster: a new watch costs one call. */
 const IDLE_MS = 30_000
+/** For a watch to be answered. */
+const ANSWER_MS = 10_000
 const RETRY_MS = 1_000
 const RETRY_MAX_MS = 30_000
 /** Some servers only close a watch whose version is too old (kubernetes#137089). */
 const EMPTY_WATCHES_MAX = 3
 const EMPTY_WATCH_MS = 5_000
+/** Failures after which a watch can go on from the version seen last. */
+const PASSING: readonly FailureKind[] = [
+  ...(['unreachable', 'timed_out', 'credentials', 'unauthorized'] as const),
+  ...(['busy', 'server_error'] as const),
+]
 
 interface Resource {
   metadata?: { uid?: string; resourceVersion?: string; managedFields?: unknown }
@@ -28,6 +36,7 @@ export class Reflector<T extends Resource> {
   readonly #api: KubernetesApi
   readonly #path: string
   readonly #labelSelector: string
+  readonly #answer: string
   readonly #onChange: (object: T) => void
   readonly #onDeleted: (last: T) => void
   readonly #log: Logger
@@ -37,14 +46,19 @@ export class Reflector<T extends Resource> {
   #running: Promise<void> | undefined
   /** The last one seen: a watch goes on from there. Undefined: there has to be a list first. */
   #version: string | undefined
-  /** Why it could not be listed or watched last; undefined while it can be. */
-  problem: string | undefined
+  #listedAt = Number.NEGATIVE_INFINITY
+  /** Why it cannot be listed or watched, and since when (`performance.now()`); undefined while a watch is answered. */
+  problem: { message: string; since: number } | undefined
+  /** Since when it could be watched without a longer break (`performance.now()`). */
+  watchedSince: number | undefined
 
   constructor(
     api: KubernetesApi,
     options: {
       path: string
       labelSelector: string
+      /** The kind of its list, such as `JobList`. */
+      answer: string
       onChange: (object: T) => void
       /** With what was told last about it. */
       onDeleted: (last: T) => void
@@ -56,6 +70,7 @@ export class Reflector<T extends Resource> {
     this.#api = api
     this.#path = options.path
     this.#labelSelector = options.labelSelector
+    this.#answer = options.answer
     this.#onChange = options.onChange
     this.#onDeleted = options.onDeleted
     this.#log = options.log
@@ -81,31 +96,46 @@ export class Reflector<T extends Resource> {
     let waitMs = RETRY_MS
     let emptyWatches = 0
     while (!signal.aborted) {
-      const began = Date.now()
+      const began = performance.now()
+      const told = { events: 0, isAnswered: false }
+      const isGood = () =>
+        told.events > 0 || (told.isAnswered && performance.now() - began >= EMPTY_WATCH_MS)
+      let mustWait = false
       try {
         if (this.#version === undefined) await this.#list()
         this.#synced.resolve()
-        const { events } = await this.#watch(this.#version ?? '')
-        this.problem = undefined
-        if (events > 0 || Date.now() - began >= EMPTY_WATCH_MS) {
-          emptyWatches = 0
-          waitMs = RETRY_MS
-          continue
-        }
-        emptyWatches += 1
+        await this.#watch(this.#version ?? '', told)
+        mustWait = !isGood()
+        emptyWatches = mustWait ? emptyWatches + 1 : 0
         if (emptyWatches >= EMPTY_WATCHES_MAX) this.#version = undefined
       } catch (err) {
         if (signal.aborted) return
-        if (err instanceof SilentError) continue
-        // What we have seen last is too old to go on from, or nobody knows what it was.
-        if (err instanceof ApiError || err instanceof ExpiredError) this.#version = undefined
-        this.problem = err instanceof Error ? err.message : String(err)
-        this.#log.warn({ err, path: this.#path }, 'watching was interrupted')
+        const isSilent = err instanceof SilentError && told.isAnswered
+        if (!isSilent) this.#failed(err)
+        mustWait = !isSilent && !(isExpired(err) && this.#isListOld())
       }
+      // An outage that is over must not make us slow to notice the next.
+      if (isGood()) waitMs = RETRY_MS
+      if (!mustWait) continue
       const jitter = 0.5 + Math.random()
       await pause(waitMs * jitter, undefined, { signal }).catch(() => {})
       waitMs = Math.min(waitMs * 2, RETRY_MAX_MS)
     }
+  }
+
+  #failed(err: unknown): void {
+    const kind =
+      err instanceof ApiError || err instanceof ApiUnavailableError ? err.kind : undefined
+    // What we have seen last is too old to go on from, or nobody knows what it was.
+    if (isExpired(err) || (kind && !PASSING.includes(kind))) this.#version = undefined
+    const message = err instanceof Error ? err.message : String(err)
+    this.problem = { message, since: this.problem?.since ?? performance.now() }
+    this.#log.warn({ err, path: this.#path }, 'watching was interrupted')
+  }
+
+  /** A restart of the API server forgets what watches continue from: that is no reason to wait. */
+  #isListOld(): boolean {
+    return performance.now() - this.#listedAt >= EMPTY_WATCH_MS
   }
 
   async #list(): Promise<void> {
@@ -123,7 +153,7 @@ export class Reflector<T extends Resource> {
           limit: PAGE_SIZE,
           ...(next === undefined ? {} : { continue: next }),
         },
-        signal,
+        ...{ signal, answer: this.#answer },
         isUrgent: true,
       })
       for (const item of page.items) found.set(item.metadata?.uid ?? '', item)
@@ -134,14 +164,15 @@ export class Reflector<T extends Resource> {
     for (const [uid, last] of this.objects) if (!found.has(uid)) this.#remove(uid, last)
     for (const [uid, item] of found) this.#put(uid, item)
     this.#version = version
+    this.#listedAt = performance.now()
   }
 
-  /** Until the server ends it. */
-  async #watch(from: string): Promise<{ events: number }> {
+  /** Settles when the server ends it. */
+  async #watch(from: string, told: { events: number; isAnswered: boolean }): Promise<void> {
     const idle = new AbortController()
-    const timer = setTimeout(() => idle.abort(new SilentError()), this.#idleMs)
+    const abort = () => idle.abort(new SilentError())
+    let timer = setTimeout(abort, Math.min(this.#idleMs, ANSWER_MS))
     const signal = AbortSignal.any([this.#stopped.signal, idle.signal])
-    let events = 0
     try {
       const seconds = WATCH_SECONDS + Math.floor(Math.random() * WATCH_SECONDS_SPREAD)
       const stream = await this.#api.stream(this.#path, {
@@ -149,9 +180,16 @@ export class Reflector<T extends Resource> {
           ...{ labelSelector: this.#labelSelector, resourceVersion: from },
           ...{ watch: 'true', allowWatchBookmarks: 'true', timeoutSeconds: seconds },
         },
-        signal,
+        ...{ signal, type: 'json' },
         isUrgent: true,
       })
+      told.isAnswered = true
+      clearTimeout(timer)
+      timer = setTimeout(abort, this.#idleMs)
+      const now = performance.now()
+      const isBack = this.problem && now - this.problem.since >= EMPTY_WATCH_MS
+      if (isBack || this.watchedSince === undefined) this.watchedSince = now
+      this.problem = undefined
       const decoder = new TextDecoder()
       let unread: string[] = []
       for await (const chunk of stream) {
@@ -160,12 +198,10 @@ export class Reflector<T extends Resource> {
         // Put together once a line is whole: chunks may be single bytes.
         unread.push(head)
         for (const line of lines) {
-          this.#apply(unread.join(''))
-          events += 1
+          if (this.#apply(unread.join(''))) told.events += 1
           unread = [line]
         }
       }
-      return { events }
     } catch (err) {
       throw idle.signal.aborted ? idle.signal.reason : err
     } finally {
@@ -173,9 +209,9 @@ export class Reflector<T extends Resource> {
     }
   }
 
-  /** One event. One that cannot be read must not stop the others. */
-  #apply(line: string): void {
-    if (line === '') return
+  /** One event. One that cannot be read must not stop the others: false then. */
+  #apply(line: string): boolean {
+    if (line === '') return false
     try {
       const { type, object } = JSON.parse(line) as {
         type: 'ADDED' | 'MODIFIED' | 'DELETED' | 'BOOKMARK' | 'ERROR'
@@ -184,12 +220,15 @@ export class Reflector<T extends Resource> {
       if (type === 'ERROR') throw new ExpiredError(object?.message)
       const { uid, resourceVersion } = object.metadata ?? {}
       this.#version = resourceVersion ?? this.#version
-      if (type === 'BOOKMARK' || uid === undefined) return
+      if (type === 'BOOKMARK') return true
+      if (uid === undefined) return false
       if (type === 'DELETED') this.#remove(uid, object)
       else this.#put(uid, object)
+      return true
     } catch (err) {
       if (err instanceof ExpiredError) throw err
       this.#log.warn({ err, path: this.#path }, 'an event could not be read')
+      return false
     }
   }
 
@@ -214,10 +253,20 @@ export class Reflector<T extends Resource> {
   }
 }
 
+/** An event says so; where the answer itself does, that is an `ApiUnavailableError`. */
 class ExpiredError extends Error {
   override name = 'ExpiredError'
 }
 
+function isExpired(err: unknown): boolean {
+  const isAnswer = err instanceof ApiUnavailableError && err.kind === 'expired'
+  return isAnswer || err instanceof ExpiredError
+}
+
 class SilentError extends Error {
   override name = 'SilentError'
+
+  constructor() {
+    super('The Kubernetes API does not answer a watch')
+  }
 }

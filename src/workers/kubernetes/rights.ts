@@ -1,4 +1,5 @@
 import type { KubernetesApi } from './api.ts'
+import { ApiUnavailableError } from './failures.ts'
 
 const REVIEWS = '/apis/authorization.k8s.io/v1/selfsubjectaccessreviews'
 
@@ -9,8 +10,22 @@ export interface Right {
   verbs: readonly string[]
 }
 
-/** Those that we do not have in the namespace, in words: `get pods/log`. Throws what the API does. */
+/** Returns those that we do not have in the namespace, in words: `get pods/log`. Throws what the API does. */
 export async function missingRights(
+  api: KubernetesApi,
+  namespace: string,
+  rights: readonly Right[],
+): Promise<string[]> {
+  try {
+    return await reviewed(api, namespace, rights)
+  } catch (err) {
+    // A cluster may forbid the question itself: then it is the calls that tell.
+    if (err instanceof ApiUnavailableError && err.kind === 'forbidden') return []
+    throw err
+  }
+}
+
+async function reviewed(
   api: KubernetesApi,
   namespace: string,
   rights: readonly Right[],
@@ -26,11 +41,11 @@ export async function missingRights(
         ...{ apiVersion: 'authorization.k8s.io/v1', kind: 'SelfSubjectAccessReview' },
         spec: { resourceAttributes },
       }
-      const { status } = await api.json<{ status: { allowed: boolean } }>('POST', REVIEWS, {
-        body,
+      const { status } = await api.json<{ status?: { allowed?: boolean } }>('POST', REVIEWS, {
+        ...{ body, answer: 'SelfSubjectAccessReview' },
         isUrgent: true,
       })
-      return status.allowed ? [] : [`${verb} ${resource}`]
+      return status?.allowed ? [] : [`${verb} ${resource}`]
     }),
   )
   return (await Promise.all(asked)).flat()

@@ -19,6 +19,8 @@ export interface Fault {
   status?: { code: number; reason?: string; message?: string; retryAfterSeconds?: number }
   /** Answers with a proxy's page instead: 502 text/html. */
   html?: string
+  /** Answers with this instead, as a server does that is not the API's. */
+  answer?: { code: number; contentType: string; body: string }
   /** Handles the request only after this long. */
   latencyMs?: number
   /** Handles the request at once, and answers only after this long. */
@@ -54,6 +56,7 @@ const REASONS: Record<number, string> = {
   400: 'BadRequest',
   401: 'Unauthorized',
   403: 'Forbidden',
+  405: 'MethodNotAllowed',
   409: 'Conflict',
   410: 'Expired',
   429: 'TooManyRequests',
@@ -98,7 +101,7 @@ export function createFaults(clock: Clock): FaultsInternal {
   }
 
   async function strike(fault: Fault, response: ServerResponse): Promise<boolean> {
-    const { status, html, drop, reset } = fault
+    const { status, html, answer, drop, reset } = fault
     const destroy = () => {
       const socket = response.socket as Socket | null
       if (reset) socket?.resetAndDestroy()
@@ -112,6 +115,11 @@ export function createFaults(clock: Clock): FaultsInternal {
     if (fault.latencyMs) await wait(fault.latencyMs)
     if (html !== undefined) {
       response.writeHead(502, { 'content-type': 'text/html' }).end(html)
+      return false
+    }
+    if (answer) {
+      const { code, contentType, body } = answer
+      response.writeHead(code, { 'content-type': contentType }).end(body)
       return false
     }
     if (status) {
