@@ -7,6 +7,7 @@ import type {
   Logger,
   NewDelivery,
 } from './ports.ts'
+import { DamagedTaskError } from './ports.ts'
 import { longestDelaysMs, type RetrySchedule, retryDelayMs } from './retry.ts'
 import { type CallbackStatus, traceOf } from './task.ts'
 
@@ -262,11 +263,28 @@ export class CallbackDispatcher {
     this.#isBounded = true
   }
 
+  /** Undefined: there is nothing to send. Where nobody can know any more what that is, the delivery is given up. */
+  async #contentOf(due: DueDelivery): Promise<DeliveryContent | undefined> {
+    try {
+      return await this.#store.content(due.taskId)
+    } catch (err) {
+      if (!(err instanceof DamagedTaskError)) throw err
+      const attempt = { number: due.attempts + 1, startedAt: this.#now(), durationMs: 0 }
+      await this.#store.recordAttempt(
+        due.taskId,
+        { ...attempt, statusCode: null, error: err.message },
+        { status: 'given_up', nextAttemptAt: null },
+        due.leaseUntil,
+      )
+      return undefined
+    }
+  }
+
   async #attempt(due: DueDelivery, known?: DeliveryContent): Promise<void> {
     const { taskId } = due
     this.#dues.set(taskId, due)
     try {
-      const content = known ?? (await this.#store.content(taskId))
+      const content = known ?? (await this.#contentOf(due))
       if (!content) return
       const startedAt = this.#now()
       // We were held up, and it may be another instance's by now: whoever looks when the lease is over has it.

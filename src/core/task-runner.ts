@@ -20,7 +20,7 @@ import type {
   Worker,
   WorkerBackend,
 } from './ports.ts'
-import { WorkerError } from './ports.ts'
+import { DamagedTaskError, WorkerError } from './ports.ts'
 import { Provisioning } from './provisioning.ts'
 import type { Slot } from './slots.ts'
 import { isFinal, type Outcome, type Task, traceOf } from './task.ts'
@@ -156,14 +156,24 @@ export class TaskRunner {
     const task = await this.#store.requestCancel(taskId, this.#options.now())
     if (task?.status === 'queued') {
       this.#queue.remove(taskId)
-      const full = await this.#store.get(taskId)
+      const full = await this.#known(taskId)
       if (full) await this.#settle({ ...full, claim: task.claim }, CANCELLED)
     }
     // A run that claimed the task meanwhile reads the request with its claim, or hears it here or elsewhere.
     this.hearCancel(taskId)
-    const now = await this.#store.get(taskId)
+    const now = await this.#known(taskId)
     if (!now) throw new TaskRunnerError('task_not_found', `There is no task "${taskId}"`)
     return now
+  }
+
+  /** The task, also where its parameters are damaged. */
+  async #known(taskId: string): Promise<Task | undefined> {
+    try {
+      return await this.#store.get(taskId)
+    } catch (err) {
+      if (err instanceof DamagedTaskError) return err.task
+      throw err
+    }
   }
 
   /** Someone wants the task ended. Nothing happens unless it runs here. */
@@ -197,9 +207,21 @@ export class TaskRunner {
   /** The whole story. Never rejects. False: the task is final, or somebody else's. */
   async #run({ taskId, claim }: SeenTask, run: Run, slot: Slot): Promise<boolean> {
     const letGo = run.letGo.signal
-    const claiming = () => this.#store.claim(taskId, this.#options.now(), claim)
+    const claiming = async () => {
+      try {
+        return await this.#store.claim(taskId, this.#options.now(), claim)
+      } catch (err) {
+        if (err instanceof DamagedTaskError) return err
+        throw err
+      }
+    }
     const task = await this.#repeat('claiming a task', claiming, { signal: letGo })
     if (!task) return letGo.aborted
+    if (task instanceof DamagedTaskError) {
+      // No waiting mends that, and nobody can know what the worker was given.
+      await this.#settle(task.task, failure('internal_error', task.message))
+      return true
+    }
     await this.#seeTaskThrough(task, run, slot)
     return true
   }

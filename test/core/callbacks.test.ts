@@ -209,6 +209,22 @@ describe('CallbackDispatcher', () => {
     expect(Math.abs((sender.sent[0]?.timestamp ?? 0) - now() / 1000)).toBeLessThan(60)
   })
 
+  test('a delivery whose address nobody can read any more is given up, and says so', async () => {
+    const [damaged, sound] = [await commit(A), await commit(B)]
+    await connection.db
+      .updateTable('tasks')
+      .set({ sealed: Buffer.from('damaged') })
+      .where('task_id', '=', damaged)
+      .execute()
+    sender.answer = () => OK
+    open().start()
+    await statusOf(sound, 'delivered')
+    await statusOf(damaged, 'given_up')
+    expect((await store.state(damaged))?.attempts).toMatchObject([
+      { number: 1, statusCode: null, error: expect.stringContaining('are damaged') },
+    ])
+  })
+
   test('the first attempt of a delivery just committed is made at once, and only once', async () => {
     const dispatcher = open()
     dispatcher.start()

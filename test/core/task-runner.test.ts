@@ -607,6 +607,31 @@ describe('TaskRunner', () => {
       expect(await finalOf(task)).toMatchObject({ status: 'failed', reason: 'worker_lost' })
     })
 
+    test('with the stored parameters of a task ends that task, and no other', async () => {
+      const [damaged, cancelled, sound] = [await stored(), await stored(), await stored()]
+      for (const { taskId } of [damaged, cancelled]) {
+        await connection.db
+          .updateTable('tasks')
+          .set({ sealed: Buffer.from('damaged') })
+          .where('task_id', '=', taskId)
+          .execute()
+      }
+      const { runner } = open()
+      await runner.cancel(cancelled.taskId)
+      await runner.start()
+      ;(await workerOf(sound)).ended.resolve(DONE)
+      expect(await finalOf(sound)).toMatchObject({ status: 'succeeded' })
+      const ends = async () =>
+        Object.fromEntries((await store.list({ limit: 9 })).map((task) => [task.taskId, task]))
+      await expect
+        .poll(async () => (await ends())[damaged.taskId], WAIT)
+        .toMatchObject({
+          ...{ status: 'failed', reason: 'internal_error' },
+          message: expect.stringContaining('are damaged'),
+        })
+      expect((await ends())[cancelled.taskId]).toMatchObject({ status: 'cancelled' })
+    })
+
     test('a store that is full lets the worker free its space', async () => {
       let isFull = true
       const finish: TaskStore['finish'] = async (...args) => {
