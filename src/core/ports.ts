@@ -93,6 +93,7 @@ export interface LogTail {
 
 export interface Worker {
   readonly name: string
+  /** Empty where the task made away with what told it. */
   readonly taskId: string
   readonly backend: string
   readonly image: string | null

@@ -23,13 +23,16 @@ export class Provisioning {
     this.#options = options
   }
 
-  /** The task's worker, if there is one: another task's worker of the same name is none of this one. */
+  /**
+   * The task's worker, if there is one: another task's worker of the same name is none of this one. One that tells no task is
+   * this one's, and lost.
+   */
   async find({
     taskId,
     workerName,
   }: Pick<Task, 'taskId' | 'workerName'>): Promise<Worker | undefined> {
     const worker = await this.#options.backend.find(workerName)
-    return worker?.taskId === taskId ? worker : undefined
+    return worker && ['', taskId].includes(worker.taskId) ? worker : undefined
   }
 
   /**

@@ -215,7 +215,12 @@ export class TaskRunner {
         throw err
       }
     }
-    const task = await this.#repeat('claiming a task', claiming, { signal: letGo })
+    const task = await this.#repeat('claiming a task', claiming, {
+      signal: letGo,
+      onFailure: async () => {
+        if (claim > 0) await this.#freeSpaceOf(taskId)
+      },
+    })
     if (!task) return letGo.aborted
     if (task instanceof DamagedTaskError) {
       // No waiting mends that, and nobody can know what the worker was given.
@@ -244,7 +249,7 @@ export class TaskRunner {
         task.startedAt = startedAt
         // Together: a short task ends before the disk has taken down that it began.
         const seeing = this.#seeThrough(worker, { ...task, startedAt }, run)
-        const marking = this.#markRunning(task, startedAt, run)
+        const marking = this.#markRunning(task, startedAt, { run, worker })
         outcome = await seeing.finally(() => marking)
       }
     } catch (err) {
@@ -259,13 +264,27 @@ export class TaskRunner {
   }
 
   /** Never rejects. Lets go of the run when the task is not ours any more. */
-  async #markRunning(task: ClaimedTask, startedAt: number, run: Run): Promise<void> {
+  async #markRunning(
+    task: ClaimedTask,
+    startedAt: number,
+    { run, worker }: { run: Run; worker: Worker },
+  ): Promise<void> {
     const marking = () => this.#store.markRunning(task, startedAt)
-    const letGo = run.letGo.signal
-    const isOurs = await this.#repeat('marking a task running', marking, { signal: letGo })
+    const isOurs = await this.#repeat('marking a task running', marking, {
+      signal: run.letGo.signal,
+      // It may have ended meanwhile, and have filled the disk.
+      onFailure: async () => worker.freeSpace?.(),
+    })
     if (isOurs === false) run.letGo.abort()
     const { taskId, workerName } = task
     if (isOurs) this.#log.info({ taskId, ...traceOf(task), worker: workerName }, 'task running')
+  }
+
+  /** The worker of an earlier process may have filled the disk, and ended. */
+  async #freeSpaceOf(taskId: string): Promise<void> {
+    const task = await this.#store.get(taskId)
+    const worker = task && (await this.#provisioning.find(task))
+    await worker?.freeSpace?.()
   }
 
   /**

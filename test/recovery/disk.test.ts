@@ -119,6 +119,51 @@ describe.concurrent('on a full disk', () => {
     TIMEOUT_MS,
   )
 
+  test.for(['file', 'other', 'log'])(
+    'a task that filled it (by a %s) ends with its true outcome by itself, and the next one runs',
+    { timeout: TIMEOUT_MS },
+    async (fill, context) => {
+      await using disk = mountSmallDisk(context, 'size=24m')
+      const dataDir = join(disk.folder, 'data')
+      await using stage = await startStage({ dataDir })
+      const service = await stage.start()
+      await stage.submit(service, 'fill', 'r-fill.sh', { env: { FILL: fill } })
+      expect(await finalTask(service, 'fill')).toMatchObject({
+        status: 'failed',
+        reason: 'exit_code',
+        exit_code: 4,
+      })
+      const { body } = await stage.callbackOf('fill')
+      if (fill === 'log') expect(body.logs.length).toBeGreaterThan(4_000_000)
+      await stage.open('next', 'before', 'during', 'after')
+      await eventually(() => stage.submit(service, 'next', 'r-story.sh'))
+      expect(await finalTask(service, 'next')).toMatchObject({ status: 'succeeded' })
+      await expectNoWorkers(service, dataDir)
+    },
+  )
+
+  test(
+    'a task that filled it before the service was killed ends with its true outcome after the restart',
+    async (context) => {
+      await using disk = mountSmallDisk(context, 'size=24m')
+      const dataDir = join(disk.folder, 'data')
+      await using stage = await startStage({ dataDir })
+      const service = await stage.start()
+      await stage.submit(service, 'fill', 'r-fill-late.sh')
+      await stage.made('fill', 'started')
+      await eventually(async () =>
+        expect((await get(service, '/tasks/fill')).body.status).toBe('running'),
+      )
+      await service.kill()
+      await stage.open('fill', 'go')
+      await stage.made('fill', 'filled')
+      const next = await stage.start()
+      expect(await finalTask(next, 'fill')).toMatchObject({ reason: 'exit_code', exit_code: 4 })
+      await expectNoWorkers(next, dataDir)
+    },
+    TIMEOUT_MS,
+  )
+
   test.for([
     // Enough to begin with a worker's folder, not to finish it.
     {
@@ -130,7 +175,7 @@ describe.concurrent('on a full disk', () => {
     // What is thrown away then makes room for the next one.
     { folder: 'a used folder', warmUps: ['warm-up'], inodesLeft: 0, taskIds: ['no-room-1'] },
   ])(
-    'tasks whose worker cannot be made in $folder fail, say so and leave nothing, and later ones run',
+    'tasks whose worker cannot be made in $folder wait, and run once there is room',
     { timeout: TIMEOUT_MS },
     async ({ warmUps, inodesLeft, taskIds }, context) => {
       await using disk = mountSmallDisk(context, 'size=32m,nr_inodes=400')
@@ -145,21 +190,31 @@ describe.concurrent('on a full disk', () => {
       await expectNoWorkers(service, dataDir)
 
       disk.fillInodes(inodesLeft)
-      for (const taskId of taskIds) await stage.submit(service, taskId, 'r-story.sh')
       for (const taskId of taskIds) {
-        expect(await finalTask(service, taskId)).toMatchObject({
-          status: 'failed',
-          reason: 'internal_error',
-          message: expect.stringMatching(/ENOSPC.*disk full/),
-        })
-        expect((await stage.callbackOf(taskId)).body.success).toBe(false)
+        await stage.open(taskId, 'before', 'during', 'after')
+        await stage.submit(service, taskId, 'r-story.sh')
+      }
+      await eventually(async () => {
+        const { status, body } = await get(service, '/health/ready')
+        expect([status, body.parts]).toEqual([
+          503,
+          expect.objectContaining({
+            workers: expect.stringContaining('disk of the workers is full'),
+          }),
+        ])
+      })
+      for (const taskId of taskIds) {
+        const { body } = await get(service, `/tasks/${taskId}`)
+        expect(['queued', 'provisioning']).toContain(body.status)
       }
       await expectNoWorkers(service, dataDir)
 
       disk.free()
-      await stage.open('later', 'before', 'during', 'after')
-      await stage.submit(service, 'later', 'r-story.sh')
-      expect(await finalTask(service, 'later')).toMatchObject({ status: 'succeeded' })
+      for (const taskId of taskIds) {
+        expect(await finalTask(service, taskId)).toMatchObject({ status: 'succeeded' })
+        expect((await stage.callbackOf(taskId)).body.success).toBe(true)
+      }
+      await expectNoWorkers(service, dataDir)
     },
   )
 })

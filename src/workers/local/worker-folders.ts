@@ -166,7 +166,10 @@ export class WorkerFolders {
       const trial = this.#spareFolder()
       mkdirSync(trial, { recursive: true, mode: 0o700 })
       try {
-        writeFileSync(join(trial, 'trial'), TRIAL, { mode: 0o600 })
+        // As many as a folder has: a disk may have room for bytes and not for files.
+        for (const name of DIRECTORIES) mkdirSync(join(trial, name), { mode: 0o700 })
+        for (const name of REWRITTEN) writeFileSync(join(trial, name), '', { mode: 0o600 })
+        writeFileSync(join(trial, 'log'), TRIAL, { mode: 0o600 })
       } finally {
         removedAtOnce(trial)
       }
