@@ -22,8 +22,8 @@ export default defineConfig({
     include: ['**/*.test.ts'],
     exclude: ['chaos/**', ...SLOW],
     globalSetup: ['helpers/build.ts'],
-    testTimeout: 30_000,
-    hookTimeout: 30_000,
+    testTimeout: 60_000,
+    hookTimeout: 60_000,
     // Other processes may take long to answer on a busy machine.
     expect: { poll: { timeout: 10_000 } },
     // The tests start processes: more of them than cores would only make them wait for each other.

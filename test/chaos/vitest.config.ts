@@ -10,8 +10,8 @@ export default defineConfig({
     root: new URL('.', import.meta.url).pathname,
     include: ['**/*.test.ts'],
     globalSetup: ['../helpers/build.ts'],
-    testTimeout: 30_000,
-    hookTimeout: 30_000,
+    testTimeout: 60_000,
+    hookTimeout: 60_000,
     // Other processes may take long to answer on a busy machine.
     expect: { poll: { timeout: 10_000 } },
     // One after the other: each wants the machine for itself.
