@@ -11,7 +11,7 @@ import { type HostileTask, hostileTasks, ordinaryTask } from '../helpers/hostile
 import { processesWith } from '../helpers/processes.ts'
 import { whyNot } from '../helpers/programs.ts'
 import { mulberry32 } from '../helpers/random.ts'
-import { type Received, startReceiver } from '../helpers/receiver.ts'
+import { bodyOf, type Received, startReceiver } from '../helpers/receiver.ts'
 import { FINAL, get, killIfThere, logOf } from '../helpers/recovery.ts'
 import { type Service, startService } from '../helpers/service.ts'
 
@@ -32,9 +32,9 @@ const skipped = whyNot('docker')
 async function startSink() {
   const called = new Set<string>()
   const server = createServer(async (request, response) => {
-    const chunks: Buffer[] = []
-    for await (const chunk of request) chunks.push(chunk as Buffer)
-    called.add(JSON.parse(Buffer.concat(chunks).toString()).task_id)
+    const body = await bodyOf(request)
+    if (!body) return
+    called.add(JSON.parse(body.toString()).task_id)
     response.end('{}')
   })
   await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve))

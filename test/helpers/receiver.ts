@@ -23,9 +23,8 @@ export async function startReceiver(
 ): Promise<Receiver> {
   const received: Received[] = []
   const server = createServer(async (request, response) => {
-    const chunks: Buffer[] = []
-    for await (const chunk of request) chunks.push(chunk as Buffer)
-    const raw = Buffer.concat(chunks)
+    const raw = await bodyOf(request)
+    if (!raw) return
     const each = { headers: request.headers, raw, body: JSON.parse(raw.toString()) }
     received.push(each)
     answer(each, response, received.length)
@@ -45,4 +44,15 @@ export async function startReceiver(
       await new Promise((resolve) => server.close(resolve))
     },
   }
+}
+
+/** The whole body of a request; undefined when its sender was killed amid it. */
+export async function bodyOf(request: IncomingMessage): Promise<Buffer | undefined> {
+  const chunks: Buffer[] = []
+  try {
+    for await (const chunk of request) chunks.push(chunk as Buffer)
+  } catch {
+    return undefined
+  }
+  return Buffer.concat(chunks)
 }
