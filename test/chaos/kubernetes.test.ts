@@ -367,7 +367,7 @@ describe.concurrent('what we may do', () => {
   )
 
   test(
-    'a right that is missing is named; tasks run all the same where it is that to logs',
+    'a right that is missing is named, and a task has its whole log once it is granted',
     async () => {
       await using cluster = await startCluster()
       const { stage, fake } = cluster
@@ -378,11 +378,27 @@ describe.concurrent('what we may do', () => {
       expect(JSON.stringify(ready.body)).toContain('get pods/log')
       await stage.submit(service, 'unread', 'r-story.sh')
       await stage.open('unread', 'before', 'during', 'after')
-      expect(await finalTask(service, 'unread')).toMatchObject({ status: 'succeeded' })
-      expect(await logOf(service, 'unread')).toMatch(
-        /^\[task-runner\] The end of the log could not be read: pods ".*" is forbidden/,
-      )
-      await expectNothingLeft(fake)
+      fake.denied.clear()
+      await expectSuccess(cluster, service, 'unread')
+      await eventually(async () => expect((await get(service, '/health/ready')).status).toBe(200))
+    },
+    SLOW_MS,
+  )
+
+  test.each([
+    ['never answers', { blackhole: true }],
+    ['answers with a page of a proxy', { html: '<h1>Bad Gateway</h1>' }],
+  ])(
+    'the service ends on SIGTERM with an API that %s',
+    async (_, fault) => {
+      await using cluster = await startCluster()
+      const { fake } = cluster
+      fake.faults.inject(fault)
+      const service = await cluster.start()
+      expect((await get(service, '/health/ready')).status).toBe(503)
+      const began = performance.now()
+      await exitAfter(service, 'SIGTERM')
+      expect(performance.now() - began).toBeLessThan(15_000)
     },
     SLOW_MS,
   )
@@ -428,7 +444,7 @@ test(
       ...{ callsPerSecond: perSecond, callsAtOnce: 100, workersMax: TASKS },
       provisioningTimeoutMs: SLOW_MS,
       // Waiting for one's turn takes its time, too.
-      waits: { lastLogMs: SLOW_MS },
+      waits: { lastLogMs: SLOW_MS, rideMs: SLOW_MS },
     })
     const backend = new KubernetesBackend(settings)
     await backend.check()
