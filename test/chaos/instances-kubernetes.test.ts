@@ -77,7 +77,10 @@ describe.concurrent('an instance that was paused, and goes on when others have t
       const { stage, fake } = instances
       const moments = {
         'before-job': { path: /\/configmaps$/, answerAfterMs: 2_000 },
-        'after-job': { path: /\/jobs$/, answerAfterMs: 2_000 },
+        'after-job': {
+          ...{ path: /\/jobs$/, answerAfterMs: 2_000 },
+          query: (query: URLSearchParams) => !query.has('dryRun'),
+        },
         'before-secret': { path: /\/secrets$/, blackhole: true },
         'after-secret': { path: /\/secrets$/, answerAfterMs: 2_000 },
       }

@@ -109,8 +109,9 @@ export async function startKubernetesInstances(
     ...instances,
     fake,
     jobsMade: (workerName) =>
-      fake.requests.filter(({ method, path, status, body }) => {
+      fake.requests.filter(({ method, path, query, status, body }) => {
         if (method !== 'POST' || !path.endsWith('/jobs') || status !== 201) return false
+        if (query.dryRun) return false
         const { metadata } = body as { metadata: { name: string } }
         return workerName === undefined || metadata.name === workerName
       }).length,
