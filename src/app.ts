@@ -29,9 +29,11 @@ import {
   installErrorHandler,
 } from './routes/error-handler.ts'
 import { healthRoutes } from './routes/health.ts'
+import { KeptLogs } from './routes/log-pieces.ts'
 import { metricsRoute } from './routes/metrics.ts'
 import { sampleCallbackRoutes } from './routes/sample-callbacks.ts'
 import { sessionRoutes } from './routes/session.ts'
+import { closeIdleReaders } from './routes/slow-readers.ts'
 import { statisticsRoute } from './routes/statistics.ts'
 import { taskLogRoutes } from './routes/task-logs.ts'
 import { taskRunnerRoute } from './routes/task-runner-route.ts'
@@ -265,6 +267,8 @@ export async function buildApp(options: AppOptions): Promise<App> {
     http.setSerializerCompiler(serializerCompiler)
     installErrorHandler(http)
     installBodyParser(http)
+    closeIdleReaders(http)
+    const kept = new KeptLogs(tasks)
     const { basePath } = config
     await http.register(fastifyCookie)
     await publishOpenApi(http, { basePath })
@@ -300,10 +304,10 @@ export async function buildApp(options: AppOptions): Promise<App> {
             samplesAreOff: !config.sampleCallbacks,
           })
           await secured.register(taskRoutes, { tasks, deliveries, runner, callbacks })
-          await secured.register(taskLogRoutes, { tasks, backend, maskerFor, elsewhere })
+          await secured.register(taskLogRoutes, { tasks, kept, backend, maskerFor, elsewhere })
           await secured.register(metricsRoute, { metrics })
           await secured.register(statisticsRoute, { statistics, tasks, now })
-          await secured.register(workerRoutes, { tasks, backend, runner, reaper, maskerFor })
+          await secured.register(workerRoutes, { tasks, kept, backend, runner, reaper, maskerFor })
         })
       },
       { prefix: basePath },

@@ -3,12 +3,15 @@ import type { ServerResponse } from 'node:http'
 import { setTimeout } from 'node:timers/promises'
 import type { FastifyPluginAsyncZod } from 'fastify-type-provider-zod'
 import { z } from 'zod'
-import { type Masker, maskedTail } from '../core/masking.ts'
-import type { LogTail, TaskStore, Worker, WorkerBackend } from '../core/ports.ts'
+import { MASKED_A_TURN, type Masker } from '../core/masking.ts'
+import type { TaskStore, Worker, WorkerBackend } from '../core/ports.ts'
 import { isFinal, type Task } from '../core/task.ts'
 import { LOG_BYTES_KEPT } from '../core/task-runner.ts'
-import { cutLine, incompleteBytes, logText } from '../wire/log-text.ts'
+import { turn } from '../core/turns.ts'
+import { cutLine, incompleteBytes } from '../wire/log-text.ts'
+import { begun, type KeptLogs, type LogPart, liveTail, sendLog } from './log-pieces.ts'
 import { errorResponses } from './responses.ts'
+import { closeWhenIdle, READER_IDLE_MS } from './slow-readers.ts'
 import { taskIdParams, taskOr404 } from './tasks.ts'
 
 const MEGABYTE = 1024 * 1024
@@ -16,17 +19,21 @@ const TAIL_MB_MAX = LOG_BYTES_KEPT / MEGABYTE
 const QUEUED_POLL_MS = 250
 /** As long as timers can be; Fastify takes no 0 here. */
 const FOLLOW_TIMEOUT_MS = 2 ** 31 - 1
+/** Masked and sent at once: some lines. */
+const SMALL_BYTES_MAX = 4 * 1024
 /** Proxies close streams that are silent for a minute. */
 const KEEP_ALIVE_MS = 20_000
 
 /** A task's log: its tail as text, or followed as Server-Sent Events. */
 export const taskLogRoutes: FastifyPluginAsyncZod<{
   tasks: TaskStore
+  kept: KeptLogs
   backend: WorkerBackend
   maskerFor: (task: Task) => Masker
   /** The instance that alone can read the log of a task that runs; undefined: this one can. */
   elsewhere: (task: Task) => string | undefined
-}> = async (app, { tasks, backend, maskerFor, elsewhere }) => {
+  readerIdleMs?: number
+}> = async (app, { tasks, kept, backend, maskerFor, elsewhere, readerIdleMs = READER_IDLE_MS }) => {
   const closing = new AbortController()
   app.addHook('preClose', async () => closing.abort())
 
@@ -66,13 +73,10 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
     async ({ params, query, headers }, reply) => {
       const task = await taskOr404(tasks, params.task_id)
       const maxBytes = Math.round((query.tail_mb ?? TAIL_MB_MAX) * MEGABYTE)
-      if (query.follow !== 'true') {
-        const text = logText(await tailOf(task, maxBytes))
-        return reply
-          .type('text/plain; charset=utf-8')
-          .header('x-content-type-options', 'nosniff')
-          .send(text)
-      }
+      const gone = new AbortController()
+      reply.raw.on('close', () => gone.abort())
+      const signal = AbortSignal.any([gone.signal, closing.signal])
+      if (query.follow !== 'true') return sendLog(reply, await tailOf(task, { maxBytes, signal }))
       const resumeAt = headers['last-event-id']
       reply.hijack()
       reply.raw.writeHead(200, {
@@ -83,9 +87,7 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
         connection: 'close',
       })
       reply.raw.flushHeaders()
-      const gone = new AbortController()
-      reply.raw.on('close', () => gone.abort())
-      const signal = AbortSignal.any([gone.signal, closing.signal])
+      closeWhenIdle(reply.raw, readerIdleMs)
       const keepAlive = setInterval(() => reply.raw.write(':\n\n'), KEEP_ALIVE_MS)
       try {
         await stream(
@@ -104,21 +106,22 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
   )
 
   /** The kept log of a final task, the worker's of one that runs, nothing for one that waits. */
-  async function tailOf(task: Task, maxBytes: number): Promise<LogTail> {
-    const stored = await tasks.log(task.taskId)
-    if (stored) {
-      const { content, totalBytes } = stored
-      return { content: content.subarray(Math.max(0, content.length - maxBytes)), totalBytes }
-    }
+  async function tailOf(
+    task: Task,
+    options: { maxBytes: number; signal: AbortSignal },
+  ): Promise<LogPart> {
+    const stored = await kept.tail(task.taskId, options.maxBytes)
+    if (stored) return stored
     const running = await runningNow(task)
-    const live =
-      running &&
-      (await unlessEnded(maskedTail(running.worker, maskerFor(running.task), maxBytes), task))
+    const live = async ({ worker, task }: { worker: Worker; task: Task }) =>
+      begun(await liveTail(worker, maskerFor(task), options))
     // It may have ended, and its worker gone, between the two looks.
-    const log = live?.log ?? (await tasks.log(task.taskId))
-    if (log) return log
-    const content = Buffer.from(running ? '' : whereItRuns(await tasks.get(task.taskId)))
-    return { content, totalBytes: content.length }
+    const log =
+      (running && (await unlessEnded(live(running), task))) ??
+      (await kept.tail(task.taskId, options.maxBytes))
+    return (
+      log ?? { cutBytes: 0, pieces: line(running ? '' : whereItRuns(await tasks.get(task.taskId))) }
+    )
   }
 
   /** A line for people, while the log cannot be read here. */
@@ -157,6 +160,21 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
     signal: AbortSignal,
   ): Promise<void> {
     let at = start.from
+    // A character, or a line end, may be cut by the border of two pieces: its beginning waits for its end.
+    let rest: Buffer = Buffer.alloc(0)
+    const sendPiece = async (
+      bytes: Buffer,
+      offset: number,
+      { isLast = false }: { isLast?: boolean } = {},
+    ) => {
+      const piece = Buffer.concat([rest, bytes])
+      const whole = isLast ? piece.length : piece.length - unfinishedBytes(piece)
+      rest = piece.subarray(whole)
+      at = offset - rest.length
+      if (whole > 0) {
+        await send(response, signal, { id: at, data: piece.subarray(0, whole).toString() })
+      }
+    }
     const running = await onceRunning(task, response, signal)
     const streamFrom = async ({ worker, task }: { worker: Worker; task: Task }) => {
       if (at === undefined) {
@@ -164,43 +182,44 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
         at = Math.max(0, totalBytes - start.maxBytes)
       }
       const masker = maskerFor(task)
+      await masker.ready()
       const before = Math.min(masker.overlapBytes, at)
       const masked = masker.stream(before)
       let read = at - before
-      // A character, or a line end, may be cut by the border of two pieces: its beginning waits for its end.
-      let rest: Buffer = Buffer.alloc(0)
-      const sendPiece = async (bytes: Buffer, isLast: boolean) => {
-        const piece = Buffer.concat([rest, bytes])
-        const whole = isLast ? piece.length : piece.length - unfinishedBytes(piece)
-        rest = piece.subarray(whole)
-        at = read - masked.heldBytes() - rest.length
-        if (whole > 0) {
-          await send(response, signal, { id: at, data: piece.subarray(0, whole).toString() })
+      for await (const bytes of worker.follow({ from: read, signal })) {
+        for (let index = 0; index < bytes.length; index += MASKED_A_TURN) {
+          if (bytes.length > SMALL_BYTES_MAX) await turn()
+          const piece = bytes.subarray(index, index + MASKED_A_TURN)
+          read += piece.length
+          const shown = masked.push(piece)
+          await sendPiece(shown, read - masked.heldBytes())
         }
       }
-      for await (const bytes of worker.follow({ from: read, signal })) {
-        read += bytes.length
-        await sendPiece(masked.push(bytes), false)
-      }
       // Cut short by us: what is held back may be half a secret, and comes whole when they ask again.
-      if (!signal.aborted) await sendPiece(masked.flush(), true)
+      if (!signal.aborted) await sendPiece(masked.flush(), read, { isLast: true })
     }
     if (running) await unlessEnded(streamFrom(running), task)
     const ended = await finalTask(task, signal)
     if (!ended) return
     // What came after the last look, or all of it when the worker was gone before.
-    const log = await tasks.log(task.taskId)
+    const log = await kept.size(task.taskId)
     if (log) {
-      const keptFrom = log.totalBytes - log.content.length
+      const keptFrom = log.totalBytes - log.keptBytes
       // Offsets count what was logged. Where values were masked the kept log is shorter: rather send a few
       // bytes again than leave any out.
-      const maskedBytes = (ended.logBytes ?? 0) - log.totalBytes
+      const maskedBytes = (ended.logBytes ?? log.totalBytes) - log.totalBytes
       const from = at === undefined ? log.totalBytes - start.maxBytes : at - maskedBytes
       const cut = at === undefined ? '' : cutLine(keptFrom - from)
-      const missing = log.content.subarray(Math.max(0, from - keptFrom)).toString()
-      if (missing !== '') {
-        await send(response, signal, { id: ended.logBytes ?? log.totalBytes, data: cut + missing })
+      if (cut !== '') await send(response, signal, { data: cut })
+      const first = Math.max(0, from - keptFrom)
+      let offset = keptFrom + first + maskedBytes
+      rest = Buffer.alloc(0)
+      for await (const piece of kept.pieces(task.taskId, first)) {
+        await turn()
+        offset += piece.length
+        await sendPiece(piece, offset)
       }
+      await sendPiece(Buffer.alloc(0), offset, { isLast: true })
     }
     const { status, reason } = ended
     await send(response, signal, { event: 'end', data: JSON.stringify({ status, reason }) })
@@ -251,10 +270,14 @@ async function send(
     ...(event.event === undefined ? [] : [`event: ${event.event}\n`]),
   ]
   // A lone CR would end the line for the event stream as well: it becomes a line of its own.
-  const lines = event.data.split(/\r\n|\r|\n/).map((line) => `data: ${line}\n`)
-  if (!response.write(`${head.join('')}${lines.join('')}\n`)) {
+  const lines = event.data.replace(/\r\n|\r|\n/g, '\ndata: ')
+  if (!response.write(`${head.join('')}data: ${lines}\n\n`)) {
     await once(response, 'drain', { signal })
   }
+}
+
+async function* line(text: string): AsyncGenerator<Buffer, void> {
+  yield Buffer.from(text)
 }
 
 /** Until the next look, or until `signal` aborts. */

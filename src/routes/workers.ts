@@ -1,13 +1,12 @@
 import type { FastifyPluginAsyncZod } from 'fastify-type-provider-zod'
 import { z } from 'zod'
 import { TaskRunnerError } from '../core/errors.ts'
-import { Masker, maskedTail } from '../core/masking.ts'
+import { Masker } from '../core/masking.ts'
 import type { TaskStore, Worker, WorkerBackend } from '../core/ports.ts'
 import type { Reaper } from '../core/reaper.ts'
 import { isFinal, type Task } from '../core/task.ts'
 import { LOG_BYTES_KEPT, type TaskRunner } from '../core/task-runner.ts'
 import { line } from '../wire/fields.ts'
-import { logText } from '../wire/log-text.ts'
 import {
   cleanupRequestSchema,
   cleanupSchema,
@@ -16,6 +15,7 @@ import {
   workerListSchema,
   workerSchema,
 } from '../wire/responses.ts'
+import { type KeptLogs, liveTail, sendLog } from './log-pieces.ts'
 import { answer, errorResponses } from './responses.ts'
 
 const CLEANUP_SECONDS_DEFAULT = 59
@@ -24,11 +24,12 @@ const nameParams = z.object({ name: line(63).regex(/^[a-z0-9-]+$/, 'is not a wor
 /** Workers as they really are, not as they are remembered. */
 export const workerRoutes: FastifyPluginAsyncZod<{
   tasks: TaskStore
+  kept: KeptLogs
   backend: WorkerBackend
   runner: TaskRunner
   reaper: Reaper
   maskerFor: (task: Task) => Masker
-}> = async (app, { tasks, backend, runner, reaper, maskerFor }) => {
+}> = async (app, { tasks, kept, backend, runner, reaper, maskerFor }) => {
   app.get(
     '/workers',
     {
@@ -75,13 +76,13 @@ export const workerRoutes: FastifyPluginAsyncZod<{
       const worker = await workerOr404(params.name)
       const task = await tasks.get(worker.taskId)
       // A final task's log is stored masked; what it is masked by is not kept.
-      const stored = task && isFinal(task.status) ? await tasks.log(task.taskId) : undefined
+      const stored =
+        task && isFinal(task.status) ? await kept.tail(task.taskId, LOG_BYTES_KEPT) : undefined
       const masker = task ? maskerFor(task) : new Masker([])
-      const log = stored ?? (await maskedTail(worker, masker, LOG_BYTES_KEPT)).log
-      return reply
-        .type('text/plain; charset=utf-8')
-        .header('x-content-type-options', 'nosniff')
-        .send(logText(log))
+      const gone = new AbortController()
+      reply.raw.on('close', () => gone.abort())
+      const options = { maxBytes: LOG_BYTES_KEPT, signal: gone.signal }
+      return sendLog(reply, stored ?? (await liveTail(worker, masker, options)))
     },
   )
 

@@ -11,6 +11,25 @@ export function logText(log: LogTail): string {
   return cutLine(totalBytes - kept.length) + kept.toString()
 }
 
+/** `logText` of a log that comes in pieces, `cutBytes` of which were before the first. No piece is empty. */
+export async function* logTextPieces(
+  pieces: AsyncIterable<Buffer>,
+  cutBytes: number,
+): AsyncGenerator<string, void> {
+  const decoder = new TextDecoder('utf-8', { ignoreBOM: true })
+  let isBegun = cutBytes === 0
+  for await (const bytes of pieces) {
+    if (bytes.length === 0) continue
+    const skipped = isBegun ? 0 : characterStart(bytes)
+    const head = isBegun ? '' : cutLine(cutBytes + skipped)
+    isBegun = true
+    const text = head + decoder.decode(bytes.subarray(skipped), { stream: true })
+    if (text !== '') yield text
+  }
+  const rest = (isBegun ? '' : cutLine(cutBytes)) + decoder.decode()
+  if (rest !== '') yield rest
+}
+
 /** Says that the beginning of a log is not there; empty when it is. */
 export function cutLine(bytes: number): string {
   return bytes > 0 ? `[task-runner] ${bytes} bytes of log before this line were cut\n` : ''
