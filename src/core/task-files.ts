@@ -5,6 +5,7 @@ import { SharedLook } from './shared-look.ts'
 import {
   assertTasksFolder,
   codeOf,
+  type LeftOut,
   leftOutFor,
   leftOutLines,
   linkedTo,
@@ -22,6 +23,9 @@ export const TASK_FILE_EXTENSIONS = ['.py', '.sh', '.js', '.mjs', '.ts'] as cons
 const LISTED_MAX = 1_000
 const WARNINGS_MAX = 20
 const DEFAULTS_BYTES_MAX = 1_000_000
+/** Files that every probe of readiness may look at. */
+const LOOKED_AT_MAX = 1_000
+const UNREADABLE_KNOWN_MS = 60_000
 
 /** The tasks folder: which files may run, and the worker defaults that lie beside them. */
 export class TaskFiles {
@@ -35,6 +39,7 @@ export class TaskFiles {
     return { isThere, defaults: await defaults }
   })
   readonly #warnings = new SharedLook(() => this.#lookForWarnings())
+  #unreadable: { files: readonly LeftOut[]; until: number } | undefined
 
   constructor(folder: string, parseDefaults: (json: string) => WorkerConfig) {
     this.#folder = folder
@@ -126,17 +131,30 @@ export class TaskFiles {
 
   async #lookForWarnings(): Promise<string[]> {
     const { entries, leftOut } = await listTasks(this.#folder)
-    const root = await realpath(this.#folder)
-    const unreadable = await Promise.all(
-      entries.map(({ path, kind }) =>
-        mayRead(join(root, path), kind, root).catch((err: unknown) => leftOutFor(path, err)),
-      ),
-    )
-    const left = [...leftOut, ...unreadable.filter((one) => one !== undefined)]
+    const left = [...leftOut, ...(await this.#unreadableOnce(entries))]
     return [
       ...(await this.#brokenDefaults(entries)).slice(0, WARNINGS_MAX),
       ...leftOutLines(left, WARNINGS_MAX).map((line) => `Tasks get no copy of ${line}`),
     ]
+  }
+
+  /** Looks at each file, unless there are many and that was done a moment ago: this is asked by every probe. */
+  async #unreadableOnce(entries: readonly TasksEntry[]): Promise<readonly LeftOut[]> {
+    if (this.#unreadable && this.#unreadable.until > performance.now()) {
+      return this.#unreadable.files
+    }
+    const root = await realpath(this.#folder)
+    const found = await Promise.all(
+      entries.map(({ path, kind }) =>
+        mayRead(join(root, path), kind, root).catch((err: unknown) => leftOutFor(path, err)),
+      ),
+    )
+    const files = found.filter((one) => one !== undefined)
+    const isLong = entries.length > LOOKED_AT_MAX
+    this.#unreadable = isLong
+      ? { files, until: performance.now() + UNREADABLE_KNOWN_MS }
+      : undefined
+    return files
   }
 
   async #brokenDefaults(entries: readonly TasksEntry[]): Promise<string[]> {

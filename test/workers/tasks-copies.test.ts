@@ -12,6 +12,7 @@ import {
   renameSync,
   rmSync,
   statSync,
+  symlinkSync,
   truncateSync,
   utimesSync,
   writeFileSync,
@@ -260,6 +261,32 @@ describe('what cannot be read', () => {
     expect(notes[10]).toBe('Left out of the copy of the tasks folder: 12 more')
   })
 })
+
+test.skipIf(!isRoot)(
+  'each file of a large folder is looked at once a minute, not by every probe',
+  async () => {
+    for (let index = 0; index < 1_000; index += 1) writeFileSync(join(tasksDir, `f${index}`), '')
+    mkdirSync(join(tasksDir, 'locked'), { mode: 0o700 })
+    const warned = ['Tasks get no copy of locked (EACCES)']
+    vi.useFakeTimers({ toFake: ['performance'] })
+    const looking = files()
+    expect(await asNobody(() => looking.warnings())).toEqual(warned)
+    symlinkSync('locked/inner', join(tasksDir, 'linked'))
+    expect(await asNobody(() => looking.warnings())).toEqual(warned)
+    vi.advanceTimersByTime(61_000)
+    expect(await asNobody(() => looking.warnings())).toEqual([
+      ...warned,
+      'Tasks get no copy of linked (EACCES)',
+    ])
+    rmSync(join(tasksDir, 'f0'))
+    rmSync(join(tasksDir, 'f1'))
+    rmSync(join(tasksDir, 'linked'))
+    vi.advanceTimersByTime(61_000)
+    expect(await asNobody(() => looking.warnings())).toEqual(warned)
+    symlinkSync('locked/inner', join(tasksDir, 'linked'))
+    expect(await asNobody(() => looking.warnings())).toHaveLength(2)
+  },
+)
 
 describe('a worker of a task whose own file', () => {
   const inTheWay: Record<string, [RegExp, () => void]> = {
