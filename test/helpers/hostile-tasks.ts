@@ -146,7 +146,7 @@ const processes: Kind[] = [
   plain('kills the first process', 'kill -KILL 1; exit 3', LOST, { on: 'docker' }),
   plain('is a fork bomb', 'bomb() { bomb | bomb & }; bomb; sleep 1000', /^failed /, {
     on: 'docker',
-    max: 3,
+    max: 1,
     request: { timeout_seconds: 3, worker_size: 'X-Small' },
   }),
 ]
