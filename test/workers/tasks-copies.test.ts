@@ -288,6 +288,18 @@ test.skipIf(!isRoot)(
   },
 )
 
+test('a crowd of probes shares the look at the folder', async () => {
+  writeFileSync(join(tasksDir, 'ok_worker.json'), 'broken')
+  let parsed = 0
+  const looking = new TaskFiles(tasksDir, () => {
+    parsed += 1
+    throw new Error('is broken')
+  })
+  const crowd = await Promise.all(Array.from({ length: 100 }, () => looking.warnings()))
+  expect(new Set(crowd.flat()).size).toBe(1)
+  expect(parsed).toBe(2)
+})
+
 describe('a worker of a task whose own file', () => {
   const inTheWay: Record<string, [RegExp, () => void]> = {
     'is for others to read': [
@@ -358,10 +370,13 @@ test.skipIf(!isRoot)(
       const first = await prepared()
       const log = readFileSync(join(first, 'log'), 'utf8')
       expect(log.match(/Left out/g)).toHaveLength(3)
-      const { ino } = statSync(join(first, 'tasks', INNOCENT))
+      // Not its inode, which a new file may get.
+      const changedAt = (folder: string) =>
+        statSync(join(folder, 'tasks', INNOCENT), { bigint: true }).ctimeNs
+      const before = changedAt(first)
       folders?.release(first)
       const second = prepare(folders as WorkerFolders, 'second')
-      expect(statSync(join(second, 'tasks', INNOCENT)).ino).toBe(ino)
+      expect(changedAt(second)).toBe(before)
       expect(readFileSync(join(second, 'log'), 'utf8')).toBe(log)
       folders?.release(second)
     })
@@ -399,6 +414,15 @@ describe('a copy that cannot be written is a trouble of ours, and nothing is lef
     )
   })
 
+  test('where its paths are too long, and those of the tasks are not', () => {
+    const PATH_MAX = 4095
+    let long = join(root, 'copies')
+    while (long.length < PATH_MAX - 200) long = join(long, 'l'.repeat(100))
+    mkdirSync(long, { recursive: true })
+    const copy = join(long, 'l'.repeat(PATH_MAX - long.length - 1 - INNOCENT.length))
+    expect(() => copyTasks(tasksDir, copy, [], undefined)).toThrow('ENAMETOOLONG')
+  })
+
   test('in a folder that goes away', () => {
     const away = join(root, 'away', 'copy')
     expect(() => copyTasks(tasksDir, away, [], undefined)).toThrow('ENOENT')
@@ -434,7 +458,11 @@ describe('a tar', () => {
     for (let index = 0; index < 10; index += 1) {
       writeFileSync(join(tasksDir, `large-${index}`), Buffer.alloc(3_000_000))
     }
-    for await (const _ of await workerTar(spec(), tasksDir)) break
+    let bytes = 0
+    for await (const chunk of await workerTar(spec(), tasksDir)) {
+      bytes += chunk.length
+      if (bytes > 5_000_000) break
+    }
     const open = () =>
       readdirSync('/proc/self/fd').flatMap((fd) => {
         try {
