@@ -31,7 +31,7 @@ import {
   READ_FAULTS,
   taskFileError,
 } from '../../src/core/tasks-folder.ts'
-import { copyTasks } from '../../src/workers/local/tasks-copy.ts'
+import { assertCopied, copyTasks } from '../../src/workers/local/tasks-copy.ts'
 import { WorkerFolders } from '../../src/workers/local/worker-folders.ts'
 import { sharedTar, workerTar } from '../../src/workers/worker-files.ts'
 import { mountSmallDisk, type SmallDisk } from '../helpers/small-disk.ts'
@@ -338,7 +338,13 @@ describe('a worker of a task whose own file', () => {
   })
 })
 
-const OWN_USES: Array<() => Promise<unknown>> = [prepared, () => workerTar(spec(), tasksDir)]
+const OWN_USES: Array<() => Promise<unknown>> = [
+  () => workerTar(spec(), tasksDir),
+  async () => {
+    const { leftOut } = copyTasks(tasksDir, to, [], undefined)
+    assertCopied(INNOCENT, { tasksDir, to, leftOut })
+  },
+]
 
 let folders: WorkerFolders | undefined
 
