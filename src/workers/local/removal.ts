@@ -76,7 +76,10 @@ export class Removal {
   /** Stops. What is left is found at the next start. */
   close(): void {
     clearImmediate(this.#next)
-    for (const { done } of this.#underWay.values()) done.resolve()
+    for (const { steps, done } of this.#underWay.values()) {
+      steps.return(undefined)
+      done.resolve()
+    }
     this.#underWay.clear()
   }
 
@@ -152,6 +155,7 @@ export function removedAtOnce(path: string): boolean {
     const step = steps.next()
     if (step.done) return step.value === undefined
   }
+  steps.return(undefined)
   return false
 }
 

@@ -81,6 +81,7 @@ export class WorkerFolders {
     const spare = this.#spares.pop()
     const draft = spare?.folder ?? this.#spareFolder()
     try {
+      if (!spare) this.#makeFolder(draft)
       for (const name of DIRECTORIES) {
         mkdirSync(join(draft, name), { recursive: true, mode: 0o700 })
       }
@@ -164,7 +165,7 @@ export class WorkerFolders {
     this.sureOfWorkersDir()
     try {
       const trial = this.#spareFolder()
-      mkdirSync(trial, { recursive: true, mode: 0o700 })
+      this.#makeFolder(trial)
       try {
         // As many as a folder has: a disk may have room for bytes and not for files.
         for (const name of DIRECTORIES) mkdirSync(join(trial, name), { mode: 0o700 })
@@ -258,11 +259,21 @@ export class WorkerFolders {
     // What a read may fail of as well is the tasks folder's when that fails again.
     if (known instanceof LocalFailure && known.kind !== 'disk_failing') return known
     try {
-      sureOfTasks(tasksDir)
-      this.sureOfWorkersDir()
+      this.check(tasksDir)
       return known
     } catch (failure) {
       return failure
+    }
+  }
+
+  /** Not `recursive` at once, which says ENOENT of a disk that is read-only. */
+  #makeFolder(path: string): void {
+    try {
+      mkdirSync(path, { mode: 0o700 })
+    } catch (err) {
+      if (codeOf(err) !== 'ENOENT') throw err
+      mkdirSync(this.#sparesDir, { recursive: true, mode: 0o700 })
+      mkdirSync(path, { mode: 0o700 })
     }
   }
 
