@@ -1,7 +1,7 @@
-import { rmSync, writeFileSync } from 'node:fs'
+import { renameSync, rmSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { describe, expect, test } from 'vitest'
-import { expectNoWorkers, finalTask, startStage } from '../helpers/recovery.ts'
+import { eventually, expectNoWorkers, finalTask, get, startStage } from '../helpers/recovery.ts'
 
 const PRELOADED = new URL('../helpers/dying-thread.ts', import.meta.url).pathname
 const TIMEOUT_MS = 60_000
@@ -45,3 +45,33 @@ describe.concurrent.each(['local-workers', 'sqlite'])('when the %s thread dies',
     TIMEOUT_MS,
   )
 })
+
+test(
+  'while the thread of local workers hangs, the service is not ready and says so, and then it is',
+  async () => {
+    await using stage = await startStage()
+    const flag = join(stage.gateOf('next'), '..', 'hang')
+    const service = await stage.start({
+      NODE_OPTIONS: `--import=${PRELOADED}`,
+      DYING_THREAD: `local-workers:${flag}`,
+    })
+    await stage.open('next', 'before', 'during', 'after')
+    writeFileSync(`${flag}.part`, 'hang')
+    renameSync(`${flag}.part`, flag)
+    await eventually(async () => {
+      const { status, body } = await get(service, '/health/ready')
+      expect([status, body.parts]).toEqual([
+        503,
+        expect.objectContaining({
+          workers: expect.stringContaining('The local workers do not answer'),
+        }),
+      ])
+    })
+    rmSync(flag)
+    await eventually(async () => expect((await get(service, '/health/ready')).status).toBe(200))
+    await stage.submit(service, 'next', 'r-story.sh')
+    expect(await finalTask(service, 'next')).toMatchObject({ status: 'succeeded' })
+    await expectNoWorkers(service, stage.dataDir)
+  },
+  TIMEOUT_MS,
+)
