@@ -48,8 +48,8 @@ async function connections(http: FastifyInstance): Promise<number> {
   })
 }
 
-/** A task that has ended, with a log of so many bytes. */
-async function startLogs(bytes: number, idleMs = IDLE_MS) {
+/** A task with a log of so many bytes. */
+async function startLogs(bytes: number, idleMs = IDLE_MS, status = 'succeeded') {
   let looks = 0
   const log = async () => {
     looks += 1
@@ -58,7 +58,7 @@ async function startLogs(bytes: number, idleMs = IDLE_MS) {
   // Hold: the routes of logs ask for nothing else.
   const tasks = {
     log,
-    get: async () => ({ taskId: 'a', status: 'succeeded', reason: 'completed', logBytes: bytes }),
+    get: async () => ({ taskId: 'a', status, reason: 'completed', logBytes: bytes }),
   } as unknown as TaskStore
   const backend = { find: async () => undefined } as unknown as WorkerBackend
   const http = Fastify()
@@ -105,6 +105,14 @@ describe('a reader that takes nothing of its answer', () => {
       expect(bytes).toBeGreaterThan(5 * MEGABYTE - 128 * 1024)
     },
   )
+
+  test('is not closed while there is nothing to take', async () => {
+    await using logs = await startLogs(0, IDLE_MS, 'queued')
+    const follower = await ask(portOf(logs.http), '/tasks/a/logs?follow=true')
+    await pause(5 * IDLE_MS)
+    expect(await connections(logs.http)).toBe(1)
+    follower.destroy()
+  })
 
   test('any other answer: it is closed as well', async () => {
     const http = Fastify()
