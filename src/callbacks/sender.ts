@@ -1,4 +1,5 @@
-import { Agent, type Dispatcher } from 'undici'
+import { subscribe, unsubscribe } from 'node:diagnostics_channel'
+import { Agent, type Dispatcher, errors } from 'undici'
 import { Deadline } from '../core/deadline.ts'
 import type { AttemptResult, CallbackSender } from '../core/ports.ts'
 import { encodeCallback } from '../wire/callback.ts'
@@ -11,6 +12,9 @@ const ANSWER_BYTES_MAX = 64 * 1024
 /** A connection that was kept open and fails sooner than this was closed by the receiver meanwhile. */
 const STALE_MS = 1_000
 const CONNECTION_LOST = new Set(['UND_ERR_SOCKET', 'ECONNRESET', 'EPIPE'])
+
+/** https://undici.nodejs.org/#/docs/api/DiagnosticsChannel */
+const HEADERS_SENT = 'undici:client:sendHeaders'
 
 export interface SenderOptions {
   /** One whole attempt: connect, send, answer. */
@@ -25,6 +29,18 @@ export interface SenderOptions {
 export class HttpCallbackSender implements CallbackSender {
   readonly #agent: Agent
   readonly #options: SenderOptions
+  /** Connections that carried a request before. */
+  readonly #used = new WeakSet<object>()
+  /** The request that is being sent in this very moment. */
+  #beginning: Answer | undefined
+  /** Nothing else tells which connection a request goes out on. */
+  readonly #onHeaders = (message: unknown) => {
+    // Holds: undici's documentation of this channel.
+    const { socket } = message as { socket: object }
+    if (this.#beginning) this.#beginning.isOnKeptConnection = this.#used.has(socket)
+    this.#beginning = undefined
+    this.#used.add(socket)
+  }
 
   constructor(options: SenderOptions) {
     this.#options = options
@@ -37,6 +53,7 @@ export class HttpCallbackSender implements CallbackSender {
       keepAliveTimeout: 1_000,
       keepAliveMaxTimeout: 1_000,
     })
+    subscribe(HEADERS_SENT, this.#onHeaders)
   }
 
   async send(
@@ -55,35 +72,46 @@ export class HttpCallbackSender implements CallbackSender {
   }
 
   async close(): Promise<void> {
+    unsubscribe(HEADERS_SENT, this.#onHeaders)
     await this.#agent.destroy()
   }
 
-  /** Once, and again at once when the connection turned out to be closed: the same `webhook-id` makes that safe. */
+  /**
+   * Makes one POST, and another one at once only where a kept connection turned out to be closed by the receiver
+   * meanwhile: the same `webhook-id` makes that safe.
+   */
   async #postOnce(
     delivery: Parameters<CallbackSender['send']>[0],
     signal: AbortSignal,
   ): Promise<AttemptResult> {
     const body = await encodeCallback(delivery.payload)
     const startedAt = performance.now()
+    const first = this.#post(delivery, body, signal)
     try {
-      return await this.#post(delivery, body, signal)
+      return resultOf(await first.head())
     } catch (err) {
-      const lost = CONNECTION_LOST.has(String((err as NodeJS.ErrnoException).code))
-      if (!lost || signal.aborted || performance.now() - startedAt > STALE_MS) throw err
-      return await this.#post(delivery, body, signal)
+      const isStale =
+        first.isOnKeptConnection &&
+        CONNECTION_LOST.has(String((err as NodeJS.ErrnoException).code)) &&
+        !isInterimAnswer(err) &&
+        performance.now() - startedAt <= STALE_MS
+      if (!isStale || signal.aborted) throw err
+      return resultOf(await this.#post(delivery, body, signal).head())
     }
   }
 
-  async #post(
+  #post(
     delivery: Parameters<CallbackSender['send']>[0],
     body: Buffer,
     signal: AbortSignal,
-  ): Promise<AttemptResult> {
+  ): Answer {
     signal.throwIfAborted()
     const { timeoutMs, userAgent, signingKeys } = this.#options
     const { webhookId: id, timestamp } = delivery
     const { origin, pathname, search } = new URL(delivery.url)
-    const answer = new Answer(signal)
+    const answer = new Answer(signal, (begun) => {
+      this.#beginning = begun
+    })
     this.#agent.dispatch(
       {
         origin,
@@ -106,28 +134,35 @@ export class HttpCallbackSender implements CallbackSender {
       },
       answer,
     )
-    const { statusCode, retryAfter } = await answer.head()
-    const ok = statusCode >= 200 && statusCode < 300
-    return {
-      statusCode,
-      error: ok ? null : `the receiver answered ${statusCode}`,
-      retryAfterMs: retryAfterMs(retryAfter, Date.now()),
-    }
+    return answer
   }
 }
 
 type Head = { statusCode: number; retryAfter: string | string[] | undefined }
 
+function resultOf({ statusCode, retryAfter }: Head): AttemptResult {
+  const ok = statusCode >= 200 && statusCode < 300
+  return {
+    statusCode,
+    error: ok ? null : `the receiver answered ${statusCode}`,
+    retryAfterMs: retryAfterMs(retryAfter, Date.now()),
+  }
+}
+
 /** Hears an answer to its end, or to its limit. Its status decides; what a broken one did after that does not matter. */
 class Answer implements Dispatcher.DispatchHandler {
   readonly #signal: AbortSignal
+  readonly #onBegin: (answer: Answer) => void
   readonly #end = Promise.withResolvers<Head>()
   #controller: Dispatcher.DispatchController | undefined
   #head: Head | undefined
   #bytes = 0
+  isOnKeptConnection = false
 
-  constructor(signal: AbortSignal) {
+  /** `onBegin` is called when its request is about to be sent. */
+  constructor(signal: AbortSignal, onBegin: (answer: Answer) => void) {
     this.#signal = signal
+    this.#onBegin = onBegin
   }
 
   /** Throws what ended the connection before there was a status, or the signal's reason. */
@@ -147,6 +182,7 @@ class Answer implements Dispatcher.DispatchHandler {
 
   onRequestStart(controller: Dispatcher.DispatchController): void {
     if (this.#signal.aborted) controller.abort(this.#signal.reason)
+    else this.#onBegin(this)
     this.#controller = controller
   }
 
@@ -196,6 +232,11 @@ export function retryAfterMs(header: string | string[] | undefined, now: number)
   return Number.isNaN(at) ? null : Math.max(0, at - now)
 }
 
+/** undici takes no `100 Continue` that it did not ask for. */
+function isInterimAnswer(err: unknown): boolean {
+  return err instanceof errors.SocketError && err.message === 'bad response'
+}
+
 /** What went wrong, without the addresses and the fine distinctions that would make a port scanner of us. */
 function coarse(err: unknown): string {
   // Holds: `code` is read as a value of any type.
@@ -207,6 +248,7 @@ function coarse(err: unknown): string {
   ) {
     return 'no answer in time'
   }
+  if (isInterimAnswer(err)) return 'an interim answer came that was not asked for'
   if (code === 'ENOTFOUND' || code === 'EAI_AGAIN') return 'the name could not be resolved'
   if (typeof code === 'string' && /CERT|SSL|TLS|VERIFY/.test(code))
     return 'no trusted TLS connection'

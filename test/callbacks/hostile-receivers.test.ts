@@ -2,6 +2,7 @@ import { execFile } from 'node:child_process'
 import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { createServer } from 'node:http'
 import { createServer as createTlsServer } from 'node:https'
+import type { Socket } from 'node:net'
 import { type AddressInfo, connect } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -187,14 +188,13 @@ describe('a broken connection is a failure, told coarsely', () => {
 
   test('the service tries again and delivers once the receiver is well', async () => {
     await using receiver = await startReceiver((_, response, count) => {
-      if (count <= 4) response.socket?.destroy()
+      if (count <= 2) response.socket?.destroy()
       else response.end()
     })
     await using app = await startApp()
     const task = taskRequest({ callback_url: receiver.url })
     await app.submit(task)
     const state = await deliveryOf(app, task.task_id, 'delivered')
-    // Two requests for each failed attempt: the second in case the connection was a stale one.
     expect(state.attempts.map(({ status_code }) => status_code)).toEqual([null, null, 200])
     expect(new Set(receiver.received.map(({ headers }) => headers['webhook-id'])).size).toBe(1)
     expect(JSON.stringify(state)).not.toContain('127.0.0.1')
@@ -479,6 +479,57 @@ describe('kept connections', () => {
     expect(heard.map(requestsIn)).toContain(2)
     for (const id of ['msg_1', 'msg_2', 'msg_3']) expect(heard.join('')).toContain(id)
   })
+
+  test.each([
+    ['reset', (socket: Socket) => socket.resetAndDestroy()],
+    ['closed', (socket: Socket) => socket.destroy()],
+    ['half closed', (socket: Socket) => socket.end()],
+    ['closed after the beginning of an answer', (socket: Socket) => socket.end('HTTP/1.1 2')],
+  ])('a new one that is %s after the POST gets no second one in the attempt', async (_, end) => {
+    await using target = await startRawServer((connection) => {
+      connection.socket.on('data', () => {
+        if (requestsIn(connection.received().toString('latin1')) === 1) end(connection.socket)
+      })
+    })
+    await using callbacks = testSender()
+    for (const webhookId of ['msg_1', 'msg_2']) {
+      expect(await callbacks.send(target.url, { webhookId })).toMatchObject({
+        statusCode: null,
+        error: 'no connection',
+      })
+    }
+    const heard = target.connections.map(({ received }) => received().toString())
+    expect(heard.map((text) => /msg_\d/.exec(text)?.[0])).toEqual(['msg_1', 'msg_2'])
+  })
+
+  test.each([1, 2])(
+    'an interim answer that was not asked for is told as such, on connection use %i',
+    async (use) => {
+      await using target = await startRawServer((connection) => {
+        let answered = 0
+        connection.socket.on('data', () => {
+          const whole = requestsIn(connection.received().toString('latin1'))
+          for (; answered < whole; answered += 1) {
+            if (answered + 1 === use) connection.socket.write('HTTP/1.1 100 Continue\r\n\r\n')
+            connection.socket.write('HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n')
+          }
+        })
+      })
+      await using callbacks = testSender()
+      // A connection is not kept yet in the moment in which its answer has come.
+      const results = [await callbacks.send(target.url)]
+      while (results.length < 5 && results.at(-1)?.statusCode !== null) {
+        results.push(await callbacks.send(target.url))
+      }
+      expect(results.at(-1)).toMatchObject({
+        statusCode: null,
+        error: 'an interim answer came that was not asked for',
+      })
+      const heard = target.connections.map(({ received }) => requestsIn(received().toString()))
+      expect(heard).toContain(use)
+      expect(heard.reduce((sum, count) => sum + count, 0)).toBe(results.length)
+    },
+  )
 
   test('one that was closed while idle is not used', async () => {
     await using target = await startRawServer((connection) => {
