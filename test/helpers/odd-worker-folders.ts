@@ -15,6 +15,7 @@ export interface OddThing {
 
 const GONE = 'rm -rf "$at"'
 
+/** Where links lead, nothing can be written or removed, whatever is wrong with the code under test. */
 export const ODD_THINGS: readonly OddThing[] = [
   { name: 'nothing', make: GONE },
   { name: 'an empty file', make: `${GONE}; : >"$at"` },
@@ -27,7 +28,7 @@ export const ODD_THINGS: readonly OddThing[] = [
   { name: 'a link to itself', make: `${GONE}; ln -s "$at" "$at"` },
   { name: 'a link to nowhere', make: `${GONE}; ln -s /nowhere/at/all "$at"` },
   { name: 'a link to a file elsewhere', make: `${GONE}; ln -s /proc/version "$at"` },
-  { name: 'a link to a folder elsewhere', make: `${GONE}; ln -s /usr/share "$at"` },
+  { name: 'a link to a folder elsewhere', make: `${GONE}; ln -s /sys/kernel "$at"` },
   { name: 'a link to a device that never ends', make: `${GONE}; ln -s /dev/zero "$at"` },
   { name: 'a FIFO', make: `${GONE}; mkfifo "$at"` },
   {

@@ -305,10 +305,10 @@ describe('freeing space', () => {
   })
 })
 
-/** What root alone can make, and nobody can remove as it is. */
+/** What root alone can make, and nobody can remove as it is. `precious` is a folder of the test's own, with a file. */
 const OBSTACLES: Record<
   string,
-  { make: (folder: string) => string; undo: (at: string) => string }
+  { make: (folder: string, precious: string) => string; undo: (at: string) => string }
 > = {
   'an immutable file': {
     make: (folder) => `mkdir ${folder}/home/a; : >${folder}/home/a/f; chattr +i ${folder}/home/a/f`,
@@ -319,7 +319,7 @@ const OBSTACLES: Record<
     undo: (at) => `umount ${at}/tmp/m`,
   },
   'a mount of a folder elsewhere': {
-    make: (folder) => `mkdir ${folder}/tmp/m; mount --bind /usr/share ${folder}/tmp/m`,
+    make: (folder, precious) => `mkdir ${folder}/tmp/m; mount --bind ${precious} ${folder}/tmp/m`,
     undo: (at) => `umount ${at}/tmp/m`,
   },
 }
@@ -331,7 +331,9 @@ describe.each(Object.entries(OBSTACLES))('with %s in its folder', (_, { make, un
       const log = { ...QUIET, error: vi.fn() }
       await using harness = await openDisposable({})
       const { settings } = harness
-      const untouched = await readdir('/usr/share')
+      const precious = join(harness.sharedDir, 'precious')
+      await mkdir(join(precious, 'folder'), { recursive: true })
+      await writeFile(join(precious, 'folder', 'file'), 'precious')
       const workersDir = join(harness.sharedDir, 'obstructed', 'workers')
       let backend = new LocalBackend({ ...settings, workersDir }, { log })
       const sh = (script: string) => spawnSync('/bin/sh', ['-ec', script])
@@ -339,7 +341,7 @@ describe.each(Object.entries(OBSTACLES))('with %s in its folder', (_, { make, un
       try {
         const worker = await backend.provision(spec('exit 5'), NEVER)
         await worker.completion(NEVER)
-        const made = sh(make(join(workersDir, worker.name)))
+        const made = sh(make(join(workersDir, worker.name), precious))
         if (made.status !== 0) skipFor(context, made.stderr.toString())
         await worker.terminate()
         expect(await backend.list()).toEqual([])
@@ -353,7 +355,7 @@ describe.each(Object.entries(OBSTACLES))('with %s in its folder', (_, { make, un
         ])
         aside = log.error.mock.calls[0]?.[0].path
         expect(existsSync(aside)).toBe(true)
-        expect(await readdir('/usr/share')).toEqual(untouched)
+        expect(await readFile(join(precious, 'folder', 'file'), 'utf8')).toBe('precious')
 
         await backend.close()
         backend = new LocalBackend({ ...settings, workersDir }, { log })
@@ -371,7 +373,11 @@ describe.each(Object.entries(OBSTACLES))('with %s in its folder', (_, { make, un
         expect(backend.leftBehind()).toBe(0)
         expect(existsSync(aside)).toBe(false)
       } finally {
-        if (aside !== '' && existsSync(aside)) sh(undo(aside))
+        // Also what a failed test leaves: whatever is removed next must not reach through a mount.
+        for (const place of [workersDir, `${workersDir}-spare`]) {
+          const left = existsSync(place) ? await readdir(place) : []
+          for (const name of left) sh(undo(join(place, name)))
+        }
         await backend.close()
       }
     },
