@@ -1,5 +1,5 @@
 import { randomUUID } from 'node:crypto'
-import { mkdtemp, rm } from 'node:fs/promises'
+import { mkdtemp } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join, posix, resolve } from 'node:path'
 import { AddressGuard } from './callbacks/address-guard.ts'
@@ -17,6 +17,7 @@ import { logText } from './wire/log-text.ts'
 import { taskFileName } from './wire/task-request.ts'
 import { parseWorkerFile, toWorkerConfig, workerConfigSchema } from './wire/worker-config.ts'
 import type { WorkerConfigInput } from './wire/worker-file.ts'
+import { removeTree } from './workers/local/removal.ts'
 import { newWorkerSetup, openLocal } from './workers-from-config.ts'
 
 export interface RunTaskOptions {
@@ -86,7 +87,7 @@ export async function runTask(options: RunTaskOptions): Promise<TaskRun> {
     // Asked for by its name: it may have been made although nobody waited for it any more.
     if (!isKept) await (await backend.find(name))?.terminate()
     await backend.close()
-    if (!isKept) await rm(dataDir, { recursive: true, force: true })
+    if (!isKept) await removeTree(dataDir)
   }
 }
 
@@ -144,5 +145,5 @@ async function terminate(config: Config, name: string): Promise<void> {
   } finally {
     await backend.close()
   }
-  await rm(config.dataDir, { recursive: true, force: true })
+  await removeTree(config.dataDir)
 }

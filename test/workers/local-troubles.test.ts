@@ -17,6 +17,7 @@ import {
 } from '../../src/workers/local/failures.ts'
 import { LocalBackend } from '../../src/workers/local/local-backend.ts'
 import { isAlive } from '../../src/workers/local/processes.ts'
+import { removeTree } from '../../src/workers/local/removal.ts'
 import { openDisposable } from '../helpers/local.ts'
 import { mountSmallDisk } from '../helpers/small-disk.ts'
 import { QUIET } from '../helpers/stores.ts'
@@ -383,6 +384,28 @@ describe.each(Object.entries(OBSTACLES))('with %s in its folder', (_, { make, un
     },
     TIMEOUT_MS,
   )
+})
+
+test('a tree is removed without what is mounted in it, however deep that lies', async (context) => {
+  await using harness = await openDisposable({})
+  const [tree, precious] = [join(harness.sharedDir, 'tree'), join(harness.sharedDir, 'precious')]
+  const deep = join(tree, ...Array.from({ length: 8 }, () => 'n'.repeat(100)))
+  for (const folder of [deep, precious]) await mkdir(folder, { recursive: true })
+  await writeFile(join(precious, 'file'), 'precious')
+  const mounted = spawnSync('mount', ['--bind', precious, deep])
+  if (mounted.status !== 0) skipFor(context, mounted.stderr.toString())
+  try {
+    await expect(removeTree(tree)).rejects.toThrow('EBUSY')
+    expect(await readFile(join(precious, 'file'), 'utf8')).toBe('precious')
+  } finally {
+    // Where it is by now: deep ones are moved up.
+    for (const line of (await readFile('/proc/self/mountinfo', 'utf8')).split('\n')) {
+      const path = line.split(' ')[4] ?? ''
+      if (path.startsWith(`${tree}/`)) spawnSync('umount', [path])
+    }
+  }
+  await removeTree(tree)
+  expect(existsSync(tree)).toBe(false)
 })
 
 test(

@@ -159,6 +159,13 @@ export function removedAtOnce(path: string): boolean {
   return false
 }
 
+/** Removes a tree without entering the mounts in it. Throws when something is left. */
+export async function removeTree(path: string): Promise<void> {
+  const left: Unremovable[] = []
+  await new Removal('', (_count, found) => found && left.push(found)).add(path)
+  if (left[0]) throw new Error(`${path} could not be removed (${left[0].cause})`)
+}
+
 /** Yields after each file; returns what hindered it first, undefined when all is gone. */
 type Steps = Generator<undefined, unknown>
 
