@@ -13,7 +13,7 @@ import {
   type workerSchema,
 } from '../wire/responses.ts'
 import type { taskRequestSchema } from '../wire/task-request.ts'
-import { readEvents } from './events.ts'
+import { readEvents, type ServerEvent } from './events.ts'
 
 export type TaskRunnerRequest = z.input<ReturnType<typeof taskRequestSchema>>
 export type Task = z.output<typeof taskSchema>
@@ -60,6 +60,10 @@ const POLL_MAX_MS = 5_000
 const UNREACHABLE_MS_MAX = 600_000
 /** A stream that brought nothing this often is one that some proxy between does not let through. */
 const STREAMS_WITHOUT_EVENT_MAX = 3
+
+const MEGABYTE = 1024 * 1024
+const LOG_BYTES_KEPT = 5 * MEGABYTE
+const CUT_LINE = /^\[task-runner\] \d+ bytes of log before this line were cut\n/
 
 interface Call {
   method?: 'GET' | 'POST' | 'DELETE'
@@ -119,12 +123,13 @@ export class TaskRunnerClient {
     options: { onLog?: (text: string) => void; signal?: AbortSignal | undefined } = {},
   ): Promise<Task> {
     const { onLog, signal } = options
-    let told = 0
+    /** How many bytes of the log were handed on. Their text may be shorter or longer. */
+    let seenBytes = 0
     let isWhole = false
     try {
-      for await (const text of this.follow(taskId, signal)) {
-        told += text.length
-        onLog?.(text)
+      for await (const event of this.#logEvents(taskId, signal)) {
+        seenBytes = Number(event.id ?? seenBytes)
+        onLog?.(event.data)
       }
       isWhole = true
     } catch (err) {
@@ -137,7 +142,7 @@ export class TaskRunnerClient {
         const task = await this.get(taskId, signal)
         seenAt = performance.now()
         if (task.finished_at !== null) {
-          if (onLog && !isWhole) onLog((await this.logs(taskId)).slice(told))
+          if (onLog && !isWhole) onLog(await this.#rest(task, seenBytes))
           return task
         }
       } catch (err) {
@@ -146,6 +151,16 @@ export class TaskRunnerClient {
       }
       await pause(waitMs, undefined, signal && { signal })
     }
+  }
+
+  /** What was logged after so many bytes, as far as it is kept. */
+  async #rest({ task_id, log_bytes }: Task, seenBytes: number): Promise<string> {
+    const restBytes = (log_bytes ?? Number.POSITIVE_INFINITY) - seenBytes
+    if (restBytes <= 0) return ''
+    if (seenBytes === 0 || restBytes > LOG_BYTES_KEPT) return this.logs(task_id)
+    const text = await this.logs(task_id, { tailMb: restBytes / MEGABYTE })
+    // What it says of the bytes before is not missing here.
+    return text.replace(CUT_LINE, '')
   }
 
   /** The last megabytes of the log, at most 5. */
@@ -159,6 +174,10 @@ export class TaskRunnerClient {
    * `TaskRunnerApiError`, with status null when no stream comes through.
    */
   async *follow(taskId: string, signal?: AbortSignal): AsyncGenerator<string, void> {
+    for await (const event of this.#logEvents(taskId, signal)) yield event.data
+  }
+
+  async *#logEvents(taskId: string, signal?: AbortSignal): AsyncGenerator<ServerEvent, void> {
     let lastId: string | undefined
     for (let empty = 0; empty < STREAMS_WITHOUT_EVENT_MAX; ) {
       const { response } = await this.#call(
@@ -172,7 +191,7 @@ export class TaskRunnerClient {
           if (event.name === 'end') return
           empty = 0
           lastId = event.id ?? lastId
-          yield event.data
+          yield event
         }
       } catch (err) {
         signal?.throwIfAborted()

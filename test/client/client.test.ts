@@ -221,22 +221,77 @@ describe('against a service in trouble', () => {
     expect(task.status).toBe('succeeded')
   })
 
-  test('where streams are cut for good, the rest of the log comes with the end', async () => {
+  /** Waits for a task of the real service, of whose stream nothing comes through but an event with the first bytes. */
+  async function waitWithCutStream(taskId: string, first: { bytes: number; text: string }) {
     let streams = 0
-    await using server = await startServer((incoming, response) => {
-      if (incoming.url?.endsWith('/logs')) return response.end('start\nresult\n')
-      if (!incoming.url?.includes('follow')) return json(response, 200, final)
+    const headers = { authorization: 'Bearer the-token' }
+    await using server = await startServer(async (incoming, response) => {
+      if (!incoming.url?.includes('follow')) {
+        const reply = await app.http.inject({ url: `/below${incoming.url}`, headers })
+        return response.writeHead(reply.statusCode).end(reply.rawPayload)
+      }
       streams += 1
       response.writeHead(200, { 'content-type': 'text/event-stream' })
-      return streams === 1 ? response.end('id: 6\ndata: start\ndata: \n\n') : response.end()
+      const data = first.text.replaceAll('\n', '\ndata: ')
+      return response.end(streams === 1 ? `id: ${first.bytes}\ndata: ${data}\n\n` : '')
     })
     let log = ''
-    await server.client().wait('a', {
+    await server.client({ attempts: 1 }).wait(taskId, {
       onLog: (text) => {
         log += text
       },
     })
-    expect(log).toBe('start\nresult\n')
+    return log
+  }
+
+  test.each([
+    ['CRLF', Buffer.from('one\r\ntwo\r\nthree\r\nfour\r\n')],
+    ['characters of several bytes', Buffer.from('zw\u00f6lf \u20ac\n\u{1f680} and\nthe end')],
+    ['bytes that are no text', Buffer.from('a\xff\xfeb\n c\xffd\n e', 'latin1')],
+    ['nothing more', Buffer.from('all of it\n')],
+  ])('where streams are cut, the rest comes with the end: of a log with %s', async (_name, log) => {
+    const task = evaluating(`echo ${log.toString('base64')} | base64 -d`)
+    await client.submit(asRequest(task))
+    await client.wait(task.task_id)
+    for (let bytes = 0; bytes >= 0; bytes = log.indexOf('\n', bytes) + 1 || -1) {
+      const text = log.subarray(0, bytes).toString().replaceAll('\r\n', '\n')
+      const first = { bytes, text }
+      expect(await waitWithCutStream(task.task_id, first), `from ${bytes}`).toBe(
+        text + log.subarray(bytes).toString(),
+      )
+    }
+  })
+
+  test('where streams are cut, the rest comes with the end: of a log of more than is kept', async () => {
+    const SCRIPT = "yes 'a line' | head -c 6000000; echo; echo the end"
+    const task = evaluating(SCRIPT)
+    await client.submit(asRequest(task))
+    await client.wait(task.task_id)
+    const bytes = 5_999_998
+    const text = '[task-runner] 757130 bytes of log before this line were cut\n\u2026'
+    expect(await waitWithCutStream(task.task_id, { bytes, text })).toBe(`${text}ne\nthe end\n`)
+    // What was missed on the way is told.
+    const early = await waitWithCutStream(task.task_id, { bytes: 14, text: 'a line\na line\n' })
+    expect(early).toMatch(
+      /^a line\na line\n\[task-runner\] \d+ bytes of log before this line were cut\n/,
+    )
+    expect(early.endsWith('\nthe end\n')).toBe(true)
+  })
+
+  test('where streams are cut, rather a few bytes come again than none: of a log with masked values', async () => {
+    const token = 'the-callback-token'
+    const task = evaluating('echo "$TOKEN first"; echo "$TOKEN second"; echo third', {
+      callback_url_token: token,
+    })
+    Object.assign((task.worker_config as { env_variables: object }).env_variables, { TOKEN: token })
+    await client.submit(asRequest(task))
+    await client.wait(task.task_id)
+    const text = '*** first\n'
+    const bytes = `${token} first\n`.length
+    const log = await waitWithCutStream(task.task_id, { bytes, text })
+    expect(log.startsWith(text)).toBe(true)
+    expect(log.endsWith('*** second\nthird\n')).toBe(true)
+    expect(log).not.toContain('task-runner')
   })
 
   test('a restart that takes longer than one call is tried is waited out', async () => {
