@@ -188,14 +188,17 @@ async function listTasks(_: string[], values: Values): Promise<number> {
   })
   if (values.json) print(list)
   else {
+    const isWaiting = list.tasks.some((task) => task.waiting_for !== null)
     const rows = list.tasks.map((task) => [
       task.task_id,
       task.task_file_name,
       task.status,
       task.reason ?? '',
       task.created_at,
+      ...(isWaiting ? [task.waiting_for ?? ''] : []),
     ])
-    table(['TASK', 'FILE', 'STATUS', 'REASON', 'CREATED'], rows)
+    const heads = ['TASK', 'FILE', 'STATUS', 'REASON', 'CREATED']
+    table(isWaiting ? [...heads, 'WAITS FOR'] : heads, rows)
   }
   return 0
 }

@@ -2,6 +2,7 @@
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { mkdtemp, rm, writeFile } from 'node:fs/promises'
+import { createServer } from 'node:http'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
@@ -174,6 +175,22 @@ describe('with a service', () => {
     expect(stdout).not.toContain('\u001b')
     const escaped = there('run', 'echo.sh', '--id', 'red\u001b[31m')
     expect((await escaped.ended).stderr).toContain('task_id: must not contain control characters')
+  })
+
+  test('tasks tells what a task waits for', async () => {
+    const { stdout } = await there('tasks', '--json', '--limit', '2').ended
+    const list = JSON.parse(stdout)
+    list.tasks[0].waiting_for = 'The Docker engine does not answer (ECONNREFUSED)'
+    const hindered = createServer((_, response) => response.end(JSON.stringify(list)))
+    await once(hindered.listen(0, '127.0.0.1'), 'listening')
+    // Holds: it listens on TCP.
+    const { port } = hindered.address() as { port: number }
+    const shown = await run('tasks', '--url', `http://127.0.0.1:${port}`)
+    hindered.close()
+    const [head, first, second] = shown.stdout.split('\n')
+    expect(head).toMatch(/^TASK +FILE +STATUS +REASON +CREATED +WAITS FOR$/)
+    expect(first).toMatch(/Z {2}The Docker engine does not answer \(ECONNREFUSED\)$/)
+    expect(second).toMatch(/Z {2}$/)
   })
 
   test('a wrong token, a wrong field and an unknown task are said plainly', async () => {

@@ -47,6 +47,10 @@ const summaryFields = {
   status: z.enum(TASK_STATUSES),
   reason: z.enum(REASONS).nullable().describe('Why it ended so; null while it has not ended'),
   message: z.string().nullable().describe('A sentence for people that goes with the reason'),
+  waiting_for: z
+    .string()
+    .nullable()
+    .describe('What the task waits for, in a sentence, where something hinders it; null otherwise'),
   exit_code: z.int().nullable(),
   signal: z.string().nullable(),
   created_at: time,
@@ -66,6 +70,7 @@ const exampleSummary = {
   status: 'succeeded',
   reason: 'completed',
   message: null,
+  waiting_for: null,
   exit_code: 0,
   signal: null,
   created_at: '2026-01-05T08:00:00.000Z',
@@ -254,6 +259,7 @@ export function fromTaskSummary(task: TaskSummary): z.input<typeof taskSummarySc
     status: task.status,
     reason: task.reason,
     message: task.message,
+    waiting_for: task.waitingFor ?? null,
     exit_code: task.exitCode,
     signal: task.signal,
     created_at: iso(task.createdAt),

@@ -178,6 +178,7 @@ describe('against a service in trouble', () => {
     ...{ task_id: 'a', task_file_name: 'a.sh', status: 'succeeded', reason: 'completed' },
     ...{
       message: null,
+      waiting_for: null,
       exit_code: 0,
       signal: null,
       worker_name: 'w',

@@ -47,6 +47,7 @@ describe('one task', () => {
       status: 'succeeded',
       reason: 'completed',
       message: null,
+      waiting_for: null,
       exit_code: 0,
       signal: null,
       claimed_at: expect.any(String),

@@ -162,6 +162,30 @@ function tests(): void {
     await page.getByText('complete', { exact: true }).waitFor()
   })
 
+  test('what a task waits for is shown with the task and in the list', async () => {
+    const reason = 'The Docker engine does not answer (ECONNREFUSED \u202e)'
+    await waiting('hindered')
+    const page = await open()
+    await page.route(/\/tasks(\?|\/hindered$)/, async (route) => {
+      const answer = await route.fetch()
+      const body = await answer.text()
+      const json = body.replaceAll(
+        /("task_id":"hindered".*?)"waiting_for":null/g,
+        (_, before) => `${before}"waiting_for":${JSON.stringify(reason)}`,
+      )
+      await route.fulfill({ response: answer, body: json })
+    })
+    await page.goto(`${service.url}/#/tasks/hindered`)
+    const shown = page.getByText('Waits: The Docker engine does not answer (ECONNREFUSED')
+    await shown.waitFor()
+    expect(await shown.innerText()).not.toContain('\u202e')
+    await expectAccessible(page)
+    await page.goto(`${service.url}/#/tasks`)
+    const row = page.getByRole('row').filter({ hasText: 'hindered' })
+    await row.getByTitle('Waits: The Docker engine').waitFor()
+    await fetch(`${service.url}/tasks/hindered/cancel`, { method: 'POST' })
+  })
+
   test('a callback is delivered again', async () => {
     await submit({ task_id: 'called', task_file_name: 'echo.sh', callback_url: receiver.url })
     const page = await open('#/tasks/called')

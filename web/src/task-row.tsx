@@ -28,6 +28,7 @@ export function TaskRow({ task, now, index }: { task: TaskSummary; now: number; 
   const isUsual = task.reason === null || task.reason === 'completed' || task.reason === 'cancelled'
   const exit = task.exit_code === null || task.exit_code === 0 ? '' : ` ${task.exit_code}`
   const reason = isUsual || !task.reason ? '' : words(task.reason) + exit
+  const waiting = task.waiting_for === null ? undefined : `Waits: ${visible(task.waiting_for)}`
   return (
     <div role="row" class="row" aria-rowindex={index + 2}>
       <span role="cell" class="status-cell">
@@ -39,8 +40,8 @@ export function TaskRow({ task, now, index }: { task: TaskSummary; now: number; 
       <span role="cell" class="file">
         {visible(task.task_file_name)}
       </span>
-      <span role="cell" class="reason" title={task.message ?? undefined}>
-        {reason}
+      <span role="cell" class="reason" title={waiting ?? task.message ?? undefined}>
+        {waiting ?? reason}
       </span>
       <span role="cell" class="took">
         {took(task, now)}

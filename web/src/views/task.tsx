@@ -56,6 +56,9 @@ export function TaskView({ id }: { id: string }) {
           </div>
         )}
       </div>
+      <p role="status" class="told">
+        {data?.task.waiting_for && `Waits: ${visible(data.task.waiting_for)}`}
+      </p>
       <Problem text={problem} />
       <Told told={action.told} isError={action.isError} />
       {data && (
