@@ -105,8 +105,9 @@ const errorOf = (step: Promise<unknown>) =>
 
 const completionOf = (worker: Worker) => worker.completion(AbortSignal.timeout(PATIENT_MS))
 
+/** Provisions again and again while we cannot, as the core does. */
 async function endsWell(wanted: WorkerSpec): Promise<void> {
-  const worker = await provision(wanted)
+  const worker = await vi.waitFor(() => provision(wanted), { timeout: PATIENT_MS, interval: 10 })
   expect(await completionOf(worker)).toEqual(OK)
   await worker.terminate()
 }

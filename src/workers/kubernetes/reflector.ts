@@ -12,7 +12,8 @@ const IDLE_MS = 30_000
 /** For a watch to be answered. */
 const ANSWER_MS = 10_000
 const RETRY_MS = 1_000
-const RETRY_MAX_MS = 30_000
+/** Tasks wait for as long once the API is back. */
+const RETRY_MAX_MS = 5_000
 /** Some servers only close a watch whose version is too old (kubernetes#137089). */
 const EMPTY_WATCHES_MAX = 3
 const EMPTY_WATCH_MS = 5_000
