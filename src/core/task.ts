@@ -101,8 +101,6 @@ export interface TaskSummary {
   callbackStatus: CallbackStatus
   /** Bytes the task logged in all, also where only the tail of them was kept. */
   logBytes: number | null
-  /** What it waits for, in a sentence, where something hinders it. */
-  waitingFor?: string | null
 }
 
 /** A task whole, with what is sealed at rest. */

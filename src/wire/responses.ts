@@ -259,7 +259,7 @@ export function fromTaskSummary(task: TaskSummary): z.input<typeof taskSummarySc
     status: task.status,
     reason: task.reason,
     message: task.message,
-    waiting_for: task.waitingFor ?? null,
+    waiting_for: task.waitingFor,
     exit_code: task.exitCode,
     signal: task.signal,
     created_at: iso(task.createdAt),

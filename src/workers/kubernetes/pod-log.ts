@@ -68,9 +68,12 @@ export class PodLog {
       const before = this.#ring.totalBytes
       const isRefused = await this.#read({ follow: true, signal }).then(
         () => false,
-        (err: unknown) => err instanceof ApiError || err instanceof ApiUnavailableError,
+        (err: unknown) =>
+          err instanceof ApiError ||
+          (err instanceof ApiUnavailableError && err.kind === 'forbidden'),
       )
-      // A node that is away, or a right that is missing: neither is asked twice a second.
+      // One that refuses for good, for want of rights, is not asked for ever. An outage is over at any moment, and the log may
+      // be gone soon after.
       const isFutile = isRefused && this.#ring.totalBytes === before
       waitMs = isFutile ? Math.min(waitMs * 2, RETRY_MAX_MS) : RETRY_MS
       await pause(waitMs, undefined, { signal: either }).catch(() => {})
