@@ -28,22 +28,30 @@ choose_interpreter() {
   esac
 }
 
-# finish WORKER_FOLDER PHASE CODE [WORDS]: the exit file is what a restarted service reads, and is written once
-finish() {
-  __tr_exit=
-  [ -s "$1/exit" ] && read -r __tr_exit _ <"$1/exit"
-  # In place, without cutting the file first: where it was made before, it can be written on a full disk.
-  case $__tr_exit in
-    clone | startup | task) ;;
-    *) printf '%s\n' "$2 $3${4:+ $4}" 1<>"$1/exit" ;;
+# told WORKER_FOLDER: succeeds when the exit file says how the task ended; sets $__tr_told to its
+# text. The task may have put anything there: only the beginning of a plain file is read.
+told() {
+  __tr_told=
+  {
+    [ -s "$1/exit" ] && [ -f "$1/exit" ] && __tr_told=$(dd if="$1/exit" bs=4096 count=1)
+  } 2>/dev/null
+  case $__tr_told in
+    'clone '[0-9]* | 'startup '[0-9]* | 'task '[0-9]*) ;;
+    *) return 1 ;;
   esac
+}
+
+# finish WORKER_FOLDER PHASE CODE [WORDS]: the exit file is what a restarted service reads
+finish() {
+  # In place, without cutting the file first: where it was made before, it can be written on a full disk.
+  printf '%s\n' "$2 $3${4:+ $4}" 1<>"$1/exit"
 }
 
 # fail WORKER_FOLDER PHASE CODE WORDS: what kept the task from running
 fail() {
   echo "[task-runner] $4"
   rm -f "$1"/secret-*
-  finish "$@"
+  told "$1" || finish "$@"
   exit "$3"
 }
 
@@ -130,7 +138,7 @@ run() {
   # shellcheck disable=SC2086 # no option is no argument
   "$__tr_interpreter" $__tr_option "./$3"
   __tr_code=$?
-  finish "$1" task "$__tr_code"
+  told "$1" || finish "$1" task "$__tr_code"
   exit "$__tr_code"
 }
 
@@ -165,17 +173,20 @@ contain() {
     __tr_code=$?
     kill -0 "$__tr_pid" 2>/dev/null || break
   done
-  finish "$__tr_folder" task "$__tr_code"
+  # From here on nothing is left that could change the exit file.
   [ "$__tr_all" = 0 ] || kill -KILL -1 2>/dev/null
-  [ -z "$__tr_message" ] || cat "$__tr_folder/exit" >"$__tr_message"
-  if [ -n "$__tr_keep" ]; then
-    trap 'exit 0' TERM
-    while :; do
-      sleep 3600 &
-      wait $!
-    done
+  if told "$__tr_folder" || { finish "$__tr_folder" task "$__tr_code" && told "$__tr_folder"; }; then
+    [ -z "$__tr_message" ] || printf '%s\n' "$__tr_told" >"$__tr_message"
+    if [ -n "$__tr_keep" ]; then
+      trap 'exit 0' TERM
+      while :; do
+        sleep 3600 &
+        wait $!
+      done
+    fi
+    __tr_code=${__tr_told#* }
+    __tr_code=${__tr_code%%[!0-9]*}
   fi
-  read -r _ __tr_code _ <"$__tr_folder/exit"
   exit "$__tr_code"
 }
 

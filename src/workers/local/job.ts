@@ -37,17 +37,16 @@ export function jobText(job: Job, interpreters: Interpreters, bootstrap: string)
     : `"$__tr_interpreter" $__tr_option ${quote(`./${job.taskFileName}`)}`
   // What the task made of these is neither followed nor waited for: the service takes it for lost.
   const isWritable = `[ ! -h ${folder} ] && [ ! -h ${folder}/exit ] && { [ -f ${folder}/exit ] || [ ! -e ${folder}/exit ]; }`
-  const finish = job.needsPreparing
-    ? `finish ${folder} task $__tr_code`
-    : // Nobody else can have written it: it need not be read, which has no end where a task made it large.
-      `echo "task $__tr_code" 1<>${folder}/exit`
+  // The bootstrap has written why a task did not run.
+  const isTold = job.needsPreparing ? `told ${folder} || ` : ''
+  const finish = `${isTold}finish ${folder} task "$__tr_code"`
   return [
     '{',
     `cd ${folder}/tasks && echo begun 1<>${folder}/exit && {`,
     `choose_interpreter ${file} ${commands}`,
     `${environment}${command} ${redirects}`,
     '__tr_code=$?',
-    `${isWritable} && ${finish}`,
+    `${isWritable} && { ${finish}; }`,
     '}',
     'cd /',
     // Told also when the task could not begin. Ignoring PIPE only here: the task must not inherit it.
