@@ -76,6 +76,7 @@ export class Reaper {
     await this.#noteGone(workers)
     for (const worker of workers) {
       const owner = await store.workerOwner(worker.taskId)
+      if (!owner && worker.mayBeForeign) continue
       if (owner && !isFinal(owner.status)) continue
       if (owner?.kept && (owner.finishedAt ?? 0) + keptWorkerMs > now()) continue
       // One that was just finished is being told about and terminated by its run.
@@ -107,11 +108,9 @@ export class Reaper {
    * mend. Never rejects.
    */
   cleanUpStuck(): Promise<void> {
-    const { store, log, provisioningTimeoutMs } = this.#options
-    const isWaitedFor = async ({ taskId }: Worker) =>
-      (await store.workerOwner(taskId))?.isHindered === true
+    const { log, provisioningTimeoutMs } = this.#options
     // Many tasks may fail at the same moment for the same want.
-    this.#cleanupOfStuck ??= this.cleanup(provisioningTimeoutMs, isWaitedFor)
+    this.#cleanupOfStuck ??= this.cleanup(provisioningTimeoutMs, { exceptHindered: true })
       .then(
         (workers) => {
           if (workers.length > 0) log.warn({ workers }, 'terminated workers stuck in Provisioning')
@@ -125,17 +124,21 @@ export class Reaper {
   }
 
   /**
-   * Ends workers that have been in Provisioning for longer than `olderThanMs`, but for those to be kept. Returns their names.
+   * Ends workers that have been in Provisioning for longer than `olderThanMs`. Returns their names. `exceptHindered`: leaves
+   * those alone whose task waits for what is ours to mend.
    */
   async cleanup(
     olderThanMs: number,
-    isKept: (worker: Worker) => Promise<boolean> = async () => false,
+    { exceptHindered = false }: { exceptHindered?: boolean } = {},
   ): Promise<string[]> {
-    const { backend, now } = this.#options
+    const { store, backend, now } = this.#options
     const ended: string[] = []
     for (const worker of await backend.list()) {
       if ((await worker.status()) !== 'Provisioning') continue
-      if (worker.createdAt + olderThanMs > now() || (await isKept(worker))) continue
+      if (worker.createdAt + olderThanMs > now()) continue
+      const owner = await store.workerOwner(worker.taskId)
+      if (worker.mayBeForeign && !owner) continue
+      if (exceptHindered && owner?.isHindered) continue
       if (await this.#end(worker)) ended.push(worker.name)
     }
     return ended

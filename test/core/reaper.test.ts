@@ -18,7 +18,13 @@ const DAY_MS = 24 * HOUR_MS
 
 /** Workers that exist only here. Terminating one takes it off the list, unless `stuck`. */
 function fakeBackend(
-  workers: Array<{ taskId: string; status: WorkerStatus; createdAt: number; stuck?: boolean }>,
+  workers: Array<{
+    taskId: string
+    status: WorkerStatus
+    createdAt: number
+    stuck?: boolean
+    mayBeForeign?: boolean
+  }>,
 ) {
   const there = new Map(workers.map((worker) => [workerNameFor(worker.taskId), worker]))
   const never = () => Promise.reject(new Error('not part of this test'))
@@ -27,6 +33,7 @@ function fakeBackend(
     return (
       known && {
         ...{ name, taskId: known.taskId, createdAt: known.createdAt },
+        ...(known.mayBeForeign ? { mayBeForeign: true } : {}),
         ...{ backend: 'fake', image: null, size: null },
         status: async () => known.status,
         completion: never,
@@ -111,6 +118,25 @@ describe('a sweep', () => {
     ])
     expect(await reaperOf(stores, backend, NOW).sweep()).toBe(0)
     expect(left()).toEqual(['hindered', 'slow', 'young'])
+  })
+
+  test("leaves workers that may be another service's alone, unless the store knows their task", async () => {
+    await using stores = await openStores()
+    await stores.finished('outlived', { finishedAt: NOW - HOUR_MS })
+    await stores.tasks.insert(newTask('stuck'))
+    const { backend, left } = fakeBackend(
+      [
+        { taskId: 'outlived', status: 'Running' as const },
+        { taskId: 'stuck', status: 'Provisioning' as const },
+        { taskId: 'unknown', status: 'Running' as const },
+        { taskId: 'unknown and stuck', status: 'Provisioning' as const },
+      ].map((worker) => ({ ...worker, createdAt: 0, mayBeForeign: true })),
+    )
+    const reaper = reaperOf(stores, backend, NOW)
+    expect(await reaper.sweep(), 'none of them is a leak').toBe(0)
+    expect(left()).toEqual(['unknown', 'unknown and stuck'])
+    expect(await reaper.cleanup(0)).toEqual([])
+    expect(left()).toEqual(['unknown', 'unknown and stuck'])
   })
 
   test('goes on with the others, and with old tasks, when one worker cannot be ended', async () => {

@@ -12,6 +12,7 @@ const task: Task = {
   ...{ exitCode: null, signal: null, workerName: 'task-a', terminateOnCompletion: true },
   ...{ timeoutSeconds: 1, priority: 0, claim: 0, instance: null, traceparent: null },
   ...{ createdAt: 0, claimedAt: null, startedAt: null, finishedAt: null, logBytes: null },
+  waitingFor: null,
   ...{ callbackStatus: 'none', workerConfig: {}, callbackUrl: null, callbackUrlToken: null },
   secretValues: [],
 }
@@ -22,5 +23,5 @@ test('what a task waits for is in its record and in the list; null: nothing hind
   expect(taskSchema.parse(fromTask(waiting)).waiting_for).toBe(waitingFor)
   expect(taskSummarySchema.parse(fromTaskSummary(waiting)).waiting_for).toBe(waitingFor)
   expect(fromTask(task).waiting_for).toBeNull()
-  expect(fromTaskSummary({ ...task, waitingFor: null }).waiting_for).toBeNull()
+  expect(fromTaskSummary(task).waiting_for).toBeNull()
 })
