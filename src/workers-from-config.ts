@@ -61,7 +61,7 @@ export function openBackend(
       const { DockerBackend } = await import('./workers/docker/docker-backend.ts')
       return new DockerBackend({
         ...common,
-        instance: deployment,
+        ...{ deployment, legacyInstance },
         engine: config.dockerEngine,
         network: config.dockerNetwork,
         mounts: config.workerMounts,

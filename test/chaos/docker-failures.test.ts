@@ -59,13 +59,13 @@ function tests(): void {
   }
 
   /** Why a worker could not be had. Nothing may be left of it. */
-  async function refusal(wanted: WorkerSpec): Promise<WorkerError> {
-    const error = await provision(wanted).then(
+  async function refusal(wanted: WorkerSpec, signal = NEVER): Promise<WorkerError> {
+    const error = await harness.backend.provision(wanted, signal).then(
       () => undefined,
       (err: unknown) => err,
     )
     expect(error).toBeInstanceOf(WorkerError)
-    expect(await containers(harness.settings.instance)).toEqual([])
+    expect(await containers(harness.settings.deployment)).toEqual([])
     return error as WorkerError
   }
 
@@ -89,7 +89,9 @@ function tests(): void {
     })
 
     test("one that cannot be pulled fails in the engine's words", async () => {
-      const { reason, message } = await refusal(spec('true', { image: '127.0.0.1:1/team/none' }))
+      const wanted = spec('true', { image: '127.0.0.1:1/team/none' })
+      // The registry may be back in a moment: it is asked until the time is over.
+      const { reason, message } = await refusal(wanted, AbortSignal.timeout(1_000))
       expect(reason).toBe('image_pull_failed')
       expect(message).toContain('127.0.0.1:1/team/none:latest')
       expect(message).toContain('connection refused')
@@ -205,16 +207,15 @@ function tests(): void {
     }
   })
 
-  test("a container that cannot be started fails in the engine's words", async () => {
+  test('a network for workers that is missing is told, and is the outcome of no task', async () => {
     const other = await openDocker({ network: 'no-such-network' })
     try {
       await expect(other.backend.provision(spec('true'), NEVER)).rejects.toMatchObject({
-        reason: 'startup_failed',
-        message: expect.stringMatching(
-          /^The container could not be started: .*no-such-network.* not found/,
-        ),
+        code: 'workers_unavailable',
+        message:
+          'The network for workers (DOCKER_NETWORK) is missing (network no-such-network not found)',
       })
-      expect(await containers(other.settings.instance)).toEqual([])
+      expect(await containers(other.settings.deployment)).toEqual([])
     } finally {
       await other.dispose()
     }
@@ -558,7 +559,7 @@ except OSError as err:
     expect(found && (await logOf(found))).toBe('done\n')
     expect(await docker('exec', worker.name, 'cat', '/worker/home/made')).toBe('kept\n')
     await found?.terminate()
-    expect(await containers(harness.settings.instance)).toEqual([])
+    expect(await containers(harness.settings.deployment)).toEqual([])
   })
 
   test('two services on one engine never see workers of each other', async () => {
@@ -582,8 +583,11 @@ except OSError as err:
   test('a container that was made and never started is made anew, and runs once', async () => {
     const runs = join(harness.sharedDir, marker())
     const wanted = spec(`echo ran >>${runs}; exit 5`)
-    const label = `task-runner.instance=${harness.settings.instance}`
-    await docker('create', '--name', wanted.name, '--label', label, TEST_IMAGE, 'true')
+    const labels = { instance: harness.settings.deployment, 'task-id': wanted.taskId }
+    const marks = Object.entries(labels).map(
+      ([name, value]) => `--label=task-runner.${name}=${value}`,
+    )
+    await docker('create', '--name', wanted.name, ...marks, TEST_IMAGE, 'true')
     const left = await harness.backend.find(wanted.name)
     expect(await left?.status()).toBe('Provisioning')
     // Whoever waits for it is not told that it has ended.
@@ -653,7 +657,7 @@ except OSError as err:
       // As the task runner does.
       await (await harness.backend.find(wanted.name))?.terminate()
       await expect
-        .poll(() => containers(harness.settings.instance), { timeout: 15_000 })
+        .poll(() => containers(harness.settings.deployment), { timeout: 15_000 })
         .toEqual([])
     }
   })

@@ -20,7 +20,7 @@ import { join, relative } from 'node:path'
 import { promisify } from 'node:util'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { FIXTURE_TASKS } from '../helpers/app.ts'
-import { docker, dockerSocket, newInstance, TEST_IMAGE, whyNoDocker } from '../helpers/docker.ts'
+import { docker, dockerSocket, newDeployment, TEST_IMAGE, whyNoDocker } from '../helpers/docker.ts'
 import { startReceiver } from '../helpers/receiver.ts'
 
 const skipped = await whyNoDocker()
@@ -97,7 +97,7 @@ async function fillStandIn(folder: string): Promise<void> {
 }
 
 function tests(): void {
-  const id = newInstance()
+  const id = newDeployment()
   const [base, image, other, volume] = ['base', 'image', 'other', 'data'].map(
     (what) => `task-runner-${what}-${id}`,
   ) as [string, string, string, string]

@@ -7,8 +7,11 @@ import https from 'node:https'
 import type { AddressInfo } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { setTimeout as pause } from 'node:timers/promises'
 import { promisify } from 'node:util'
 import { expect, vi } from 'vitest'
+import { UnavailableError } from '../../src/core/errors.ts'
+import type { Worker, WorkerBackend, WorkerSpec } from '../../src/core/ports.ts'
 import { DockerBackend, type DockerSettings } from '../../src/workers/docker/docker-backend.ts'
 import type { BackendHarness } from '../workers/contract.ts'
 import { FIXTURE_TASKS } from './app.ts'
@@ -40,7 +43,7 @@ export function dockerSocket(): string {
 }
 
 /** Keeps the containers of one test file from those of others. */
-export function newInstance(): string {
+export function newDeployment(): string {
   return `test-${randomBytes(6).toString('hex')}`
 }
 
@@ -58,7 +61,8 @@ export async function openDocker(overrides: Partial<DockerSettings> = {}): Promi
   await chmod(sharedDir, 0o777)
   const settings: DockerSettings = {
     engine: { socketPath: dockerSocket() },
-    instance: newInstance(),
+    deployment: newDeployment(),
+    legacyInstance: newDeployment(),
     tasksDir: FIXTURE_TASKS,
     images: { default: TEST_IMAGE, prefix: '' },
     network: 'none',
@@ -84,7 +88,7 @@ export async function openDocker(overrides: Partial<DockerSettings> = {}): Promi
     async clean() {
       for (const worker of await harness.backend.list()) await worker.terminate()
       if (settings.engine.socketPath === dockerSocket()) {
-        expect(await containers(settings.instance)).toEqual([])
+        expect(await containers(settings.deployment)).toEqual([])
       }
     },
     async dispose() {
@@ -96,8 +100,8 @@ export async function openDocker(overrides: Partial<DockerSettings> = {}): Promi
   return harness
 }
 
-export async function containers(instance: string): Promise<string[]> {
-  const filter = `label=task-runner.instance=${instance}`
+export async function containers(deployment: string): Promise<string[]> {
+  const filter = `label=task-runner.instance=${deployment}`
   const names = await docker('ps', '--all', '--filter', filter, '--format', '{{.Names}}')
   return names.split('\n').filter((name) => name !== '')
 }
@@ -245,6 +249,27 @@ export async function startDockerd(...flags: string[]): Promise<Dockerd> {
   }
   await dockerd.start()
   return dockerd
+}
+
+/** Answers in the engine's own form. */
+export function refuse(response: http.ServerResponse, status: number, message: string): void {
+  const head = { 'content-type': 'application/json' }
+  response.writeHead(status, head).end(JSON.stringify({ message }))
+}
+
+/** Provisions as the core does: again while a failure is none of the task's. */
+export async function provisionPatiently(
+  backend: WorkerBackend,
+  wanted: WorkerSpec,
+): Promise<Worker> {
+  for (;;) {
+    try {
+      return await backend.provision(wanted, new AbortController().signal)
+    } catch (err) {
+      if (!(err instanceof UnavailableError)) throw err
+      await pause(50)
+    }
+  }
 }
 
 /** What a test that has failed may have left behind, by the beginning of its name. */

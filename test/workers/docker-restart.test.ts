@@ -5,13 +5,14 @@ import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import { END_UNSEEN } from '../../src/workers/docker/container-watch.ts'
 import type { DockerBackend } from '../../src/workers/docker/docker-backend.ts'
-import { EngineUnreachableError } from '../../src/workers/docker/engine.ts'
+import { EngineError } from '../../src/workers/docker/engine.ts'
 import {
   busyboxRoot,
   type Dockerd,
   type DockerHarness,
   importImage,
   openDocker,
+  provisionPatiently,
   startDockerd,
   whyNoDocker,
 } from '../helpers/docker.ts'
@@ -74,9 +75,10 @@ function keptAlive(): void {
         await touch(go)
         await fileThere(ended)
         // Somebody asks in the meantime, and is told no lie.
-        await expect(worker.status()).rejects.toThrow(EngineUnreachableError)
+        await expect(worker.status()).rejects.toThrow(EngineError)
         const wanted = spec('echo new; exit 13')
-        const asked = harness.backend.provision(wanted, NEVER)
+        await expect(harness.backend.provision(wanted, NEVER)).rejects.toThrow(EngineError)
+        const asked = provisionPatiently(harness.backend, wanted)
         await dockerd.start()
         expect(await ends[0]).toMatchObject({ reason: 'exit_code', exitCode: 11 })
         const lines = Array.from({ length: 20_000 }, (_, index) => `${index + 1}\n`)
@@ -128,8 +130,8 @@ function keptAlive(): void {
     test('another engine knows nothing of its workers', async () => {
       const { harness } = opened()
       const { worker, go } = await begun(harness, 'exit 5')
-      const { instance } = harness.settings
-      const elsewhere = await openDocker({ instance })
+      const { deployment } = harness.settings
+      const elsewhere = await openDocker({ deployment })
       try {
         expect(await elsewhere.backend.find(worker.name)).toBeUndefined()
         expect(await elsewhere.backend.list()).toEqual([])

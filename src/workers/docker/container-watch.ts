@@ -1,16 +1,20 @@
 import { setTimeout as pause } from 'node:timers/promises'
-import { unpackTar } from 'modern-tar'
 import type { Completion, Logger } from '../../core/ports.ts'
-import { completionOf, type Exit, lost, overLogLimit, parseExit } from '../completion.ts'
+import { completionOf, lost, overLogLimit } from '../completion.ts'
 import { LogRing } from '../log-ring.ts'
-import { WORKER_FOLDER } from '../worker-files.ts'
-import { type Inspected, LABELS } from './container.ts'
-import { type Engine, EngineError, outputOf, untilAnswered } from './engine.ts'
+import { type Inspected, knownOf, LABELS, logLimitOf, waited } from './container.ts'
+import { type Engine, EngineError, isGone, outputOf } from './engine.ts'
+import { readExitFile } from './exit-file.ts'
 import { LogRereader } from './log-rereader.ts'
 
 export const REMOVED = 'The container was removed from outside'
+export const EXIT_BROKEN =
+  'The exit code is lost: the task has overwritten the file "exit" in the folder of its worker'
 
 const RETRY_MS = 250
+const RETRY_MAX_MS = 5_000
+/** Maximum time of one wait: a connection that is dead without a word delays an end no longer. */
+const WAIT_LIMIT_MS = 300_000
 /** How often a worker that stays is asked whether its task has ended. */
 const KEPT_POLL_MS = 500
 /** After a task's end its last output is on the way for a moment: one that stands still for so long has ended. */
@@ -30,8 +34,8 @@ export const END_UNSEEN =
 
 export interface ContainerWatchOptions {
   engine: Engine
-  /** One of ours, by its name; undefined when it is gone. */
-  inspect: (name: string) => Promise<Inspected | undefined>
+  /** Inspects the container with this id; undefined when it is gone. */
+  inspect: (id: string) => Promise<Inspected | undefined>
   terminationGraceMs: number
   logBytesKept: number
   /** Aborts when the service lets go of its workers. */
@@ -41,12 +45,14 @@ export interface ContainerWatchOptions {
 
 /** A container that was started: its log as it comes, and how its task ends. */
 export class ContainerWatch {
+  readonly id: string
   readonly name: string
   readonly ring: LogRing
   /** Rejects only when the service lets go. */
   readonly ended: Promise<Completion>
   readonly #begun = Promise.withResolvers<void>()
-  readonly #id: string
+  /** Resolves when the log has twice the bytes of its limit. */
+  readonly #flooded = Promise.withResolvers<void>()
   readonly #keeps: boolean
   readonly #rereader: LogRereader
   readonly #maxLogBytes: number
@@ -60,13 +66,12 @@ export class ContainerWatch {
     output: AsyncIterable<Buffer> | undefined,
     options: ContainerWatchOptions,
   ) {
-    const labels = container.Config.Labels
-    this.name = container.Name.replace(/^\//, '')
+    this.id = container.Id
+    this.name = knownOf(container).name
     this.ring = new LogRing(options.logBytesKept)
     this.#rereader = new LogRereader(this.ring)
-    this.#id = container.Id
-    this.#keeps = Boolean(labels[LABELS.keeps])
-    this.#maxLogBytes = Number(labels[LABELS.maxLogBytes])
+    this.#keeps = Boolean(container.Config.Labels[LABELS.keeps])
+    this.#maxLogBytes = logLimitOf(container)
     this.#options = options
     setTimeout(this.#begun.resolve, FIRST_PIECE_MS).unref()
     void this.#feed(output)
@@ -80,13 +85,16 @@ export class ContainerWatch {
     return this.#completion
   }
 
-  /** TERM, a grace period, KILL; settles with the task's end. Idempotent. */
+  /**
+   * Sends TERM, and KILL after a grace period, or as soon as the log has twice the bytes of its
+   * limit. Settles with the task's end. Idempotent.
+   */
   async stop(): Promise<void> {
     if (this.#completion) return
     await this.#signal('SIGTERM')
     const inTime = new AbortController()
     const grace = pause(this.#options.terminationGraceMs, undefined, { signal: inTime.signal })
-    await Promise.race([this.ended, grace.catch(() => {})])
+    await Promise.race([this.ended, grace.catch(() => {}), this.#flooded.promise])
     inTime.abort()
     if (!this.#completion) await this.#signal('SIGKILL')
     await this.ended
@@ -94,13 +102,11 @@ export class ContainerWatch {
 
   async #signal(signal: string): Promise<void> {
     try {
-      await this.#options.engine.text('POST', `/containers/${this.#id}/kill`, { query: { signal } })
+      const call = { query: { signal }, expect: [204] }
+      await this.#options.engine.text('POST', `/containers/${this.id}/kill`, call)
     } catch (err) {
-      // Not running, or gone; Podman says the former with a 500.
-      const isOver =
-        err instanceof EngineError &&
-        ([404, 409].includes(err.status) || err.message.includes('container state improper'))
-      if (!isOver) throw err
+      // Not running, or gone.
+      if (!(isGone(err) || (err instanceof EngineError && err.kind === 'conflict'))) throw err
     }
   }
 
@@ -118,14 +124,14 @@ export class ContainerWatch {
         } finally {
           cutAt = Date.now()
         }
-        const container = await inspect(this.name)
+        const container = await inspect(this.id)
         if (!container) break
         if (['exited', 'dead', 'removing'].includes(container.State.Status)) {
           if (await this.#endedUnseen(container, unwatched)) this.#note(END_UNSEEN)
           break
         }
       } catch (err) {
-        if (err instanceof EngineError && err.status === 404) break
+        if (isGone(err)) break
       }
       await pause(RETRY_MS, undefined, { signal }).catch(() => {})
     }
@@ -141,11 +147,13 @@ export class ContainerWatch {
     const { ring } = this
     ring.append(piece)
     this.#begun.resolve()
+    if (ring.totalBytes > 2 * this.#maxLogBytes) this.#flooded.resolve()
     if (ring.totalBytes <= this.#maxLogBytes || this.#isOverLogLimit) return
     this.#isOverLogLimit = true
-    void this.stop().catch((err: unknown) =>
-      this.#options.log.error({ err, worker: this.name }, 'ending a task failed'),
-    )
+    const { closing: signal, log } = this.#options
+    void untilAnswered(() => this.stop(), { signal, log }).catch((err: unknown) => {
+      if (!signal.aborted) log.error({ err, worker: this.name }, 'ending a task failed')
+    })
   }
 
   /** On a line of its own. */
@@ -175,26 +183,26 @@ export class ContainerWatch {
   async #logs(follow = true): Promise<AsyncIterable<Buffer>> {
     const query = { follow: String(follow), stdout: 'true', stderr: 'true' }
     const { engine, closing: signal } = this.#options
-    return outputOf(await engine.stream('GET', `/containers/${this.#id}/logs`, { query, signal }))
+    return outputOf(await engine.stream('GET', `/containers/${this.id}/logs`, { query, signal }))
   }
 
   /** How the task ended, once it has. Whatever befalls the engine meanwhile, the task is not judged by it. */
   async #end(): Promise<Completion> {
     const { engine, inspect, closing: signal, log } = this.#options
-    const id = this.#id
+    const { id } = this
     const judge = async (): Promise<Completion> => {
       for (;;) {
-        const container = await inspect(this.name)
-        if (container?.Id !== id) return lost(REMOVED)
+        const container = await inspect(id)
+        if (!container) return lost(REMOVED)
         const { Status } = container.State
         if (Status === 'exited' || Status === 'dead') return this.#completionOf(container)
-        if (this.#keeps && (await exitOf(engine, id))) return this.#completionOf(container)
+        if (this.#keeps && (await hasEnded(engine, id))) return this.#completionOf(container)
         // Of one that was not started, or that stays, waiting for its end would be of no use.
         if (Status === 'created' || this.#keeps) {
           await pause(KEPT_POLL_MS, undefined, { signal })
         } else {
-          const query = { condition: 'not-running' }
-          await engine.text('POST', `/containers/${id}/wait`, { query, signal }).catch(ifGone)
+          const call = { query: { condition: 'not-running' }, signal, limitMs: WAIT_LIMIT_MS }
+          await engine.json('POST', `/containers/${id}/wait`, waited, call).catch(untilNextInspect)
         }
       }
     }
@@ -233,7 +241,8 @@ export class ContainerWatch {
 
   async #completionOf(container: Inspected): Promise<Completion> {
     const { Id, State, HostConfig } = container
-    const exit = await exitOf(this.#options.engine, Id)
+    const file = await readExitFile(this.#options.engine, Id)
+    const exit = typeof file === 'string' ? undefined : file
     // A task that did without the child that was killed has succeeded.
     if (exit?.code === 0) return completionOf(exit)
     const exitCode = exit?.code ?? State.ExitCode
@@ -244,6 +253,7 @@ export class ContainerWatch {
       return { reason: 'oom_killed', exitCode, signal: wasKilled ? 'SIGKILL' : null, message }
     }
     if (exit) return completionOf(exit)
+    if (file === 'broken') return lost(EXIT_BROKEN)
     if (COULD_NOT_RUN.includes(State.ExitCode)) {
       const message = 'The container could not be started: its image has no /bin/sh that runs'
       return { reason: 'startup_failed', exitCode: null, signal: null, message }
@@ -276,22 +286,29 @@ export class ContainerWatch {
   }
 }
 
-/** What the bootstrap wrote down; undefined when it did not come to that. */
-export async function exitOf(engine: Engine, id: string): Promise<Exit | undefined> {
-  try {
-    const query = { path: `${WORKER_FOLDER}/exit` }
-    const tar = await engine.stream('GET', `/containers/${id}/archive`, { query })
-    const chunks: Buffer[] = []
-    for await (const chunk of tar) chunks.push(chunk)
-    const [file] = await unpackTar(Buffer.concat(chunks))
-    return file?.data && parseExit(Buffer.from(file.data).toString())
-  } catch (err) {
-    if (err instanceof EngineError && err.status === 404) return undefined
-    throw err
+/** Whether the task of a container that stays has ended. */
+export async function hasEnded(engine: Engine, id: string): Promise<boolean> {
+  return typeof (await readExitFile(engine, id)) !== 'string'
+}
+
+/** Repeats a step until the engine gives a sensible answer. Rejects when `signal` aborts. */
+export async function untilAnswered<T>(
+  step: () => Promise<T>,
+  { signal, log }: { signal: AbortSignal; log: Logger },
+): Promise<T> {
+  for (let waitMs = RETRY_MS; ; waitMs = Math.min(waitMs * 2, RETRY_MAX_MS)) {
+    try {
+      return await step()
+    } catch (err) {
+      if (!(err instanceof EngineError)) throw err
+      signal.throwIfAborted()
+      log.warn({ err }, 'waiting for the engine')
+      await pause(waitMs, undefined, { signal })
+    }
   }
 }
 
-/** Removed while it was waited for: the next look tells. */
-function ifGone(err: unknown): void {
-  if (!(err instanceof EngineError && err.status === 404)) throw err
+/** Ignores that the container is gone, or that the wait was long: the next inspect tells. */
+function untilNextInspect(err: unknown): void {
+  if (!(isGone(err) || (err instanceof EngineError && err.kind === 'timeout'))) throw err
 }

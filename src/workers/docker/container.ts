@@ -1,10 +1,13 @@
 /** What the engine is asked for, and what it tells. Pure. */
+import { z } from 'zod'
 import type { WorkerSpec } from '../../core/ports.ts'
 import { WORKER_USER, workerCommand } from '../worker-files.ts'
 
 export const LABELS = {
-  /** Which service it belongs to: several may share an engine. */
-  instance: 'task-runner.instance',
+  /** Id of the deployment that it belongs to, as several may share an engine. */
+  deployment: 'task-runner.instance',
+  /** Name of the worker, which the container keeps when it is renamed. */
+  worker: 'task-runner.worker',
   taskId: 'task-runner.task-id',
   size: 'task-runner.size',
   createdAt: 'task-runner.created-at',
@@ -15,9 +18,11 @@ export const LABELS = {
 /** Processes and threads of one worker: what a fork bomb is stopped at. */
 const PIDS_MAX = 4096
 const NANO = 1e9
+/** Latest instant that a Date can hold. */
+const TIME_MAX = 8.64e15
 
 export interface ContainerOptions {
-  instance: string
+  deployment: string
   image: string
   network: string
   /** `source:target[:ro]` of this machine, or volumes. */
@@ -39,7 +44,8 @@ export function containerRequest(spec: WorkerSpec, options: ContainerOptions): o
     User: `${WORKER_USER}:${WORKER_USER}`,
     WorkingDir: '/',
     Labels: {
-      [LABELS.instance]: options.instance,
+      [LABELS.deployment]: options.deployment,
+      [LABELS.worker]: spec.name,
       [LABELS.taskId]: spec.taskId,
       [LABELS.size]: spec.size ?? '',
       [LABELS.createdAt]: String(options.createdAt),
@@ -73,18 +79,83 @@ export function containerRequest(spec: WorkerSpec, options: ContainerOptions): o
   }
 }
 
+const labels = z
+  .record(z.string(), z.string())
+  .nullish()
+  .transform((given) => given ?? {})
+
 /** `GET /containers/{id}/json`, as far as it is read here. */
-export interface Inspected {
-  Id: string
-  Name: string
-  Config: { Labels: Record<string, string>; Image: string }
-  HostConfig: { Memory: number; LogConfig: { Type: string } }
-  State: {
-    Status: 'created' | 'running' | 'paused' | 'restarting' | 'removing' | 'exited' | 'dead'
-    ExitCode: number
-    OOMKilled: boolean
-    Error: string
-    StartedAt: string
-    FinishedAt: string
+export const inspected = z.object({
+  Id: z.string().min(1),
+  Name: z.string(),
+  Created: z.string(),
+  Config: z.object({ Labels: labels, Image: z.string() }),
+  HostConfig: z.object({
+    Memory: z.number().default(0),
+    LogConfig: z.object({ Type: z.string() }),
+  }),
+  State: z.object({
+    /** created, running, paused, restarting, removing, exited, dead; Podman has others. */
+    Status: z.string().min(1),
+    ExitCode: z.number(),
+    OOMKilled: z.boolean().default(false),
+    Error: z.string().default(''),
+    StartedAt: z.string(),
+    FinishedAt: z.string(),
+  }),
+})
+export type Inspected = z.output<typeof inspected>
+
+/** `GET /containers/json`, as far as it is read here. */
+export const listed = z.array(
+  z.object({
+    Id: z.string().min(1),
+    Names: z.array(z.string()).nullish(),
+    Image: z.string(),
+    Labels: labels,
+    /** Seconds since 1970. */
+    Created: z.number(),
+  }),
+)
+
+/** `POST /containers/{id}/wait`. */
+export const waited = z.object({ StatusCode: z.number() })
+
+export type Listed = z.output<typeof listed>[number]
+
+/** Facts about a worker's container, from either kind of answer. */
+export interface Known {
+  id: string
+  /** Name of its worker. */
+  name: string
+  taskId: string
+  image: string
+  size: string | null
+  createdAt: number
+}
+
+export function labelsOf(container: Inspected | Listed): Record<string, string> {
+  return 'Config' in container ? container.Config.Labels : container.Labels
+}
+
+export function knownOf(container: Inspected | Listed): Known {
+  const isInspected = 'Config' in container
+  const labels = labelsOf(container)
+  const name = isInspected ? container.Name : (container.Names?.[0] ?? container.Id)
+  const engineTime = isInspected ? Date.parse(container.Created) : container.Created * 1000
+  const createdAt = Number(labels[LABELS.createdAt])
+  return {
+    id: container.Id,
+    // A container without this label comes from an older version, and has its worker's name.
+    name: labels[LABELS.worker] ?? name.replace(/^\//, ''),
+    taskId: labels[LABELS.taskId] ?? '',
+    image: isInspected ? container.Config.Image : container.Image,
+    size: labels[LABELS.size] || null,
+    createdAt: [createdAt, engineTime].find((time) => time > 0 && time < TIME_MAX) ?? 0,
   }
+}
+
+/** Maximum bytes that the container's task may log. Without a usable label there is no limit. */
+export function logLimitOf({ Config }: Inspected): number {
+  return Number(Config.Labels[LABELS.maxLogBytes]) || Infinity
 }

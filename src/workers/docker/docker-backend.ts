@@ -1,5 +1,6 @@
 import { setTimeout as pause } from 'node:timers/promises'
-import { TaskRunnerError } from '../../core/errors.ts'
+import { z } from 'zod'
+import { UnavailableError } from '../../core/errors.ts'
 import {
   type Logger,
   type Worker,
@@ -13,22 +14,31 @@ import { until } from '../../core/until.ts'
 import { lost } from '../completion.ts'
 import { type ImageNames, imageFor } from '../image.ts'
 import { workerTar } from '../worker-files.ts'
-import { containerRequest, type Inspected, LABELS } from './container.ts'
-import { ContainerWatch, exitOf, REMOVED } from './container-watch.ts'
 import {
-  discard,
-  Engine,
-  type EngineAddress,
-  EngineError,
-  outputOf,
-  untilAnswered,
-} from './engine.ts'
+  containerRequest,
+  type Inspected,
+  inspected,
+  type Known,
+  knownOf,
+  LABELS,
+  type Listed,
+  labelsOf,
+  listed,
+} from './container.ts'
+import { ContainerWatch, hasEnded, REMOVED, untilAnswered } from './container-watch.ts'
+import { discard, Engine, type EngineAddress, EngineError, isGone, outputOf } from './engine.ts'
+import { FAILURES } from './failures.ts'
 import { pull } from './pull.ts'
 
 export interface DockerSettings {
   engine: EngineAddress
-  /** Tells this service's containers from those of another on the same engine. */
-  instance: string
+  /** Id on the containers of this service: several services may share an engine. */
+  deployment: string
+  /**
+   * Id that older versions put on containers. Services that share a sealing key share it, too, so
+   * such a container is ours only if our store knows its task.
+   */
+  legacyInstance: string
   tasksDir: string
   images: ImageNames
   network: string
@@ -39,24 +49,40 @@ export interface DockerSettings {
   /** The clock by which the age of workers is judged. */
   now: () => number
   log: Logger
+  /** Time limit of one call; default 30 s. */
+  callTimeoutMs?: number
 }
 
+/** For sending the files of a worker. */
+const FILL_LIMIT_MS = 600_000
+const CHECK_LIMIT_MS = 5_000
 /** Between two looks at whether a container is gone. */
 const REMOVAL_MS = 25
+const REMOVAL_MAX_MS = 1_000
+const REMOVAL_LIMIT_MS = 10_000
+
+/** A worker that is being made. */
+interface Making {
+  worker: Promise<Worker>
+  /** Failure of the last pull, with which the task ends if its time is over before one succeeds. */
+  pullFailure?: WorkerError
+}
 
 /** Workers that are containers of a Docker or Podman engine, found again by their name and labels. */
 export class DockerBackend implements WorkerBackend {
   readonly name = 'docker'
   readonly #settings: DockerSettings
   readonly #engine: Engine
+  /** Watches by container id, which a rename does not change. */
   readonly #watched = new Map<string, ContainerWatch>()
-  readonly #making = new Map<string, Promise<Worker>>()
+  readonly #making = new Map<string, Making>()
   readonly #closing = new AbortController()
+  #checking: Promise<void> | undefined
   #machine: Promise<{ cpus: number; isPodman: boolean }> | undefined
 
   constructor(settings: DockerSettings) {
     this.#settings = settings
-    this.#engine = new Engine(settings.engine)
+    this.#engine = new Engine(settings.engine, settings.callTimeoutMs)
   }
 
   async provision(
@@ -65,36 +91,35 @@ export class DockerBackend implements WorkerBackend {
     mayStart = async () => {},
   ): Promise<Worker> {
     signal.throwIfAborted()
-    const making =
-      this.#making.get(spec.name) ??
-      this.#provision(spec, signal, mayStart).finally(() => this.#making.delete(spec.name))
-    this.#making.set(spec.name, making)
-    return until(making, signal)
+    const making = this.#making.get(spec.name) ?? this.#make(spec, signal, mayStart)
+    try {
+      return await until(making.worker, signal)
+    } catch (err) {
+      const isTimeOver = err instanceof DOMException && err.name === 'TimeoutError'
+      if (!isTimeOver || !making.pullFailure) throw err
+      // If the engine fails now, the pulls may have failed because of it.
+      await this.check()
+      throw making.pullFailure
+    }
   }
 
   async find(name: string): Promise<Worker | undefined> {
     const container = await this.#inspect(name)
-    return container && this.#worker(container)
+    if (container) return this.#worker(container)
+    // A person may have renamed it.
+    const [renamed] = await this.#list(`${LABELS.worker}=${name}`)
+    return renamed && this.#worker(renamed)
   }
 
   async list(): Promise<Worker[]> {
-    const filters = JSON.stringify({ label: [`${LABELS.instance}=${this.#settings.instance}`] })
-    const found = await this.#engine.json<
-      Array<{ Id: string; Names: string[]; Labels: Record<string, string>; Image: string }>
-    >('GET', '/containers/json', { query: { all: 'true', filters } })
-    return found.map(({ Id, Names, Labels, Image }) =>
-      this.#worker({ Id, Name: Names[0] ?? '', Config: { Labels, Image } }),
-    )
+    return (await this.#list()).map((container) => this.#worker(container))
   }
 
-  async check(): Promise<void> {
-    await assertTasksFolder(this.#settings.tasksDir)
-    try {
-      await this.#engine.text('GET', '/_ping')
-    } catch (err) {
-      const message = err instanceof Error ? err.message : String(err)
-      throw new TaskRunnerError('workers_unavailable', message, { cause: err })
-    }
+  check(): Promise<void> {
+    this.#checking ??= this.#look().finally(() => {
+      this.#checking = undefined
+    })
+    return this.#checking
   }
 
   async close(): Promise<void> {
@@ -102,134 +127,165 @@ export class DockerBackend implements WorkerBackend {
     await this.#engine.close()
   }
 
+  async #look(): Promise<void> {
+    const limit = AbortSignal.timeout(CHECK_LIMIT_MS)
+    await assertTasksFolder(this.#settings.tasksDir)
+    try {
+      await this.#list(LABELS.deployment, limit)
+    } catch (err) {
+      if (!limit.aborted) throw err
+      throw new EngineError('timeout', `no answer within ${CHECK_LIMIT_MS / 1000} s`, {
+        cause: err,
+      })
+    }
+  }
+
+  #make(spec: WorkerSpec, signal: AbortSignal, mayStart: () => Promise<void>): Making {
+    const onPullFailed = (err: WorkerError) => {
+      making.pullFailure = err
+    }
+    const making: Making = {
+      worker: this.#provision(spec, { signal, mayStart, onPullFailed }).finally(() =>
+        this.#making.delete(spec.name),
+      ),
+    }
+    this.#making.set(spec.name, making)
+    return making
+  }
+
   /** Goes on after `signal` has aborted as far as it takes to leave nothing behind. */
   async #provision(
     spec: WorkerSpec,
-    signal: AbortSignal,
-    mayStart: () => Promise<void>,
+    options: {
+      signal: AbortSignal
+      mayStart: () => Promise<void>
+      onPullFailed: (err: WorkerError) => void
+    },
   ): Promise<Worker> {
-    const existing = await this.#answered(() => this.#inspect(spec.name), signal)
+    const { signal, mayStart, onPullFailed: onFailed } = options
+    const { log, images } = this.#settings
+    const existing = await this.#existing(spec)
     if (existing && existing.State.Status !== 'created') return this.#worker(existing)
     // One that was never started was being made when the service was killed: nothing has run in it.
     if (existing) {
       await mayStart()
       await this.#remove(existing.Id)
     }
-    const image = imageFor(spec.image, this.#settings.images)
+    const image = imageFor(spec.image, images)
     const notes = [...spec.notes]
-    const pulledMs = await this.#answered(
-      () => pull(this.#engine, image, spec.imageConfig, signal),
-      signal,
-    )
-    if (pulledMs !== undefined) notes.push(`pulled ${image} in ${Math.ceil(pulledMs / 1000)} s`)
     let madeId: string | undefined
-    const onMade = (id: string) => {
-      madeId = id
-    }
     try {
-      const container = await this.#answered(
-        () => this.#create({ ...spec, notes }, image, { signal, onMade }),
-        signal,
-      )
+      const config = spec.imageConfig
+      const pulledMs = await pull(this.#engine, image, { config, signal, onFailed, log })
+      if (pulledMs !== undefined) notes.push(`pulled ${image} in ${Math.ceil(pulledMs / 1000)} s`)
+      madeId = await this.#create({ ...spec, notes }, image, signal)
+      const container = await this.#inspect(madeId)
+      if (!container) throw new UnavailableError('The container was removed while it was made')
+      await this.#fill(madeId, { ...spec, notes }, signal)
       signal.throwIfAborted()
       // Should we be held up from here on, whoever takes over removes what never ran.
       await mayStart()
-      await this.#started(container, signal)
+      await this.#start(container, signal)
       return this.#worker(container)
     } catch (err) {
-      // By its id: of that name there may be one by now that another instance has made.
-      const begun = madeId && (await this.#inspect(madeId).catch(() => undefined))
-      // Started is started: it is found again. What never ran goes.
-      if (begun && begun.State.Status === 'created') await this.#remove(begun.Id)
-      throw err
+      if (madeId) await this.#removeUnstarted(madeId, err)
+      throw provisioningError(err)
     }
   }
 
-  async #create(
-    spec: WorkerSpec,
-    image: string,
-    { signal, onMade }: { signal: AbortSignal; onMade: (id: string) => void },
-  ): Promise<Inspected> {
+  /** Finds the worker's container by its name. Throws `WorkerError` if it runs another task. */
+  async #existing({ name, taskId }: WorkerSpec): Promise<Inspected | undefined> {
+    const container = await this.#inspect(name)
+    if (!container || knownOf(container).taskId === taskId) return container
+    const message = `The container ${name} is the worker of another task`
+    throw new WorkerError('startup_failed', message)
+  }
+
+  /** Creates the container and returns its id. */
+  async #create(spec: WorkerSpec, image: string, signal: AbortSignal): Promise<string> {
     const { cpus, isPodman } = await this.#machineOnce()
     const createdAt = this.#settings.now()
-    const { instance, network, mounts, tasksDir } = this.#settings
-    const options = { instance, image, network, mounts, cpusMax: cpus, createdAt }
-    const body = containerRequest(spec, {
-      ...options,
-      logDriver: isPodman ? 'json-file' : 'local',
-    })
+    const { deployment, network, mounts } = this.#settings
+    const options = { deployment, image, network, mounts, cpusMax: cpus, createdAt }
+    const logDriver = isPodman ? 'json-file' : 'local'
+    const body = containerRequest(spec, { ...options, logDriver })
+    const made = z.object({ Id: z.string().min(1) })
+    // Without `signal`: we have to know whether it was made, to be able to remove it.
+    const call = { query: { name: spec.name }, body, step: 'make', expect: [201] } as const
+    signal.throwIfAborted()
     try {
-      const call = { query: { name: spec.name }, body }
-      onMade((await this.#engine.json<{ Id: string }>('POST', '/containers/create', call)).Id)
+      return (await this.#engine.json('POST', '/containers/create', made, call)).Id
     } catch (err) {
-      // Its answer to an earlier attempt may have got lost.
-      if (!(err instanceof EngineError && err.status === 409)) throw workerErrorOf(err)
-    }
-    const container = await this.#inspect(spec.name)
-    if (!container) {
+      if (!(err instanceof EngineError && err.kind === 'conflict')) throw err
+      // Another instance may have made it for the same task: the next attempt finds it.
+      if (await this.#existing(spec)) throw err
       const message = `A container of another service has the name ${spec.name}`
       throw new WorkerError('startup_failed', message)
     }
-    const files = await workerTar(spec, tasksDir)
-    const call = { query: { path: '/' }, body: files, signal }
-    await this.#engine
-      .text('PUT', `/containers/${container.Id}/archive`, call)
-      .catch((err: unknown) => Promise.reject(workerErrorOf(err)))
-    return container
   }
 
-  async #started(container: Inspected, signal: AbortSignal): Promise<void> {
-    let isAgain = false
-    await this.#answered(async () => {
-      // An earlier attempt may have got through, with its answer lost.
-      const begun = isAgain ? await this.#inspect(container.Id) : undefined
-      isAgain = true
-      if (begun && begun.State.Status !== 'created') return this.#watch(begun, undefined)
-      return this.#start(container, signal)
-    }, signal)
+  async #fill(id: string, spec: WorkerSpec, signal: AbortSignal): Promise<void> {
+    const body = await workerTar(spec, this.#settings.tasksDir)
+    const query = { path: '/' }
+    // Large task folders take their time, which `signal` ends.
+    const call = { query, body, signal, step: 'make', limitMs: FILL_LIMIT_MS } as const
+    const answer = await this.#engine.text('PUT', `/containers/${id}/archive`, call)
+    if (answer !== '') throw new EngineError('garbage', 'an answer to the files of a worker')
   }
 
   /** Attached before it starts, so that no byte of its log is missed. */
-  async #start(container: Inspected, signal: AbortSignal): Promise<ContainerWatch> {
+  async #start(container: Inspected, signal: AbortSignal): Promise<void> {
     const { Id } = container
-    const output = await this.#engine
-      .stream('POST', `/containers/${Id}/attach`, {
-        query: { stream: 'true', stdout: 'true', stderr: 'true' },
-        signal: this.#closing.signal,
-      })
-      .catch((err: unknown) => Promise.reject(workerErrorOf(err)))
+    const output = await this.#engine.stream('POST', `/containers/${Id}/attach`, {
+      query: { stream: 'true', stdout: 'true', stderr: 'true' },
+      ...{ signal: this.#closing.signal, step: 'make' },
+    })
     try {
-      await this.#engine.text('POST', `/containers/${Id}/start`, { signal })
+      const call = { signal, step: 'make', expect: [204, 304] } as const
+      await this.#engine.text('POST', `/containers/${Id}/start`, call)
     } catch (err) {
       await discard(output)
-      throw workerErrorOf(err)
+      throw err
     }
-    return this.#watch(container, outputOf(output))
+    this.#watch(container, outputOf(output))
   }
 
-  #worker(container: Pick<Inspected, 'Id' | 'Name'> & { Config: Inspected['Config'] }): Worker {
-    const name = container.Name.replace(/^\//, '')
-    const labels = container.Config.Labels
-    let held = this.#watched.get(name)
+  /**
+   * Removes a container unless it was started: the next attempt finds a started one. Does not
+   * wait for an engine that is away. Never rejects.
+   */
+  async #removeUnstarted(id: string, why: unknown): Promise<void> {
+    if (why instanceof EngineError && ['unreachable', 'timeout'].includes(why.kind)) return
+    try {
+      // The id and not the name, which another instance may have used again by now.
+      const container = await this.#inspect(id)
+      if (container?.State.Status === 'created') await this.#remove(id)
+    } catch (err) {
+      // The next attempt removes it, and so does the end of the task.
+      this.#settings.log.warn({ err, id }, 'a container that was not started could not be removed')
+    }
+  }
+
+  #worker(container: Inspected | Listed): Worker {
+    const known = knownOf(container)
+    const { id, name, taskId, image, size, createdAt } = known
+    let held = this.#watched.get(id)
     const watched = async () => {
-      held ??= this.#watched.get(name)
+      held ??= this.#watched.get(id)
       if (held) return held
-      const found = await this.#inspect(name)
+      const found = await this.#inspect(id)
       // Another look may have been faster.
-      held = this.#watched.get(name) ?? (found && this.#watch(found, undefined))
+      held = this.#watched.get(id) ?? (found && this.#watch(found, undefined))
       return held
     }
-    const status = async () => (held?.completion ? 'Completed' : this.#status(name))
+    const status = async () => (held?.completion ? 'Completed' : this.#status(id))
     return {
-      name,
-      taskId: labels[LABELS.taskId] ?? '',
-      backend: this.name,
-      image: container.Config.Image,
-      size: labels[LABELS.size] || null,
-      createdAt: Number(labels[LABELS.createdAt]),
+      ...{ name, taskId, backend: this.name, image, size, createdAt },
+      ...(this.#isOurs(container) ? {} : { mayBeForeign: true }),
       status,
       completion: async (signal) => {
-        const found = await until(this.#answered(watched, signal), signal)
+        const { log } = this.#settings
+        const found = await until(untilAnswered(watched, { signal, log }), signal)
         return found ? until(found.ended, signal) : lost(REMOVED)
       },
       stop: async () => {
@@ -249,20 +305,19 @@ export class DockerBackend implements WorkerBackend {
         if (found) yield* found.ring.follow(from, signal)
       },
       terminate: async () => {
-        await this.#terminate(name, held)
+        await this.#terminate(known, held)
         held = undefined
       },
     }
   }
 
-  async #status(name: string): Promise<WorkerStatus> {
-    if (this.#watched.get(name)?.completion) return 'Completed'
-    const container = await this.#inspect(name)
+  async #status(id: string): Promise<WorkerStatus> {
+    if (this.#watched.get(id)?.completion) return 'Completed'
+    const container = await this.#inspect(id)
     if (!container || container.State.Status === 'removing') return 'Terminating'
     if (container.State.Status === 'created') return 'Provisioning'
     if (['exited', 'dead'].includes(container.State.Status)) return 'Completed'
-    const isOver =
-      container.Config.Labels[LABELS.keeps] && (await exitOf(this.#engine, container.Id))
+    const isOver = container.Config.Labels[LABELS.keeps] && (await hasEnded(this.#engine, id))
     return isOver ? 'Completed' : 'Running'
   }
 
@@ -274,61 +329,77 @@ export class DockerBackend implements WorkerBackend {
     const { terminationGraceMs, logBytesKept, log } = this.#settings
     const watched = new ContainerWatch(container, output, {
       engine: this.#engine,
-      inspect: (name) => this.#inspect(name),
+      inspect: (id) => this.#inspect(id),
       ...{ terminationGraceMs, logBytesKept, log },
       closing: this.#closing.signal,
     })
-    const { name } = watched
-    this.#watched.set(name, watched)
+    const { id } = watched
+    this.#watched.set(id, watched)
     const forget = () => {
-      if (this.#watched.get(name) === watched) this.#watched.delete(name)
+      if (this.#watched.get(id) === watched) this.#watched.delete(id)
     }
     watched.ended.then(forget, forget)
     return watched
   }
 
-  async #terminate(name: string, held?: ContainerWatch): Promise<void> {
+  async #terminate({ id, name, taskId }: Known, held?: ContainerWatch): Promise<void> {
     // One that is being made would be there after we have looked.
-    await this.#making.get(name)?.catch(() => {})
-    const container = await this.#inspect(name)
-    if (container) {
+    await this.#making.get(name)?.worker.catch(() => {})
+    const container = (await this.#inspect(id)) ?? (await this.#inspect(name))
+    if (container && knownOf(container).taskId === taskId) {
       if (container.State.Status === 'running') {
-        await (held ?? this.#watched.get(name) ?? this.#watch(container, undefined)).stop()
+        await (held ?? this.#watched.get(container.Id) ?? this.#watch(container, undefined)).stop()
       }
       await this.#remove(container.Id)
     }
   }
 
   async #remove(id: string): Promise<void> {
-    for (;;) {
+    const { signal } = this.#closing
+    const givesUpAt = performance.now() + REMOVAL_LIMIT_MS
+    for (let waitMs = REMOVAL_MS; ; waitMs = Math.min(waitMs * 2, REMOVAL_MAX_MS)) {
       try {
-        const query = { force: 'true', v: 'true' }
-        await this.#engine.text('DELETE', `/containers/${id}`, { query })
+        const call = { query: { force: 'true', v: 'true' }, expect: [200, 204] }
+        await this.#engine.text('DELETE', `/containers/${id}`, call)
       } catch (err) {
-        if (!(err instanceof EngineError)) throw err
-        if (err.status === 404) return
-        // 409: it is being removed already.
-        if (err.status !== 409) throw err
+        if (isGone(err)) return
+        // It is being removed already.
+        if (!(err instanceof EngineError && err.kind === 'conflict')) throw err
       }
-      await pause(REMOVAL_MS)
+      if (performance.now() > givesUpAt) {
+        const words = `container ${id} is still there after ${REMOVAL_LIMIT_MS / 1000} s`
+        throw new EngineError('conflict', words)
+      }
+      await pause(waitMs, undefined, { signal })
     }
   }
 
-  /** One of ours, by its name or id. */
+  /** Inspects a container, by its name or id; undefined unless it is ours or an older version's. */
   async #inspect(name: string): Promise<Inspected | undefined> {
     try {
       const path = `/containers/${name}/json`
-      const container = await this.#engine.json<Inspected>('GET', path)
-      const isOurs = container.Config.Labels[LABELS.instance] === this.#settings.instance
-      return isOurs ? container : undefined
+      const container = await this.#engine.json('GET', path, inspected)
+      return this.#isOurs(container) || this.#isLegacy(container) ? container : undefined
     } catch (err) {
-      if (err instanceof EngineError && err.status === 404) return undefined
+      if (isGone(err)) return undefined
       throw err
     }
   }
 
-  #answered<T>(step: () => Promise<T>, signal: AbortSignal): Promise<T> {
-    return untilAnswered(step, { signal, log: this.#settings.log })
+  /** Lists the containers of ours, and of older versions, that have the label. */
+  async #list(label: string = LABELS.deployment, signal?: AbortSignal): Promise<Listed[]> {
+    const filters = JSON.stringify({ label: [label] })
+    const call = { query: { all: 'true', filters }, signal }
+    const found = await this.#engine.json('GET', '/containers/json', listed, call)
+    return found.filter((container) => this.#isOurs(container) || this.#isLegacy(container))
+  }
+
+  #isOurs(container: Inspected | Listed): boolean {
+    return labelsOf(container)[LABELS.deployment] === this.#settings.deployment
+  }
+
+  #isLegacy(container: Inspected | Listed): boolean {
+    return labelsOf(container)[LABELS.deployment] === this.#settings.legacyInstance
   }
 
   #machineOnce(): Promise<{ cpus: number; isPodman: boolean }> {
@@ -340,20 +411,19 @@ export class DockerBackend implements WorkerBackend {
   }
 
   async #askMachine(): Promise<{ cpus: number; isPodman: boolean }> {
+    const components = z.array(z.object({ Name: z.string() })).nullish()
     const [info, version] = await Promise.all([
-      this.#engine.json<{ NCPU: number }>('GET', '/info'),
-      this.#engine.json<{ Components?: Array<{ Name: string }> }>('GET', '/version'),
+      this.#engine.json('GET', '/info', z.object({ NCPU: z.number().positive() })),
+      this.#engine.json('GET', '/version', z.object({ Components: components })),
     ])
     const isPodman = (version.Components ?? []).some(({ Name }) => Name.includes('Podman'))
     return { cpus: info.NCPU, isPodman }
   }
 }
 
-/** The engine's words, as a reason its user can act on. */
-function workerErrorOf(err: unknown): unknown {
-  if (!(err instanceof EngineError)) return err
-  if (/no space left on device/.test(err.message)) {
-    return new WorkerError('internal_error', `The engine's disk is full: ${err.message}`)
-  }
-  return new WorkerError('startup_failed', `The container could not be started: ${err.message}`)
+/** Makes a `WorkerError` of a failure that is the task's own; the core repeats all others. */
+function provisioningError(err: unknown): unknown {
+  if (!(err instanceof EngineError) || FAILURES[err.kind].verdict !== 'task') return err
+  const message = `The container could not be started: ${err.words}`
+  return new WorkerError('startup_failed', message, { cause: err })
 }

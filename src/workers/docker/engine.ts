@@ -1,36 +1,55 @@
 import type { Readable } from 'node:stream'
-import { setTimeout as pause } from 'node:timers/promises'
 import { Pool } from 'undici'
+import type { z } from 'zod'
 import { UnavailableError } from '../../core/errors.ts'
-import type { Logger } from '../../core/ports.ts'
+import { WorkerError } from '../../core/ports.ts'
+import { until } from '../../core/until.ts'
+import {
+  FAILURES,
+  type FailureKind,
+  kindOfRefusal,
+  messageIn,
+  type Refusal,
+  type Step,
+} from './failures.ts'
 
 /** The newest API this was written for; an older engine is spoken to in its own (https://docs.docker.com/reference/api/engine/). */
 const API_VERSION: readonly [number, number] = [1, 47]
 const CALL_TIMEOUT_MS = 30_000
-const RETRY_MS = 250
-const RETRY_MAX_MS = 5_000
+/** All calls wait for the first answer: it must not take long to ask again. */
+const PING_TIMEOUT_MS = 4_000
+/** Maximum bytes of an answer that is read whole; a list of ten thousand containers has 16 MB. */
+const ANSWER_BYTES_MAX = 64 * 1024 * 1024
+const ERROR_BYTES_MAX = 64 * 1024
+const WORDS_MAX = 1000
 
 export interface EngineAddress {
-  /** Of a Unix socket; undefined: `url`. */
+  /** Path of a Unix socket; undefined: `url`. */
   socketPath?: string | undefined
   url?: string | undefined
   tls?: { ca: string; cert: string; key: string } | undefined
 }
 
-/** The engine refused. */
-export class EngineError extends Error {
+/**
+ * A call to the engine failed. Unless the caller knows better, this says nothing about a container
+ * or a task, and the call can be repeated.
+ */
+export class EngineError extends UnavailableError {
   override name = 'EngineError'
-  readonly status: number
+  readonly kind: FailureKind
+  /** Words of the engine, of a proxy, or of the system. */
+  readonly words: string
 
-  constructor(status: number, message: string) {
-    super(message)
-    this.status = status
+  constructor(kind: FailureKind, words: string, options: { cause?: unknown } = {}) {
+    super(`${FAILURES[kind].sentence} (${words})`, options)
+    this.kind = kind
+    this.words = words
   }
 }
 
-/** The engine does not answer: nothing is known about its containers. */
-export class EngineUnreachableError extends Error {
-  override name = 'EngineUnreachableError'
+/** Tells whether the engine said that the container, or the file, does not exist. */
+export function isGone(err: unknown): boolean {
+  return err instanceof EngineError && err.kind === 'not_found'
 }
 
 interface Call {
@@ -38,30 +57,47 @@ interface Call {
   body?: object | AsyncIterable<Uint8Array>
   headers?: Record<string, string>
   signal?: AbortSignal | undefined
+  /** Default `look`. */
+  step?: Step
+  /** Status codes of success; default 200 alone. */
+  expect?: readonly number[]
+  /** Maximum milliseconds until the answer begins, and again until it was read whole. */
+  limitMs?: number
+  /** Maximum milliseconds between two pieces of a stream; default none, as tasks may be silent. */
+  silenceMs?: number
 }
 
-/** The Docker Engine API over its socket; Podman serves it as well. */
+/**
+ * The Docker Engine API over its socket; Podman serves it as well. All calls throw `EngineError`,
+ * or the reason of their signal.
+ */
 export class Engine {
   readonly #pool: Pool
   readonly #callTimeoutMs: number
   #version: Promise<string> | undefined
 
-  /** `callTimeoutMs` bounds calls without a signal of their own. */
   constructor({ socketPath, url, tls }: EngineAddress, callTimeoutMs = CALL_TIMEOUT_MS) {
     this.#callTimeoutMs = callTimeoutMs
-    // Streams of logs are silent for as long as tasks are. allowH2: the engine speaks none.
-    const options = { headersTimeout: 0, bodyTimeout: 0, allowH2: false }
+    // allowH2: the engine speaks none.
+    const options = { allowH2: false }
     this.#pool =
       socketPath === undefined
         ? new Pool(url ?? '', { ...options, ...(tls ? { connect: tls } : {}) })
         : new Pool('http://docker', { ...options, socketPath })
   }
 
-  /** An answer in JSON; undefined when it has none. Throws `EngineError`, `EngineUnreachableError`. */
-  async json<T>(method: 'GET' | 'POST', path: string, call: Call = {}): Promise<T> {
+  async json<T>(
+    method: 'GET' | 'POST',
+    path: string,
+    schema: z.ZodType<T>,
+    call: Call = {},
+  ): Promise<T> {
     const text = await this.text(method, path, call)
-    // Holds as far as the engine keeps to its documentation.
-    return (text === '' ? undefined : JSON.parse(text)) as T
+    try {
+      return schema.parse(JSON.parse(text))
+    } catch (err) {
+      throw new EngineError('garbage', `${method} ${path}: ${shortened(text)}`, { cause: err })
+    }
   }
 
   async text(
@@ -69,49 +105,72 @@ export class Engine {
     path: string,
     call: Call = {},
   ): Promise<string> {
-    const signal = call.signal ?? AbortSignal.timeout(this.#callTimeoutMs)
+    const body = await this.stream(method, path, call)
     try {
-      const chunks: Buffer[] = []
-      for await (const chunk of await this.stream(method, path, { ...call, signal })) {
-        chunks.push(chunk)
-      }
-      return Buffer.concat(chunks).toString()
+      const limitMs = call.limitMs ?? this.#callTimeoutMs
+      const { bytes, isWhole } = await withinLimit(body, limitMs, ANSWER_BYTES_MAX)
+      if (isWhole) return bytes.toString()
     } catch (err) {
-      // One that takes too long is as good as away: nothing is known, and it can be asked again.
-      throw err instanceof EngineError ? err : unreachable(err, call.signal)
+      throw failureOf(err, call.signal)
     }
+    throw new EngineError('garbage', `${method} ${path}: more than ${ANSWER_BYTES_MAX} bytes`)
   }
 
   /** An answer as it comes. Its reader has to expect that it is cut. */
   async stream(
     method: 'GET' | 'POST' | 'PUT' | 'DELETE',
     path: string,
-    { query = {}, body, headers = {}, signal }: Call = {},
+    call: Call = {},
   ): Promise<Readable> {
-    const isTar = body !== undefined && Symbol.asyncIterator in body
+    const { query = {}, body, headers = {}, signal, step = 'look', expect = [200] } = call
     const search = Object.entries(query).map(([name, value]) => [name, String(value)])
+    const version = await (signal ? until(this.#negotiated(), signal) : this.#negotiated())
+    const tar = body !== undefined && Symbol.asyncIterator in body ? new OwnBody(body) : undefined
+    const limitMs = call.limitMs ?? this.#callTimeoutMs
     try {
       const response = await this.#pool.request({
         method,
-        path: `/v${await this.#negotiated()}${path}?${new URLSearchParams(search)}`,
+        path: `/v${version}${path}?${new URLSearchParams(search)}`,
         headers: {
           ...(body === undefined
             ? {}
-            : { 'content-type': isTar ? 'application/x-tar' : 'application/json' }),
+            : { 'content-type': tar ? 'application/x-tar' : 'application/json' }),
           ...headers,
         },
-        body: isTar ? (body as Readable) : body === undefined ? null : JSON.stringify(body),
+        // Holds: a request takes any async iterable.
+        body: tar ? (tar.pieces() as unknown as Readable) : body ? JSON.stringify(body) : null,
         ...(signal ? { signal } : {}),
+        // Each piece of a body that the engine takes starts this anew.
+        headersTimeout: limitMs,
+        bodyTimeout: call.silenceMs ?? 0,
       })
-      if (response.statusCode < 400) return response.body
-      throw new EngineError(response.statusCode, messageOf(await response.body.text()))
+      if (expect.includes(response.statusCode)) return response.body
+      throw await this.#refused(response, `${method} ${path}`, step)
     } catch (err) {
-      throw err instanceof EngineError ? err : unreachable(err, signal)
+      if (tar?.failure) throw tar.failure
+      throw failureOf(err, signal)
     }
   }
 
   async close(): Promise<void> {
     await this.#pool.destroy()
+  }
+
+  async #refused(
+    { statusCode, body }: { statusCode: number; body: Readable },
+    what: string,
+    step: Step,
+  ): Promise<EngineError> {
+    const { bytes } = await withinLimit(body, this.#callTimeoutMs, ERROR_BYTES_MAX)
+    const text = bytes.toString()
+    if (statusCode < 400) {
+      return new EngineError('garbage', `${what}: status ${statusCode}: ${shortened(text)}`)
+    }
+    const refusal: Refusal = { status: statusCode, words: messageIn(text), body: text }
+    const kind = kindOfRefusal(refusal, step)
+    if (kind === 'version_refused') this.#version = undefined
+    const words = refusal.words ?? `${what}: status ${statusCode}: ${shortened(text)}`
+    return new EngineError(kind, shortened(words))
   }
 
   #negotiated(): Promise<string> {
@@ -123,33 +182,75 @@ export class Engine {
   }
 
   async #askVersion(): Promise<string> {
-    // Without one, an engine that hangs would keep every later call waiting, too.
-    const signal = AbortSignal.timeout(this.#callTimeoutMs)
-    const { headers, body } = await this.#pool.request({ method: 'GET', path: '/_ping', signal })
-    await body.dump()
-    const [major = 1, minor = 24] = String(headers['api-version'] ?? '')
-      .split('.')
-      .map(Number)
-    const isOlder = major < API_VERSION[0] || (major === API_VERSION[0] && minor < API_VERSION[1])
-    return isOlder ? `${major}.${minor}` : API_VERSION.join('.')
+    const limitMs = Math.min(this.#callTimeoutMs, PING_TIMEOUT_MS)
+    try {
+      const response = await this.#pool.request({
+        method: 'GET',
+        path: '/_ping',
+        headersTimeout: limitMs,
+      })
+      if (response.statusCode !== 200) throw await this.#refused(response, 'GET /_ping', 'look')
+      await withinLimit(response.body, limitMs, ERROR_BYTES_MAX)
+      const told = /^(\d+)\.(\d+)$/.exec(String(response.headers['api-version'] ?? ''))
+      // The version is kept: a proxy's answer must not set it.
+      if (!told) throw new EngineError('garbage', 'GET /_ping: no API version')
+      const [major, minor] = [Number(told[1]), Number(told[2])]
+      const isOlder = major < API_VERSION[0] || (major === API_VERSION[0] && minor < API_VERSION[1])
+      return isOlder ? `${major}.${minor}` : API_VERSION.join('.')
+    } catch (err) {
+      throw failureOf(err, undefined)
+    }
   }
 }
 
-/** Repeats a step while the engine does not answer, or not sensibly. Rejects when `signal` aborts. */
-export async function untilAnswered<T>(
-  step: () => Promise<T>,
-  { signal, log }: { signal: AbortSignal; log: Logger },
-): Promise<T> {
-  for (let waitMs = RETRY_MS; ; waitMs = Math.min(waitMs * 2, RETRY_MAX_MS)) {
+/** A request body that we read from files. Its failure would look like one of the engine. */
+class OwnBody {
+  /** Why it could not be read. */
+  failure: Error | undefined
+  readonly #body: AsyncIterable<Uint8Array>
+
+  constructor(body: AsyncIterable<Uint8Array>) {
+    this.#body = body
+  }
+
+  async *pieces(): AsyncGenerator<Uint8Array, void> {
     try {
-      return await step()
+      yield* this.#body
     } catch (err) {
-      const isBroken = err instanceof EngineError && err.status >= 500
-      if (!(err instanceof EngineUnreachableError || isBroken)) throw err
-      signal.throwIfAborted()
-      log.warn({ err }, 'waiting for the engine')
-      await pause(waitMs, undefined, { signal })
+      const isTyped = err instanceof UnavailableError || err instanceof WorkerError
+      this.failure = isTyped ? err : new EngineError('own_files', wordsOf(err), { cause: err })
+      throw err
     }
+  }
+}
+
+/** Reads a stream up to `maxBytes`, and ends it there. */
+export async function beginningOf(
+  stream: Readable,
+  maxBytes: number,
+): Promise<{ bytes: Buffer; isWhole: boolean }> {
+  const chunks: Buffer[] = []
+  let length = 0
+  for await (const chunk of stream) {
+    chunks.push(chunk)
+    length += chunk.length
+    if (length > maxBytes) break
+  }
+  const bytes = Buffer.concat(chunks).subarray(0, maxBytes)
+  return { bytes, isWhole: length <= maxBytes }
+}
+
+/** Reads the beginning of a stream. Throws when that takes longer than `limitMs`. */
+async function withinLimit(
+  stream: Readable,
+  limitMs: number,
+  maxBytes: number,
+): Promise<{ bytes: Buffer; isWhole: boolean }> {
+  const timer = setTimeout(() => stream.destroy(timedOut(limitMs)), limitMs)
+  try {
+    return await beginningOf(stream, maxBytes)
+  } finally {
+    clearTimeout(timer)
   }
 }
 
@@ -166,6 +267,10 @@ export async function* outputOf(stream: Readable): AsyncGenerator<Buffer, void> 
     while (unread.length > 0) {
       if (left === 0) {
         if (unread.length < HEAD_BYTES) break
+        // A proxy's page must not get into the log.
+        if (unread.readUInt32BE(0) & 0xfcffffff) {
+          throw new EngineError('garbage', `output: ${shortened(unread.toString())}`)
+        }
         left = unread.readUInt32BE(4)
         unread = unread.subarray(HEAD_BYTES)
         continue
@@ -187,21 +292,30 @@ export async function discard(stream: Readable): Promise<void> {
   await closed
 }
 
-/** What a failed request, or an answer that was cut, says: `signal` aborted, or the engine is away. */
-export function unreachable(err: unknown, signal: AbortSignal | undefined): unknown {
+/** Returns what to throw for a failed or cut call: the signal's reason, or an `EngineError`. */
+export function failureOf(err: unknown, signal: AbortSignal | undefined): unknown {
   if (signal?.aborted) return signal.reason
   // Also an error of our own: of the body that was being sent.
-  if (err instanceof EngineUnreachableError || err instanceof UnavailableError) return err
-  const { code } = err as { code?: unknown }
-  const words = err instanceof Error ? err.message : String(err)
-  const why = typeof code === 'string' ? code : words
-  return new EngineUnreachableError(`The Docker engine does not answer (${why})`, { cause: err })
+  if (err instanceof UnavailableError) return err
+  // undici's own codes, and ours.
+  const isTimeout = err instanceof Error && codeOf(err)?.endsWith('_TIMEOUT')
+  if (isTimeout) return new EngineError('timeout', err.message, { cause: err })
+  return new EngineError('unreachable', wordsOf(err), { cause: err })
 }
 
-function messageOf(body: string): string {
-  try {
-    return String((JSON.parse(body) as { message?: unknown }).message ?? body)
-  } catch {
-    return body.slice(0, 1000)
-  }
+function timedOut(ms: number): Error {
+  return Object.assign(new Error(`no whole answer within ${ms} ms`), { code: 'ANSWER_TIMEOUT' })
+}
+
+function codeOf(err: unknown): string | undefined {
+  const { code } = err as { code?: unknown }
+  return typeof code === 'string' ? code : undefined
+}
+
+function wordsOf(err: unknown): string {
+  return codeOf(err) ?? (err instanceof Error ? err.message : String(err))
+}
+
+function shortened(words: string): string {
+  return words.trim().slice(0, WORDS_MAX)
 }

@@ -1,56 +1,104 @@
-import { type ImageConfig, WorkerError } from '../../core/ports.ts'
-import { type Engine, EngineError, unreachable } from './engine.ts'
+import { setTimeout as pause } from 'node:timers/promises'
+import { z } from 'zod'
+import { type ImageConfig, type Logger, WorkerError } from '../../core/ports.ts'
+import { type Engine, EngineError, failureOf, isGone } from './engine.ts'
+import { kindOfRefusal } from './failures.ts'
+
+const RETRY_MS = 500
+const RETRY_MAX_MS = 10_000
+/** Maximum time without progress: registries may need long for their first answer. */
+const SILENCE_MS = 120_000
+/** Maximum characters of a progress line. */
+const LINE_MAX = 1024 * 1024
+
+export interface PullOptions {
+  config: ImageConfig | undefined
+  signal: AbortSignal
+  /** Called after each failed attempt, with the error for a task whose time is over. */
+  onFailed: (err: WorkerError) => void
+  log: Logger
+}
 
 /**
- * Sees that the image is there. Returns how many ms pulling it took; undefined: it was there. Throws a
- * `WorkerError` with `image_pull_failed` and the registry's words.
+ * Pulls the image unless it is there. Returns how many ms that took; undefined: it was there.
+ * Repeats a pull that fails because of the registry until the signal aborts. Throws `WorkerError`
+ * with `image_pull_failed` and the registry's words, `EngineError`, or the reason of the signal.
  */
 export async function pull(
   engine: Engine,
   image: string,
-  config: ImageConfig = {},
-  signal?: AbortSignal,
+  options: PullOptions,
 ): Promise<number | undefined> {
+  const { config = {}, signal, onFailed, log } = options
   const { pullPolicy = 'IfNotPresent' } = config
-  if (pullPolicy !== 'Always' && (await isThere(engine, image))) return undefined
+  if (pullPolicy !== 'Always' && (await isThere(engine, image, signal))) return undefined
   if (pullPolicy === 'Never') throw failed(image, 'it is not there, and pull_policy is Never')
   const startedAt = performance.now()
+  for (let waitMs = RETRY_MS; ; waitMs = Math.min(waitMs * 2, RETRY_MAX_MS)) {
+    try {
+      await pullOnce(engine, image, options)
+      return performance.now() - startedAt
+    } catch (err) {
+      if (!(err instanceof EngineError)) throw err
+      if (err.kind === 'pull_refused') throw failed(image, err.words)
+      if (err.kind !== 'pull_failed') throw err
+      onFailed(failed(image, err.words))
+      log.warn({ err, image }, 'pulling an image failed, trying again')
+      await pause(waitMs, undefined, { signal }).catch(() => signal.throwIfAborted())
+    }
+  }
+}
+
+async function pullOnce(engine: Engine, image: string, options: PullOptions): Promise<void> {
+  const { config, signal } = options
+  const progress = await engine.stream('POST', '/images/create', {
+    query: { fromImage: image },
+    headers: config?.credential
+      ? { 'x-registry-auth': registryAuth(image, config.credential) }
+      : {},
+    ...{ signal, step: 'pull', limitMs: SILENCE_MS, silenceMs: SILENCE_MS },
+  })
   let unread = ''
   try {
-    const progress = await engine.stream('POST', '/images/create', {
-      query: { fromImage: image },
-      headers: config.credential
-        ? { 'x-registry-auth': registryAuth(image, config.credential) }
-        : {},
-      signal,
-    })
     for await (const chunk of progress) {
       const lines = (unread + chunk).split('\n')
       unread = lines.pop() ?? ''
-      for (const line of lines) throwIfError(image, line)
+      if (unread.length > LINE_MAX) throw new EngineError('garbage', 'a line without an end')
+      for (const line of lines) throwIfError(line)
     }
   } catch (err) {
-    if (err instanceof WorkerError) throw err
-    // Cut in the middle, it can be asked for again.
-    throw err instanceof EngineError ? failed(image, err.message) : unreachable(err, signal)
+    throw failureOf(err, signal)
   }
-  throwIfError(image, unread)
-  return performance.now() - startedAt
+  throwIfError(unread)
 }
 
 /** A pull that fails later than at its first step is told inside an answer of 200. */
-function throwIfError(image: string, line: string): void {
+function throwIfError(line: string): void {
   if (line.trim() === '') return
-  const { error } = JSON.parse(line) as { error?: string }
-  if (error !== undefined) throw failed(image, error)
+  const words = errorIn(line)
+  if (words === undefined) return
+  throw new EngineError(kindOfRefusal({ status: 500, words, body: line }, 'pull'), words)
 }
 
-async function isThere(engine: Engine, image: string): Promise<boolean> {
+function errorIn(line: string): string | undefined {
   try {
-    await engine.json('GET', `/images/${image}/json`)
+    const { error } = JSON.parse(line) as { error?: unknown }
+    return error === undefined ? undefined : String(error)
+  } catch (err) {
+    throw new EngineError('garbage', line.slice(0, 200), { cause: err })
+  }
+}
+
+async function isThere(engine: Engine, image: string, signal: AbortSignal): Promise<boolean> {
+  const parts = image.split('/')
+  // This is not an image name but a path to elsewhere in the API: the pull refuses it.
+  if (parts.some((part) => part === '.' || part === '..')) return false
+  const path = parts.map(encodeURIComponent).join('/')
+  try {
+    await engine.json('GET', `/images/${path}/json`, z.looseObject({}), { step: 'make', signal })
     return true
   } catch (err) {
-    if (err instanceof EngineError && err.status === 404) return false
+    if (isGone(err)) return false
     throw err
   }
 }
