@@ -63,13 +63,9 @@ export function limitJson(json: Buffer, prefix: readonly string[] = []): void {
 
 /** Index after the closing quote. */
 function endOfString(json: Buffer, from: number): number {
-  for (let at = from + 1; ; at += 1) {
-    at = json.indexOf(QUOTE, at)
-    if (at < 0) return json.length
-    let backslashes = 0
-    while (json[at - 1 - backslashes] === BACKSLASH) backslashes += 1
-    if (backslashes % 2 === 0) return at + 1
-  }
+  let at = from + 1
+  while (at < json.length && json[at] !== QUOTE) at += json[at] === BACKSLASH ? 2 : 1
+  return at + 1
 }
 
 function pathOf(json: Buffer, open: readonly Container[]): string[] {

@@ -593,7 +593,7 @@ describe('one shape for every error', () => {
   })
 
   test('many wrong fields do not make a huge answer', async () => {
-    const fields = Array.from({ length: 100_000 }, (_, index) => [`field-${index}`, 1])
+    const fields = Array.from({ length: 10_000 }, (_, index) => [`field-${index}`, 1])
     const { status, body } = await app.submit(Object.fromEntries(fields))
     expect(status).toBe(422)
     expect(body).toMatchObject({ success: false, message: expect.stringContaining('task_id') })
