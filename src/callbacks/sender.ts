@@ -31,7 +31,7 @@ export class HttpCallbackSender implements CallbackSender {
   readonly #options: SenderOptions
   /** Connections that carried a request before. */
   readonly #used = new WeakSet<object>()
-  /** The request that is being sent in this very moment. */
+  /** The request whose head is being written. */
   #beginning: Answer | undefined
   /** Nothing else tells which connection a request goes out on. */
   readonly #onHeaders = (message: unknown) => {
@@ -77,8 +77,8 @@ export class HttpCallbackSender implements CallbackSender {
   }
 
   /**
-   * Makes one POST, and another one at once only where a kept connection turned out to be closed by the receiver
-   * meanwhile: the same `webhook-id` makes that safe.
+   * Makes one POST. Repeats it at once only when a kept connection turned out to be closed by the
+   * receiver: the same `webhook-id` makes that safe.
    */
   async #postOnce(
     delivery: Parameters<CallbackSender['send']>[0],

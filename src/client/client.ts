@@ -123,7 +123,7 @@ export class TaskRunnerClient {
     options: { onLog?: (text: string) => void; signal?: AbortSignal | undefined } = {},
   ): Promise<Task> {
     const { onLog, signal } = options
-    /** How many bytes of the log were handed on. Their text may be shorter or longer. */
+    /** Bytes of the log that were handed on. Their text may be shorter or longer. */
     let seenBytes = 0
     let isWhole = false
     try {
@@ -153,7 +153,7 @@ export class TaskRunnerClient {
     }
   }
 
-  /** What was logged after so many bytes, as far as it is kept. */
+  /** Returns what was logged after so many bytes, as far as it is kept. */
   async #rest({ task_id, log_bytes }: Task, seenBytes: number): Promise<string> {
     const restBytes = (log_bytes ?? Number.POSITIVE_INFINITY) - seenBytes
     if (restBytes <= 0) return ''

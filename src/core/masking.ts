@@ -10,7 +10,10 @@ const NOTHING = Buffer.alloc(0)
 /** Bytes masked between two turns of the event loop: a millisecond's work. */
 export const MASKED_A_TURN = 32 * 1024
 
-/** Replaces secret values in logs by `***`, also where a value is split over two pieces. Linear in the log, whatever it holds. */
+/**
+ * Replaces secret values in logs by `***`, also where a value is split over two pieces. The time it
+ * takes is linear in the log, whatever that holds.
+ */
 export class Masker {
   readonly #search: ValueSearch
   /** How many bytes before a cut must be looked at, so that no value is cut in two. */
@@ -24,15 +27,16 @@ export class Masker {
     this.overlapBytes = Math.max(0, this.#search.longestValue - 1)
   }
 
-  /** Masks a text whole and at once; for short ones. */
+  /** Masks a short text at once. */
   mask(text: Buffer): Buffer {
     const stream = this.stream()
     return Buffer.concat([stream.push(text), stream.flush()])
   }
 
   /**
-   * Masks a text of any length, with turns of the event loop between pieces. The first `lookedAtBytes` are only looked at.
-   * `isGrowing`: what may be the beginning of a value at the end is left out.
+   * Masks a text of any length, with turns of the event loop between pieces. The first
+   * `lookedAtBytes` are only looked at. `isGrowing`: what may be the beginning of a value at the
+   * end is left out.
    */
   async maskLong(
     text: Buffer,
@@ -49,7 +53,10 @@ export class Masker {
     return Buffer.concat(masked)
   }
 
-  /** Prepares for many or long values with turns of the event loop between; the first use would do it at once. */
+  /**
+   * Prepares the search for the values, with turns of the event loop between. Without it, the first
+   * use does all of that at once.
+   */
   async ready(): Promise<void> {
     while (this.#search.buildOn()) await turn()
   }
@@ -62,20 +69,23 @@ export class Masker {
 }
 
 /**
- * A text that comes in pieces, masked. What stands before a beginning in the middle of a text is pushed as well, and only
- * looked at: it tells whether the beginning is in the middle of a value.
+ * Masks a text that comes in pieces. Where it begins in the middle of a log, what stands before is
+ * pushed as well and only looked at: it tells whether the text begins inside a value.
  */
 export class MaskedStream {
   readonly #search: ValueSearch
-  /** Where the search stands. */
+  /** The state of the search. */
   #node = 0
   #readBytes = 0
-  /** Everything before was returned, or only looked at. */
+  /** Index of the first byte that was neither returned nor only looked at. */
   #returnedTo: number
   #hasReturned = false
-  /** The text from there on. */
+  /** The text from that index on. */
   #held: Buffer = NOTHING
-  /** Where values lie that do not end before that: from and to of each in turn. Those that overlap are one. */
+  /**
+   * Runs of values that end after that index, as a flat list of their first index and the index
+   * after their last. Values that overlap are one run.
+   */
   readonly #runs: number[] = []
 
   constructor(search: ValueSearch, lookedAtBytes: number) {
@@ -99,14 +109,14 @@ export class MaskedStream {
     return this.#return(this.#held, this.#readBytes)
   }
 
-  /** How many bytes of the text are held back: neither returned nor masked yet. */
+  /** Returns how many bytes of the text are held back: neither returned nor masked yet. */
   heldBytes(): number {
     const [from = Number.POSITIVE_INFINITY, to = 0] = this.#runs
     const isMaskOut = this.#hasReturned && from < this.#returnedTo
     return Math.max(0, this.#readBytes - Math.max(this.#returnedTo, isMaskOut ? to : 0))
   }
 
-  /** Values come in the order of their ends. */
+  /** Adds a value to the runs. Values come in the order of their ends. */
   #found(from: number, to: number): void {
     const runs = this.#runs
     const begin = from
@@ -122,7 +132,7 @@ export class MaskedStream {
     runs.push(begin, to)
   }
 
-  /** Returns the text up to a border, counted from the beginning of the whole, and holds the rest. */
+  /** Returns the text up to a border, an index of the whole text, and holds the rest. */
   #return(text: Buffer, border: number): Buffer {
     const textFrom = this.#readBytes - text.length
     const from = this.#returnedTo
@@ -142,7 +152,7 @@ export class MaskedStream {
     const runs = this.#runs
     const from = this.#returnedTo
     if ((runs[0] ?? border) >= border) return text.subarray(from - textFrom, border - textFrom)
-    // A whole value is longer than its mask; the first and the last may be cut by the borders.
+    // A whole value is longer than its mask; only the first and the last may be cut by the borders.
     const masked = Buffer.allocUnsafe(border - from + 2 * MASK.length)
     let length = 0
     let at = from

@@ -1,4 +1,4 @@
-/** Things that are costly to make, each shared under its key for as long as somebody holds it. */
+/** Shares things that are costly to make, each under its key, for as long as somebody holds it. */
 export class Shared<Thing extends object> {
   readonly #things = new Map<string, WeakRef<Thing>>()
   readonly #collected = new FinalizationRegistry<string>((key) => {

@@ -12,7 +12,7 @@ export type Submitted = { isNew: true } | { isNew: false; status: TaskStatus }
 
 export interface SubmissionContext {
   traceparent?: string | null
-  /** Why the callback URL is refused by the way the request came. */
+  /** Why the callback URL is refused, where only the route knows. */
   callbackRefusal?: string | undefined
 }
 

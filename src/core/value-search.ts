@@ -2,25 +2,27 @@ const NONE = 0
 const NODES_A_TURN = 32 * 1024
 
 /**
- * Finds values in a text in one pass, however many they are and however often they begin (Aho and Corasick, "Efficient
- * string matching", 1975). A trie of the values: a node stands for the first bytes of some value. After each byte of the
- * text the search is at the node of the longest such beginning that the text ends with.
+ * Finds values in a text in one pass, however many they are and however often they begin (Aho and
+ * Corasick, "Efficient string matching", 1975). The values form a trie, whose nodes stand for the
+ * beginnings of values. After each byte of the text, the search is at the node of the longest
+ * beginning that the text ends with.
  *
- * Node 0 is the root. A node's first child is the node after it, unless that was taken; further children are in a table
- * of 256 nodes. Few nodes have one, so that a value costs 18 bytes for each of its own.
+ * Node 0 is the root. A node's first child is the node after it, unless that was taken; other
+ * children are in a table of 256 nodes. Few nodes have a table, so that a value costs 18 bytes for
+ * each of its own.
  */
 export class ValueSearch {
   readonly longestValue: number
-  /** Its first child's byte plus one; 0: that is in the table. */
+  /** Byte of the child that is the next node, plus one. 0: there is no such child. */
   readonly #nextByte: Uint16Array
-  /** The number of its table plus one; 0: it has none. */
+  /** Number of the node's table, plus one. 0: it has none. */
   readonly #table: Int32Array
   #tables: Int32Array = new Int32Array(256)
   #tableCount = 1
-  /** The longest end of what it stands for that is a beginning, too. */
+  /** Node of the longest other beginning that the node's own beginning ends with. */
   readonly #shorter: Int32Array
   readonly #depth: Int32Array
-  /** How long the longest value is that ends here; 0: none does. */
+  /** Length of the longest value that ends at the node. 0: none does. */
   readonly #found: Int32Array
   #nodeCount = 1
   readonly #building: Generator<void, void>
@@ -37,14 +39,15 @@ export class ValueSearch {
     this.#building = this.#build(values)
   }
 
-  /** Builds a piece of the trie. False: it is whole. */
+  /** Builds a piece of the trie. Returns false once it is whole. */
   buildOn(): boolean {
     return !this.#building.next().done
   }
 
   /**
-   * Reads on in a text from a node, whose root is 0, and returns the node after its last byte. `onFound` hears each value
-   * by where it begins and ends; of values that end at the same byte the longest.
+   * Reads on in a text from a node (at first 0, the root), and returns the node after its last
+   * byte. `onFound` is called with the first index of each value and the index after its last; of
+   * values that end at one byte, with the longest.
    */
   read(node: number, text: Buffer, onFound: (from: number, to: number) => void): number {
     const found = this.#found
@@ -57,7 +60,10 @@ export class ValueSearch {
     return at
   }
 
-  /** How many bytes at the end of the text may be the beginning of a value whose rest is still to come. */
+  /**
+   * Returns how many bytes at the end of the text may be the beginning of a value whose rest is
+   * still to come.
+   */
   openBytes(node: number): number {
     let at = node
     // A whole value that nothing continues is over.
@@ -66,7 +72,10 @@ export class ValueSearch {
     return this.#depth[at] ?? 0
   }
 
-  /** Falls back until a node has such a child. The root has a table: there the search begins anew. */
+  /**
+   * Falls back to shorter beginnings until one goes on with the byte. The root always has a table:
+   * there the search begins anew.
+   */
   #step(node: number, byte: number): number {
     for (let at = node; ; at = this.#shorter[at] ?? 0) {
       if (this.#nextByte[at] === byte + 1) return at + 1
@@ -77,7 +86,7 @@ export class ValueSearch {
     }
   }
 
-  /** The root is nobody's child, so that its number means none. */
+  /** Returns the node's child; the root is nobody's, so that its number means none. */
   #child(node: number, byte: number): number {
     if (this.#nextByte[node] === byte + 1) return node + 1
     const table = this.#table[node] ?? 0
@@ -92,7 +101,7 @@ export class ValueSearch {
       nextStop = this.#nodeCount + NODES_A_TURN
       yield
     }
-    // Nodes by their depth: what a node falls back to is nearer to the root.
+    // In order of depth, since a node falls back to one that is nearer to the root.
     const order = new Int32Array(this.#nodeCount)
     let known = 1
     for (let index = 0; index < known; index += 1) {
@@ -129,7 +138,7 @@ export class ValueSearch {
     return child
   }
 
-  /** The number of the node's table, which is made if it is not there. */
+  /** Returns the number of the node's table, and makes the table if it is not there. */
   #tableOf(node: number): number {
     const known = this.#table[node] ?? 0
     if (known !== 0) return known - 1

@@ -34,8 +34,9 @@ export class Authentication {
   }
 
   /**
-   * Tells whether a token is right. The answer to a wrong one is paused, for whoever waits for it before the next guess;
-   * nobody else waits, since many people may share an address. Beyond so many pauses at a time there is none.
+   * Tells whether a token is right. A wrong one is answered after a pause, which slows down
+   * guessing. Right ones never wait, not even behind wrong ones from the same address, which many
+   * people may share. When too many answers are paused already, a wrong one is answered at once.
    */
   async knows(token: string): Promise<boolean> {
     const given = digest(token)

@@ -4,7 +4,10 @@ import { limitJson } from '../wire/json.ts'
 
 const utf8 = new TextDecoder('utf-8', { fatal: true })
 
-/** JSON in UTF-8 alone; an empty body counts as none, since many clients send the header with every request. */
+/**
+ * JSON in UTF-8 alone; an empty body counts as none, since many clients send the header with every
+ * request.
+ */
 export function installBodyParser(app: FastifyInstance): void {
   const parse = app.getDefaultJsonParser('error', 'error')
   app.removeAllContentTypeParsers()

@@ -6,21 +6,22 @@ import { Shared } from '../core/shared.ts'
 import { turn } from '../core/turns.ts'
 import { logTextPieces } from '../wire/log-text.ts'
 
-/** Maximum bytes of a log that a reader holds in memory while it takes nothing, times a few: each buffer on the way has one. */
+/** Maximum bytes of a piece. Each buffer on the way to a reader that takes nothing holds one. */
 const PIECE_BYTES = 32 * 1024
-/** A reader that takes its next piece later than this is slow: the log is not held for it meanwhile. */
+/** Time after which a reader counts as slow, so that the log is not held for it. */
 const SLOW_MS = 250
 
-/** The end of a log, in pieces that are made as the reader takes them. */
+/** The end of a log, in pieces that are read as the reader takes them. */
 export interface LogPart {
-  /** Bytes of the log before it. */
+  /** Bytes of the log before the first piece. */
   cutBytes: number
   pieces: AsyncGenerator<Buffer, void>
 }
 
 /**
- * Kept logs as readers take them. Readers of one log share its bytes, and slow ones hold none: they read it again, so that
- * readers that read nothing cost a piece each and not a log.
+ * Reads kept logs in pieces. Readers of one log share its bytes. For a slow reader nothing is held
+ * but a piece, and the log is read again when it comes back: a hundred readers that read nothing
+ * cost a hundred pieces.
  */
 export class KeptLogs {
   readonly #store: Pick<TaskStore, 'log'>
@@ -30,13 +31,13 @@ export class KeptLogs {
     this.#store = store
   }
 
-  /** How much of a log there is. Undefined: none is kept. */
+  /** Returns how much of a log there is; undefined when none is kept. */
   async size(taskId: string): Promise<{ totalBytes: number; keptBytes: number } | undefined> {
     const log = await this.#hold(taskId).log
     return log && { totalBytes: log.totalBytes, keptBytes: log.content.length }
   }
 
-  /** The last bytes of a log. Undefined: none is kept. */
+  /** Returns the last bytes of a log; undefined when none is kept. */
   async tail(taskId: string, maxBytes: number): Promise<LogPart | undefined> {
     const size = await this.size(taskId)
     if (!size) return undefined
@@ -45,7 +46,7 @@ export class KeptLogs {
     return { cutBytes: totalBytes - keptBytes + from, pieces: this.pieces(taskId, from) }
   }
 
-  /** The kept bytes from an index on. Throws when the log is not kept any more. */
+  /** Reads the kept bytes from an index on. Throws when the log is not kept any more. */
   async *pieces(taskId: string, from: number): AsyncGenerator<Buffer, void> {
     let held: HeldLog | undefined
     for (let at = from; ; ) {
@@ -74,14 +75,14 @@ interface HeldLog {
   log: Promise<LogTail | undefined>
 }
 
-/** A copy, since a view would hold the whole log. Empty at the end. */
+/** Copies a piece, since a view would hold the whole log. Empty at the end. */
 async function copyOf(held: HeldLog, from: number): Promise<Buffer> {
   const log = await held.log
   if (!log) throw new Error('the log is not kept any more')
   return Buffer.from(log.content.subarray(from, from + PIECE_BYTES))
 }
 
-/** Yields the piece, and calls `onSlow` where the reader takes long to come back. */
+/** Yields the piece, and calls `onSlow` when the reader takes long to come back. */
 function* lentFor(piece: Buffer, onSlow: () => void): Generator<Buffer, void> {
   const timer = setTimeout(onSlow, SLOW_MS)
   try {
@@ -91,7 +92,7 @@ function* lentFor(piece: Buffer, onSlow: () => void): Generator<Buffer, void> {
   }
 }
 
-/** The last bytes of a worker's log as it is now, masked. Read from the worker as the reader takes them. */
+/** Reads the last bytes of a worker's log as it is now, masked, as the reader takes them. */
 export async function liveTail(
   worker: Worker,
   masker: Masker,
@@ -128,13 +129,13 @@ async function* maskedPieces(
   if (options.isWhole) yield masked.flush()
 }
 
-/** The same with its first piece read: what fails after that fails while it is sent. */
+/** Reads the first piece, so that a worker that is gone is noticed before anything is sent. */
 export async function begun({ cutBytes, pieces }: LogPart): Promise<LogPart> {
   const first = await pieces.next()
   return { cutBytes, pieces: resumed(first, pieces) }
 }
 
-/** Sends a log as text: whole where it is one piece, else as the reader takes it. */
+/** Sends a log as text: at once when it is one piece, else as the reader takes it. */
 export async function sendLog(reply: FastifyReply, log: LogPart): Promise<FastifyReply> {
   const text = logTextPieces(log.pieces, log.cutBytes)
   const first = await text.next()

@@ -10,7 +10,10 @@ import { answer, errorResponses } from './responses.ts'
 
 /** A callback carries up to 5 MB of log, which JSON can make up to six times as long. */
 const BODY_BYTES_MAX = 32 * 1024 * 1024
-/** Bodies of more bytes are read a few at a time: anybody may send them, and each is held in memory several times over. */
+/**
+ * Bodies of more bytes are read two at a time: anybody may send them, and each takes several times
+ * its size in memory.
+ */
 const LARGE_BYTES_MIN = 16 * 1024
 const LARGE_AT_A_TIME = 2
 const LOG_SHOWN_MAX = 2_000
@@ -83,8 +86,9 @@ export const sampleCallbackRoutes: FastifyPluginAsyncZod = async (app) => {
 }
 
 /**
- * Says why a callback URL is refused that names one of these receivers while they are off; undefined: it names none. Ours
- * are loopback at the port that the request came to, and the host that the request names.
+ * Says why a callback URL is refused that names one of these receivers while they are off;
+ * undefined when it names none. The service is reached at loopback with the port that the request
+ * came to, and at the host that the request names.
  */
 export function sampleRefusal(
   callbackUrl: string | null | undefined,
@@ -99,7 +103,8 @@ export function sampleRefusal(
   const named = URL.parse(`${url.protocol}//${headers.host}`)
   const isOwn = (isOwnPort && isLoopbackName(url.hostname)) || url.host === named?.host
   if (!isOwn) return undefined
-  return 'names a sample receiver of this service, which are off; the operator can switch them on with SAMPLE_CALLBACKS=true'
+  const how = 'the operator can switch them on with SAMPLE_CALLBACKS=true'
+  return `names a sample receiver of this service, and these are off; ${how}`
 }
 
 function parseObject(json: string): object {

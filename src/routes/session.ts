@@ -57,7 +57,8 @@ export const sessionRoutes: FastifyPluginAsyncZod<{
         path,
         httpOnly: true,
         sameSite: 'strict',
-        // TLS ends in front of us, where there is any. Each proxy adds how it was called; the first one was by the browser.
+        // TLS ends at a proxy. Each proxy adds the protocol of its caller; the first caller is the
+        // browser.
         secure: /^https\b/i.test(String(headers['x-forwarded-proto'])),
         maxAge: SIGNED_IN_SECONDS,
       })

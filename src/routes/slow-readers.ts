@@ -2,7 +2,9 @@ import type { ServerResponse } from 'node:http'
 import { Socket } from 'node:net'
 import type { FastifyInstance } from 'fastify'
 
-/** What is to be sent stays in memory until it was taken, or until the connection is closed. */
+/**
+ * Time after which a reader that takes nothing is cut off: its answer stays in memory until then.
+ */
 export const READER_IDLE_MS = 30_000
 
 /** Closes the connection of a reader that takes nothing of its answer for so long. */
@@ -15,7 +17,8 @@ export function closeWhenIdle(response: ServerResponse, idleMs: number): void {
   const { socket } = response
   // An injected request has something else.
   if (!(socket instanceof Socket)) return
-  // Half of it: a write that has got somewhere before is noticed the first time, and given as long again.
+  // At half of it, Node still counts what a write has achieved before, and waits for the other
+  // half.
   response.setTimeout(idleMs / 2, () => {
     // A follower with nothing to take is not idle.
     if (socket.writableLength > 0) socket.destroy()

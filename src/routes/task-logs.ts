@@ -160,7 +160,7 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
     signal: AbortSignal,
   ): Promise<void> {
     let at = start.from
-    // A character, or a line end, may be cut by the border of two pieces: its beginning waits for its end.
+    // The beginning of a character, or of a line end, at the end of a piece waits for its rest.
     let rest: Buffer = Buffer.alloc(0)
     const sendPiece = async (
       bytes: Buffer,

@@ -1,7 +1,7 @@
 import { InvalidRequestError } from '../core/errors.ts'
 import { joined } from './fields.ts'
 
-/** Maximum names of one object. More than any request needs, such as variables of a task. */
+/** Maximum names of one object, such as variables of a task. */
 export const JSON_NAMES_MAX = 10_000
 /** Maximum values in all, lists and objects included. */
 const JSON_VALUES_MAX = 200_000
@@ -19,9 +19,9 @@ interface Container {
 }
 
 /**
- * Counts names and values before anything is made of them: some megabytes of them would keep parser and validation busy
- * for seconds. Throws `invalid_request` with the path of what has too many, below `prefix`. Whether it is JSON at all is
- * for the parser to say.
+ * Counts names and values before JSON is parsed: some megabytes of them would keep parser and
+ * validation busy for seconds. Throws `invalid_request` with the path, below `prefix`, of what has
+ * too many. Invalid JSON is left to the parser.
  */
 export function limitJson(json: Buffer, prefix: readonly string[] = []): void {
   const open: Container[] = []
@@ -31,7 +31,7 @@ export function limitJson(json: Buffer, prefix: readonly string[] = []): void {
     const byte = json[at]
     if (byte === QUOTE) {
       const end = endOfString(json, at)
-      // Values come after their names, and overwrite nothing: a comma or a brace lies between.
+      // The first string after a brace or a comma is a name; a string after that is its value.
       if (inside?.isObject && inside.nameTo <= inside.nameFrom) {
         inside.nameFrom = at
         inside.nameTo = end

@@ -11,7 +11,10 @@ export function logText(log: LogTail): string {
   return cutLine(totalBytes - kept.length) + kept.toString()
 }
 
-/** `logText` of a log that comes in pieces, `cutBytes` of which were before the first. No piece is empty. */
+/**
+ * Does what `logText` does for a log that comes in pieces, with `cutBytes` before the first. Yields
+ * no empty text.
+ */
 export async function* logTextPieces(
   pieces: AsyncIterable<Buffer>,
   cutBytes: number,

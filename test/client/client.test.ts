@@ -222,7 +222,10 @@ describe('against a service in trouble', () => {
     expect(task.status).toBe('succeeded')
   })
 
-  /** Waits for a task of the real service, of whose stream nothing comes through but an event with the first bytes. */
+  /**
+   * Waits for a task of the real service. Of its stream, only an event with the first bytes comes
+   * through.
+   */
   async function waitWithCutStream(taskId: string, first: { bytes: number; text: string }) {
     let streams = 0
     const headers = { authorization: 'Bearer the-token' }

@@ -229,7 +229,9 @@ describe('without tokens', () => {
 describe('wrong tokens', () => {
   const PAUSED_MAX = 2_000
 
-  /** The service's own sign-in and a route that wants a token, with pauses that outlast the test. */
+  /**
+   * The service's own sign-in and a route that wants a token, with pauses that outlast the test.
+   */
   async function startGuarded(wrongPauseMs: number) {
     const http = Fastify()
     await http.register(fastifyCookie)
