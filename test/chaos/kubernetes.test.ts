@@ -3,9 +3,11 @@ import { readFileSync } from 'node:fs'
 import { cp, mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { setImmediate } from 'node:timers/promises'
 import { setFlagsFromString } from 'node:v8'
 import { runInNewContext } from 'node:vm'
 import { describe, expect, test } from 'vitest'
+import { UnavailableError } from '../../src/core/errors.ts'
 import { workerNameFor } from '../../src/core/task.ts'
 import { KubernetesBackend } from '../../src/workers/kubernetes/kubernetes-backend.ts'
 import { presets } from '../fakes/kubernetes/presets.ts'
@@ -303,6 +305,7 @@ describe.concurrent('ending', () => {
       await stage.open('late', 'before')
       await isRunning(service, 'late')
       await stage.made('late', 'said-before')
+      await eventually(async () => expect(await logOf(service, 'late')).toMatch(/^before\n/))
       await fake.down()
       await eventually(() => {
         const isWaiting = service.log.some((line) =>
@@ -455,10 +458,11 @@ test(
     await backend.check()
     const asked = fake.requests.length
     const runOne = async () => {
-      const worker = await backend.provision(spec('true'), NEVER)
+      const wanted = spec('true')
+      const worker = await again(() => backend.provision(wanted, NEVER))
       const end = await worker.completion(NEVER)
-      const { content } = await worker.logs({ maxBytes: 1_000_000 })
-      await worker.terminate()
+      const { content } = await again(() => worker.logs({ maxBytes: 1_000_000 }))
+      await again(() => worker.terminate())
       return { end, isWhole: content.toString() === log }
     }
     await runOne()
@@ -470,7 +474,7 @@ test(
     const ends = await Promise.all(Array.from({ length: TASKS }, runOne))
     const seconds = (performance.now() - began) / 1000
     clearInterval(watching)
-    expect(ends.filter(({ end }) => end.reason !== 'completed')).toEqual([])
+    expect(ends.map(({ end }) => end).filter(({ reason }) => reason !== 'completed')).toEqual([])
     expect(ends.filter(({ isWhole }) => !isWhole)).toEqual([])
     expect(watchesMax).toBe(2)
     const calls = fake.requests.length - asked
@@ -488,6 +492,18 @@ test(
   },
   SLOW_MS,
 )
+
+/** As the core does it: on a busy machine the fake may be late. */
+async function again<T>(step: () => Promise<T>): Promise<T> {
+  for (;;) {
+    try {
+      return await step()
+    } catch (err) {
+      if (!(err instanceof UnavailableError)) throw err
+      await setImmediate()
+    }
+  }
+}
 
 /** Without what the fake remembers, and what nobody can reach. */
 function heapUsed(fake: FakeKubernetes): number {
