@@ -368,6 +368,10 @@ test('a node is not taken for lost while its kubelet could not report', async ()
   const worker = await provision(wanted)
   const pod = await podOf(fake, wanted.name)
   const completion = completionOf(worker)
+  // Kubelets have a while to report, from here on.
+  await fake.down()
+  await fake.up()
+  await soon(() => harness.backend.check())
   fake.kubelet.play(pod, presets.nodeLost())
   fake.change('pods', pod, ({ metadata }) => {
     metadata.deletionTimestamp = new Date(Date.now() - 60_000).toISOString()

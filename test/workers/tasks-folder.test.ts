@@ -116,7 +116,7 @@ for (const [name, { skipped, open }] of Object.entries(BACKENDS)) {
 
 test('a trouble of ours in the midst of sending files is told as such, not as an engine that is away', async () => {
   const server = createServer((request, response) => {
-    if (request.method !== 'PUT') response.end()
+    if (request.method !== 'PUT') response.setHeader('api-version', '1.47').end()
     else request.resume()
   })
   await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve))
