@@ -52,7 +52,7 @@ const PARAM_LENGTH_MAX = 4096
 const REQUEST_TIMEOUT_MS = 30_000
 /** For requests under way when the service closes. */
 const CLOSE_GRACE_MS = 2_000
-/** Of the time to stop in: for callback attempts under way. The rest is for requests and the store. */
+/** Share of the time to stop that callback attempts get. The rest is for requests and the store. */
 const ATTEMPTS_SHARE = 0.9
 const CONNECTIONS_MAX = 10_000
 const SWEEP_MS = 60_000

@@ -32,7 +32,7 @@ export interface PatienceOptions {
   log: Logger
 }
 
-/** Of one wait that counts: a clock that was set forward must not make a task hopeless. */
+/** Maximum of one wait that counts, so that a clock set forward makes no task hopeless. */
 const WAIT_COUNTED_MAX_MS = 60_000
 const WORDS_MAX = 500
 /** The longest that a timer takes. */

@@ -38,7 +38,7 @@ export const taskRoutes: FastifyPluginAsyncZod<{
   runner: TaskRunner
   callbacks: CallbackDispatcher
 }> = async (app, { tasks, deliveries, runner, callbacks }) => {
-  /** With what hinders it here and now: a store that is full could not be told. */
+  /** Adds what hinders the task on this instance: a full store could not note it. */
   const asSeen = <T extends TaskSummary>(task: T): T => {
     const waitingFor = runner.waitingFor(task)
     return waitingFor === undefined ? task : { ...task, waitingFor }

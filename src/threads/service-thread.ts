@@ -90,7 +90,7 @@ export class ServiceThread<Request> {
     const { name } = this.#options
     const isDeath = this.#state === 'open'
     const words = cause instanceof Error ? cause.message : String(cause)
-    // What kept it from starting is told as it is: there the thread is nobody's concern.
+    // A start that fails rejects with its own error, which says more than that a thread ended.
     this.#dead =
       this.#state === 'starting' && cause instanceof Error
         ? cause

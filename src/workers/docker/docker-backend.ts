@@ -53,7 +53,7 @@ export interface DockerSettings {
   callTimeoutMs?: number
 }
 
-/** For sending the files of a worker. */
+/** Maximum milliseconds to send the files of a worker. */
 const FILL_LIMIT_MS = 600_000
 const CHECK_LIMIT_MS = 5_000
 /** Between two looks at whether a container is gone. */

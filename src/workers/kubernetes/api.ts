@@ -8,7 +8,7 @@ import { UnavailableError } from '../../core/errors.ts'
 import { until } from '../../core/until.ts'
 import { ApiUnavailableError, failureOf } from './failures.ts'
 
-/** To be answered. What creates objects may wait for several webhooks. */
+/** Maximum milliseconds until an answer. What creates objects may wait for several webhooks. */
 const READ_TIMEOUT_MS = 10_000
 const WRITE_TIMEOUT_MS = 30_000
 /** Credentials are read anew so often: tokens of pods are rotated on disk. */
@@ -58,7 +58,7 @@ export class KubernetesApi {
     options: {
       callsPerSecond?: number
       callsAtOnce?: number
-      /** For a plain call to be answered. Default: 10 s, and 30 s for what creates objects. */
+      /** Maximum milliseconds of a plain call. Default: 10 s, and 30 s for what creates objects. */
       callMs?: number
       now?: () => number
     } = {},
