@@ -40,7 +40,12 @@ export const workerRoutes: FastifyPluginAsyncZod<{
         response: { ...answer('All workers', workerListSchema), ...errorResponses(401, 503) },
       },
     },
-    async () => ({ workers: await Promise.all((await backend.list()).map(fromWorker)) }),
+    async () => {
+      const listed = await backend.list()
+      const areOurs = await Promise.all(listed.map(isOurs))
+      const ours = listed.filter((_, index) => areOurs[index])
+      return { workers: await Promise.all(ours.map(fromWorker)) }
+    },
   )
 
   app.get(
@@ -136,7 +141,12 @@ export const workerRoutes: FastifyPluginAsyncZod<{
 
   async function workerOr404(name: string): Promise<Worker> {
     const worker = await backend.find(name)
-    if (!worker) throw new TaskRunnerError('worker_not_found', `There is no worker "${name}"`)
-    return worker
+    if (worker && (await isOurs(worker))) return worker
+    throw new TaskRunnerError('worker_not_found', `There is no worker "${name}"`)
+  }
+
+  /** False of a worker that may be another service's, and is of no task that we know. */
+  async function isOurs(worker: Worker): Promise<boolean> {
+    return !worker.mayBeForeign || (await tasks.workerOwner(worker.taskId)) !== undefined
   }
 }

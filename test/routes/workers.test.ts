@@ -163,6 +163,51 @@ describe('a worker kept by terminate_on_completion=false', () => {
   })
 })
 
+test("a worker that may be another service's is shown and ended only where its task is known", async () => {
+  await using other = await startApp(
+    {},
+    {
+      wrapPorts: (ports) => {
+        const { backend } = ports
+        const foreign = (worker: Worker): Worker => ({ ...worker, mayBeForeign: true })
+        const unknown = (worker: Worker): Worker => ({
+          ...foreign(worker),
+          ...{ name: 'task-of-another', taskId: 'another' },
+          terminate: () => Promise.reject(new Error('it is not ours')),
+        })
+        return {
+          ...ports,
+          backend: {
+            name: backend.name,
+            provision: (...given) => backend.provision(...given),
+            find: async (name) => {
+              const [any] = await backend.list()
+              if (name === 'task-of-another') return any && unknown(any)
+              const real = await backend.find(name)
+              return real && foreign(real)
+            },
+            list: async () => {
+              const workers = await backend.list()
+              return [...workers.map(foreign), ...workers.map(unknown)]
+            },
+            check: () => backend.check(),
+            close: () => backend.close(),
+          },
+        }
+      },
+    },
+  )
+  const request = taskRequest({ terminate_on_completion: false })
+  await other.submit(request)
+  const { worker_name } = await other.finished(request.task_id)
+  expect((await other.get('/workers')).body.workers).toMatchObject([{ name: worker_name }])
+  expect((await other.get('/workers/task-of-another')).status).toBe(404)
+  const ended = async (name: unknown) =>
+    (await other.http.inject({ method: 'DELETE', url: `/workers/${name}` })).statusCode
+  expect(await ended('task-of-another')).toBe(404)
+  expect(await ended(worker_name)).toBe(200)
+})
+
 describe('cleanup', () => {
   test('ends workers that have been in Provisioning for longer than asked, and names them', async () => {
     let stuck = ''
