@@ -44,6 +44,15 @@ export class TaskRunnerError extends Error {
   }
 }
 
+/** The disk of the store is full: what ended tasks have on it may be given up. */
+export class StoreFullError extends TaskRunnerError {
+  override name = 'StoreFullError'
+
+  constructor(cause: unknown) {
+    super('store_unavailable', 'The disk of the store is full', { cause, retryAfterSeconds: 5 })
+  }
+}
+
 /**
  * Workers are unavailable at the moment: the machine, its disk, the engine or a name server fails, which is never the
  * outcome of a task. Tasks wait, and nothing new is claimed until the backend's `check` passes. The message is a sentence

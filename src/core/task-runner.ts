@@ -1,7 +1,7 @@
 import { Availability } from './availability.ts'
 import type { CallbackDispatcher } from './callbacks.ts'
 import { Deadline } from './deadline.ts'
-import { TaskRunnerError } from './errors.ts'
+import { StoreFullError, TaskRunnerError } from './errors.ts'
 import { type Masker, maskedTail } from './masking.ts'
 import { Membership } from './membership.ts'
 import { CANCELLED, failure, ownLog } from './outcome.ts'
@@ -217,8 +217,8 @@ export class TaskRunner {
     }
     const task = await this.#repeat('claiming a task', claiming, {
       signal: letGo,
-      onFailure: async () => {
-        if (claim > 0) await this.#freeSpaceOf(taskId)
+      onFailure: async (err) => {
+        if (claim > 0 && err instanceof StoreFullError) await this.#freeSpaceOf(taskId)
       },
     })
     if (!task) return letGo.aborted
@@ -273,7 +273,9 @@ export class TaskRunner {
     const isOurs = await this.#repeat('marking a task running', marking, {
       signal: run.letGo.signal,
       // It may have ended meanwhile, and have filled the disk.
-      onFailure: async () => worker.freeSpace?.(),
+      onFailure: async (err) => {
+        if (err instanceof StoreFullError) await worker.freeSpace?.()
+      },
     })
     if (isOurs === false) run.letGo.abort()
     const { taskId, workerName } = task
@@ -418,7 +420,7 @@ export class TaskRunner {
       onFailure: async (err) => {
         if (run) run.waitingFor = wordsOf(err)
         // Its own files may be what fills the disk.
-        await worker?.freeSpace?.()
+        if (err instanceof StoreFullError) await worker?.freeSpace?.()
       },
     })
     if (!committed) {

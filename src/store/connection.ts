@@ -1,5 +1,5 @@
 import type { Compilable, Kysely, SelectQueryBuilder, Transaction } from 'kysely'
-import { TaskRunnerError } from '../core/errors.ts'
+import { StoreFullError, TaskRunnerError } from '../core/errors.ts'
 import type { Database } from './schema.ts'
 
 /** A database, as the stores use it. Each dialect makes one. */
@@ -31,8 +31,13 @@ export interface Connection {
 /** What else belongs to a transaction, where the database can do more than hold tables. */
 export type InTransaction = (transaction: Transaction<Database>) => Promise<unknown>
 
-/** Tells callers that the store failed, without telling them how. The cause is for the log. */
+/** SQLite's result code for a full disk: https://sqlite.org/rescode.html#full */
+const SQLITE_FULL = 13
+
+/** Tells callers that the store failed; how, only where its disk is full. The cause is for the log. */
 export function storeUnavailable(cause: unknown): TaskRunnerError {
+  const isFull = cause instanceof Error && 'errcode' in cause && cause.errcode === SQLITE_FULL
+  if (isFull) return new StoreFullError(cause)
   return new TaskRunnerError('store_unavailable', 'The store is not available at the moment', {
     cause,
     retryAfterSeconds: 5,
