@@ -10,9 +10,12 @@ export const SLOW = [
   'recovery/**/*.test.ts',
   'security/secrets.test.ts',
   'web/page.test.ts',
+  'workers/docker-containers.test.ts',
+  'workers/docker-failures.test.ts',
   'workers/docker-restart.test.ts',
   'workers/kubernetes-failures.test.ts',
   'workers/kubernetes-streams.test.ts',
+  'workers/kubernetes-troubles.test.ts',
 ]
 
 export default defineConfig({
