@@ -313,10 +313,16 @@ export class TaskRunner {
     const [letGo, cancelled] = [run.letGo.signal, run.cancel.signal]
     const onWaiting = (waitingFor: string | null) => this.#noteWaiting(task, run, waitingFor)
     if (task.status === 'running' || cancelled.aborted) {
-      const hindered = { taskId, ends: [letGo], onWaiting }
-      return this.#patience.repeat('finding its worker', hindered, () =>
-        this.#provisioning.find(task),
-      )
+      const hindered = { taskId, ends: [letGo], wake: cancelled, onWaiting }
+      return this.#patience.repeat('finding its worker', hindered, async () => {
+        try {
+          return await this.#provisioning.find(task)
+        } catch (err) {
+          // The caller's word counts, whatever hinders us; the worker is terminated in any case.
+          if (cancelled.aborted) return undefined
+          throw err
+        }
+      })
     }
     const hindered = { taskId, ends: [letGo, cancelled], slot, onWaiting }
     // An earlier attempt may have begun one, before a crash or a trouble cut it short.

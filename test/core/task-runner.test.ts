@@ -598,6 +598,24 @@ describe('TaskRunner', () => {
       expect(await finalOf(task)).toMatchObject({ reason: 'exit_code', exitCode: 3 })
     })
 
+    test('lets a running task be cancelled whose worker cannot be asked for', async () => {
+      const { task, close } = await started()
+      await isIn(task, 'running')
+      await close()
+      const find = backend.find.bind(backend)
+      backend.find = async () => {
+        throw unavailable
+      }
+      const { runner } = open()
+      await runner.start()
+      const seen = await isIn(task, 'running')
+      await expect.poll(() => runner.waitingFor(seen), WAIT).toBe('The engine does not answer')
+      await runner.cancel(task.taskId)
+      expect(await finalOf(task)).toMatchObject({ status: 'cancelled' })
+      backend.find = find
+      await workerGone(task)
+    })
+
     test("another task's worker is no worker of this one", async () => {
       const task = await stored()
       await store.claim(task.taskId, 1)
