@@ -2,8 +2,8 @@ import { subscribe, unsubscribe } from 'node:diagnostics_channel'
 import { Agent, type Dispatcher, errors } from 'undici'
 import { Deadline } from '../core/deadline.ts'
 import type { AttemptResult, CallbackSender } from '../core/ports.ts'
-import { encodeCallback } from '../wire/callback.ts'
-import { signatures } from '../wire/signature.ts'
+import { type CallbackBody, encodeCallback } from '../wire/callback.ts'
+import { signer } from '../wire/signature.ts'
 import { type AddressGuard, BlockedAddressError } from './address-guard.ts'
 
 /** Of the answer; a receiver that sends more loses its connection, not its status. */
@@ -84,9 +84,12 @@ export class HttpCallbackSender implements CallbackSender {
     delivery: Parameters<CallbackSender['send']>[0],
     signal: AbortSignal,
   ): Promise<AttemptResult> {
-    const body = await encodeCallback(delivery.payload)
+    const { webhookId: id, timestamp } = delivery
+    const signing = signer(this.#options.signingKeys, { id, timestamp })
+    const body = await encodeCallback(delivery.payload, (piece) => signing.update(piece))
+    const signature = signing.header()
     const startedAt = performance.now()
-    const first = this.#post(delivery, body, signal)
+    const first = this.#post(delivery, { body, signature }, signal)
     try {
       return resultOf(await first.head())
     } catch (err) {
@@ -96,17 +99,17 @@ export class HttpCallbackSender implements CallbackSender {
         !isInterimAnswer(err) &&
         performance.now() - startedAt <= STALE_MS
       if (!isStale || signal.aborted) throw err
-      return resultOf(await this.#post(delivery, body, signal).head())
+      return resultOf(await this.#post(delivery, { body, signature }, signal).head())
     }
   }
 
   #post(
     delivery: Parameters<CallbackSender['send']>[0],
-    body: Buffer,
+    { body, signature }: { body: CallbackBody; signature: string },
     signal: AbortSignal,
   ): Answer {
     signal.throwIfAborted()
-    const { timeoutMs, userAgent, signingKeys } = this.#options
+    const { timeoutMs, userAgent } = this.#options
     const { webhookId: id, timestamp } = delivery
     const { origin, pathname, search } = new URL(delivery.url)
     const answer = new Answer(signal, (begun) => {
@@ -117,7 +120,7 @@ export class HttpCallbackSender implements CallbackSender {
         origin,
         path: pathname + search,
         method: 'POST',
-        body,
+        body: body.read(),
         headersTimeout: timeoutMs,
         bodyTimeout: timeoutMs,
         headers: {
@@ -127,9 +130,8 @@ export class HttpCallbackSender implements CallbackSender {
           ...(delivery.traceparent === null ? {} : { traceparent: delivery.traceparent }),
           'webhook-id': id,
           'webhook-timestamp': String(timestamp),
-          ...(signingKeys.length === 0
-            ? {}
-            : { 'webhook-signature': signatures(signingKeys, { id, timestamp, body }) }),
+          'content-length': String(body.length),
+          ...(signature === '' ? {} : { 'webhook-signature': signature }),
         },
       },
       answer,

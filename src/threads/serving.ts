@@ -3,7 +3,8 @@ import { parentPort } from 'node:worker_threads'
 import type { Answer, Call, FromThread, ToThread } from './messages.ts'
 
 export interface Serving {
-  tell(answers: Answer[]): void
+  /** `moved`: memory that goes over with the answers, instead of being copied. */
+  tell(answers: Answer[], moved?: ArrayBuffer[]): void
   notify(notice: unknown): void
 }
 
@@ -14,7 +15,7 @@ export interface Serving {
 export function serve<Request>(take: (calls: Call<Request>[]) => void, close: () => void): Serving {
   const port = parentPort
   if (!port) throw new Error('runs as a thread only')
-  const post = (message: FromThread) => port.postMessage(message)
+  const post = (message: FromThread, moved: ArrayBuffer[] = []) => port.postMessage(message, moved)
   port.on('message', (message: ToThread<Request>) => {
     if (message !== 'close') {
       take(message)

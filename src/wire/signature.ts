@@ -9,15 +9,26 @@ export function signingKey(secret: string): Buffer | undefined {
   return key.length >= 24 && key.length <= 64 ? key : undefined
 }
 
-/** `webhook-signature`: one signature per key, so that receivers can move from one secret to the next. */
+/** `webhook-signature` of a body that comes in pieces: one signature per key, so that receivers can move from one secret to the next. */
+export function signer(
+  keys: readonly Buffer[],
+  { id, timestamp }: { id: string; timestamp: number },
+): { update(piece: Buffer): void; header(): string } {
+  const hmacs = keys.map((key) => createHmac('sha256', key).update(`${id}.${timestamp}.`))
+  return {
+    update(piece) {
+      for (const hmac of hmacs) hmac.update(piece)
+    },
+    header: () => hmacs.map((hmac) => `v1,${hmac.digest('base64')}`).join(' '),
+  }
+}
+
+/** The same of a body that is there. */
 export function signatures(
   keys: readonly Buffer[],
   message: { id: string; timestamp: number; body: Buffer },
 ): string {
-  return keys
-    .map((key) => {
-      const hmac = createHmac('sha256', key).update(`${message.id}.${message.timestamp}.`)
-      return `v1,${hmac.update(message.body).digest('base64')}`
-    })
-    .join(' ')
+  const signing = signer(keys, message)
+  signing.update(message.body)
+  return signing.header()
 }

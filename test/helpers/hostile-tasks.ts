@@ -78,17 +78,21 @@ const leftovers = (mark: string): Kind[] => [
 ]
 
 const logs: Kind[] = [
-  plain('floods its log', 'cat /dev/zero', /^failed log_limit$/),
-  plain('floods its log and ignores TERM', "trap '' TERM; cat /dev/zero", /^failed log_limit$/),
+  plain('floods its log', 'cat /dev/zero', /^failed (log_limit|worker_lost)$/),
+  plain(
+    'floods its log and ignores TERM',
+    "trap '' TERM; cat /dev/zero",
+    /^failed (log_limit|worker_lost)$/,
+  ),
   plain(
     'floods its log from a session of its own',
     "setsid sh -c 'trap \"\" TERM; exec cat /dev/zero' & trap '' TERM; wait; sleep 1000",
-    /^failed log_limit$/,
+    /^failed (log_limit|worker_lost)$/,
   ),
   plain(
     'floods its log with lines',
     'yes "a line of a task that has much to say"',
-    /^failed log_limit$/,
+    /^failed (log_limit|worker_lost)$/,
   ),
   ...['truncate -s 0', 'truncate -s 900G', 'rm -f', 'chmod 000'].map((command) =>
     plain(
@@ -125,7 +129,8 @@ const processes: Kind[] = [
     LOST,
     { on: 'local' },
   ),
-  plain('stops itself', 'kill -STOP $$; exit 3', /^failed timed_out$/, {
+  // Killed while it ends one, the service finds a container that ended without its task's exit code.
+  plain('stops itself', 'kill -STOP $$; exit 3', /^failed (timed_out|worker_lost)$/, {
     request: { timeout_seconds: 2 },
   }),
   plain(
@@ -136,9 +141,12 @@ const processes: Kind[] = [
       request: { timeout_seconds: 2 },
     },
   ),
-  plain('outlasts its time', "trap '' TERM; while :; do sleep 1; done", /^failed timed_out$/, {
-    request: { timeout_seconds: 1 },
-  }),
+  plain(
+    'outlasts its time',
+    "trap '' TERM; while :; do sleep 1; done",
+    /^failed (timed_out|worker_lost)$/,
+    { request: { timeout_seconds: 1 } },
+  ),
   plain('kills all that it sees', 'kill -KILL -1; exit 3', LOST, { on: 'docker' }),
   plain('kills the first process', 'kill -KILL 1; exit 3', LOST, { on: 'docker' }),
   plain('is a fork bomb', 'bomb() { bomb | bomb & }; bomb; sleep 1000', /^failed /, {

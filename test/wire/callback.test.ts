@@ -5,7 +5,7 @@ import { callbackSchema, encodeCallback } from '../../src/wire/callback.ts'
 import { logText } from '../../src/wire/log-text.ts'
 
 /** The piece length of `encodeCallback`: borders are tried around its multiples. */
-const PIECE = 128 * 1024
+const PIECE = 64 * 1024
 
 function payload(content: Buffer, overrides: Partial<CallbackPayload> = {}): CallbackPayload {
   const logs = { content, totalBytes: content.length }
@@ -18,14 +18,27 @@ function expected({ taskName, taskId, success, logs }: CallbackPayload): Buffer 
   )
 }
 
+/** What a reader gets, which is what was looked at. */
+async function bodyOf(wanted: CallbackPayload): Promise<Buffer> {
+  const seen: Buffer[] = []
+  const body = await encodeCallback(wanted, (piece) => seen.push(piece))
+  for (const _ of ['first reader', 'second reader']) {
+    const read = body.read()
+    const whole = Buffer.isBuffer(read) ? read : Buffer.concat(await read.toArray())
+    expect(whole.length).toBe(body.length)
+    expect(whole.equals(Buffer.concat(seen))).toBe(true)
+  }
+  return Buffer.concat(seen)
+}
+
 /** Compares without printing megabytes. */
 async function isSame(wanted: CallbackPayload): Promise<boolean> {
-  return (await encodeCallback(wanted)).equals(expected(wanted))
+  return (await bodyOf(wanted)).equals(expected(wanted))
 }
 
 describe('encodeCallback', () => {
   test('it has exactly the four fields', async () => {
-    expect((await encodeCallback(payload(Buffer.from('hi\n')))).toString()).toBe(
+    expect((await bodyOf(payload(Buffer.from('hi\n')))).toString()).toBe(
       '{"task_name":"a.sh","task_id":"an id","success":true,"logs":"hi\\n"}',
     )
   })
@@ -42,7 +55,7 @@ describe('encodeCallback', () => {
           const logs = { content: Buffer.from(bytes), totalBytes: bytes.length + cut }
           const wanted = payload(logs.content, { taskName, taskId, success, logs })
           expect(await isSame(wanted)).toBe(true)
-          const parsed: unknown = JSON.parse((await encodeCallback(wanted)).toString())
+          const parsed: unknown = JSON.parse((await bodyOf(wanted)).toString())
           expect(callbackSchema.parse(parsed).logs).toBe(logText(logs))
         },
       ),

@@ -47,15 +47,29 @@ const { tell, notify } = serve<Request>(
   },
   () => workers.close(),
 )
-const answers = perTurn<Answer>(tell)
+const answers = perTurn<{ answer: Answer; moved: readonly ArrayBuffer[] }>((all) =>
+  tell(
+    all.map(({ answer }) => answer),
+    all.flatMap(({ moved }) => moved),
+  ),
+)
 
 /** Never rejects. */
 async function answer({ id, request }: Call<Request>): Promise<void> {
   try {
     const method = methods[request.method] as (...args: unknown[]) => unknown
     // Holds: local-backend.ts types its calls by `Methods`.
-    answers.add({ id, value: await method.apply(workers, request.arguments) })
+    const value = await method.apply(workers, request.arguments)
+    answers.add({ answer: { id, value }, moved: logsIn(value) })
   } catch (err) {
-    answers.add(failed(id, sorted(err)))
+    answers.add({ answer: failed(id, sorted(err)), moved: [] })
   }
+}
+
+/** The memory of a log in an answer: a copy would stay until this thread, which makes little garbage, collects it. */
+function logsIn(value: unknown): ArrayBuffer[] {
+  const { content } = Object(value) as { content?: unknown }
+  return content instanceof Uint8Array && content.buffer instanceof ArrayBuffer
+    ? [content.buffer]
+    : []
 }
