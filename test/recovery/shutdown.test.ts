@@ -111,7 +111,8 @@ describe.concurrent('a service that is told to stop (SIGTERM)', () => {
       const startedAt = performance.now()
       expect(await first.kill('SIGTERM')).toBe(0)
       const tookMs = performance.now() - startedAt
-      expect(tookMs).toBeGreaterThan(1_900)
+      // Attempts get nine tenths of it.
+      expect(tookMs).toBeGreaterThan(1_750)
       expect(tookMs).toBeLessThan(10_000)
 
       const second = await stage.start()
