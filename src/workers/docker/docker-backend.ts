@@ -53,8 +53,8 @@ export interface DockerSettings {
   callTimeoutMs?: number
 }
 
-/** Maximum milliseconds to send the files of a worker. */
-const FILL_LIMIT_MS = 600_000
+/** Sending the files of a worker may take so many times as long as another call. */
+const FILL_LIMIT_FACTOR = 20
 const CHECK_LIMIT_MS = 5_000
 /** Between two looks at whether a container is gone. */
 const REMOVAL_MS = 25
@@ -228,7 +228,8 @@ export class DockerBackend implements WorkerBackend {
     const body = await workerTar(spec, this.#settings.tasksDir)
     const query = { path: '/' }
     // Large task folders take their time, which `signal` ends.
-    const call = { query, body, signal, step: 'make', limitMs: FILL_LIMIT_MS } as const
+    const limitMs = FILL_LIMIT_FACTOR * this.#engine.callLimitMs
+    const call = { query, body, signal, step: 'make', limitMs } as const
     const answer = await this.#engine.text('PUT', `/containers/${id}/archive`, call)
     if (answer !== '') throw new EngineError('garbage', 'an answer to the files of a worker')
   }

@@ -100,6 +100,11 @@ export class Engine {
     }
   }
 
+  /** Maximum milliseconds of a call that sets no limit of its own. */
+  get callLimitMs(): number {
+    return this.#callTimeoutMs
+  }
+
   async text(
     method: 'GET' | 'POST' | 'PUT' | 'DELETE',
     path: string,
