@@ -23,7 +23,7 @@ export interface ClusterViewOptions {
   namespace: string
   /** Tells this service's workers from those of others. */
   deployment: string
-  /** By which earlier versions told them: services that share a key share it. */
+  /** Id of the version before, which services that share a key share. */
   legacyInstance: string | undefined
   log: Logger
   lookMs?: number | undefined
@@ -46,7 +46,7 @@ export interface Persistence {
 export class ClusterView {
   readonly lookMs: number
   readonly rideMs: number
-  /** Of workers that are ours, and of those that may be. */
+  /** Selects workers that are ours, and those that may be. */
   readonly labelSelector: string
   readonly #api: KubernetesApi
   readonly #options: ClusterViewOptions

@@ -25,7 +25,7 @@ import { observe } from './observation.ts'
 export interface JobSettings {
   /** Made once for the database: tells this service's workers from those of others. */
   deployment: string
-  /** By which earlier versions told them: services that share a key share it. */
+  /** Id of the version before, which services that share a key share. */
   legacyInstance?: string | undefined
   tasksDir: string
   images: ImageNames
@@ -42,7 +42,7 @@ export interface JobSettings {
 
 const FILES_KNOWN_MS = 1_000
 const CONFIG_MAPS_KEPT_MAX = 3
-/** For a Secret that goes with an earlier Job of the same name. */
+/** Milliseconds until a Secret is tried again that goes with an earlier Job of the same name. */
 const GARBAGE_MS = 500
 
 export interface MadeJob {

@@ -21,9 +21,9 @@ const LAST_LOG_MS = 30_000
 const FIRST_PIECE_MS = 1_000
 /** A Secret may come later than the pod that wants it. */
 const CONFIG_GRACE_MS = 10_000
-/** For a log to be counted on from where an earlier reader was. */
+/** Maximum milliseconds until a log is counted on from where an earlier reader was. */
 const COUNTED_MS = 10_000
-/** For a kubelet to report, once the API is there again: it has to find its node's lease first. */
+/** Milliseconds that a kubelet has to report in once the API is back: it renews its node's lease first. */
 const NODE_REPORT_MS = 45_000
 const NEVER_OVERDUE = 0
 
@@ -63,7 +63,7 @@ export class JobWatch {
   /** As it was given: stands for what the watches have not told yet, the first time. */
   #given: V1Job | undefined
   readonly #maxLogBytes: number
-  /** Of the ConfigMap that its pod waits for. */
+  /** Name of the ConfigMap that its pod waits for. */
   readonly #filesName: string
   #ended: Promise<Completion> | undefined
   readonly #cursor: LogCursor
