@@ -25,8 +25,8 @@ const OWN_EXIT = /^failed exit_code$/
 const LOST = /^failed (exit_code|signal|worker_lost)$/
 const TIMED_OUT = /^failed timed_out$/
 const OVER_LOG_LIMIT = /^failed log_limit$/
-/** Killed while it ends a container at a limit, the service finds one that ended without an exit code. */
-const ENDED_OR_LOST = /^failed (timed_out|log_limit|worker_lost)$/
+/** Killed while it ends a worker at a limit, the service finds what its signal made of it. */
+const ENDED_OR_LOST = /^failed (timed_out|log_limit|signal|worker_lost)$/
 /** What becomes of one that breaks what its outcome is read from. */
 const BROKEN = /^failed (exit_code|signal|worker_lost|log_limit)$/
 const FOLDER = 'folder=$(cd "$HOME/.." && pwd); cd /'
@@ -203,7 +203,7 @@ export function hostileTasks(
     made.set(kind, (made.get(kind) ?? 0) + 1)
     const given = { kind: kind.name, ...kind.make(random) }
     const isEndedByUs = [TIMED_OUT, OVER_LOG_LIMIT].includes(given.mayEnd)
-    return backend === 'docker' && isEndedByUs ? { ...given, mayEnd: ENDED_OR_LOST } : given
+    return isEndedByUs ? { ...given, mayEnd: ENDED_OR_LOST } : given
   }
   const tasks = all.slice(0, count).map(task)
   while (tasks.length < count) {

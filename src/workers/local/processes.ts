@@ -51,8 +51,7 @@ export function kill(pid: number, signal: NodeJS.Signals = 'SIGKILL'): void {
  */
 export class LeftoverFinder {
   readonly #workersDir: string
-  /** pid -> worker name, or '' for a process of no worker. */
-  #known = new Map<number, { worker: string; group: number }>()
+  #known = new Map<number, Inspected>()
 
   constructor(workersDir: string) {
     this.#workersDir = workersDir
@@ -72,39 +71,54 @@ export class LeftoverFinder {
   /** Processes that belong to the worker, besides its slot shell. `group` undefined: by name only. */
   find(workerName: string, group: number | undefined): number[] {
     const found: number[] = []
-    const known = new Map<number, { worker: string; group: number }>()
+    const known = new Map<number, Inspected>()
+    const isOf = ({ worker, group: its }: Inspected) => worker === workerName || its === group
     for (const entry of readdirSync('/proc')) {
       const pid = Number(entry)
       if (!Number.isInteger(pid) || pid === process.pid) continue
-      const process_ = this.#known.get(pid) ?? inspect(pid, this.#workersDir)
+      let process_ = this.#known.get(pid) ?? inspect(pid, this.#workersDir)
+      if (process_ && isOf(process_) && startOf(pid) !== process_.startedAt) {
+        // What was known has ended, and another process may have its number by now.
+        process_ = inspect(pid, this.#workersDir)
+      }
       if (!process_) continue
-      if (!('young' in process_)) known.set(pid, process_)
-      if (pid === group) continue
-      const belongs = process_.worker === workerName || process_.group === group
-      // Asked again: what was known alive may be a zombie by now, which nobody can end.
-      if (belongs && identify(pid)) found.push(pid)
+      if (!process_.young) known.set(pid, process_)
+      if (pid !== group && isOf(process_)) found.push(pid)
     }
     this.#known = known
     return found
   }
 }
 
-function inspect(
-  pid: number,
-  workersDir: string,
-): { worker: string; group: number; young?: true } | undefined {
+interface Inspected {
+  /** '' for a process of no worker. */
+  worker: string
+  group: number
+  /** In ticks since the machine started: with the number it names a process for good. */
+  startedAt: string
+  young?: true
+}
+
+/** Undefined also of a zombie, which nobody can end. */
+function startOf(pid: number): string | undefined {
+  const stat = readStat(pid)
+  return stat?.[STATE_FIELD] === 'Z' ? undefined : stat?.[STARTED_AT_FIELD]
+}
+
+function inspect(pid: number, workersDir: string): Inspected | undefined {
   const stat = readStat(pid)
   if (!stat || stat[STATE_FIELD] === 'Z') return undefined
   const group = Number(stat[GROUP_FIELD])
+  const startedAt = stat[STARTED_AT_FIELD] ?? ''
   const environment = readIfThere(`/proc/${pid}/environ`)
   // Another user's process, or one that ended just now.
-  if (environment === undefined) return { worker: '', group }
+  if (environment === undefined) return { worker: '', group, startedAt }
   const name = /(?:^|\0)WORKER_NAME=([^\0]*)/.exec(environment)?.[1] ?? ''
   // Another service of this machine may run a task of the same id: HOME, TMPDIR or PWD tell whose it is.
   const worker = environment.includes(`=${workersDir}/${name}/`) ? name : ''
   // One of a worker stays one of a worker.
   const isYoung = worker === '' && uptimeTicks() - Number(stat[STARTED_AT_FIELD]) < SETTLED_TICKS
-  return isYoung ? { worker, group, young: true } : { worker, group }
+  return isYoung ? { worker, group, startedAt, young: true } : { worker, group, startedAt }
 }
 
 /** Fields of /proc/<pid>/stat from the third on (proc(5)); the second may hold spaces and parentheses. */
