@@ -15,8 +15,7 @@ import { bodyOf, type Received, startReceiver } from '../helpers/receiver.ts'
 import { FINAL, get, killIfThere, logOf } from '../helpers/recovery.ts'
 import { type Service, startService } from '../helpers/service.ts'
 
-// A known fault: with the seed 696730581 some ordinary local tasks end as worker_lost.
-const SEED = Number(process.env.HOSTILE_SEED ?? 693655899)
+const SEED = Number(process.env.HOSTILE_SEED ?? Date.now() % 2 ** 31)
 /** Hostile tasks, and as many ordinary ones beside them. */
 const TASKS = Number(process.env.HOSTILE_TASKS ?? 300)
 const KILLS = 6

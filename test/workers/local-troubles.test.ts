@@ -16,6 +16,7 @@ import {
   toCore,
 } from '../../src/workers/local/failures.ts'
 import { LocalBackend } from '../../src/workers/local/local-backend.ts'
+import { LocalWorkers } from '../../src/workers/local/local-workers.ts'
 import { isAlive } from '../../src/workers/local/processes.ts'
 import { removeTree } from '../../src/workers/local/removal.ts'
 import { openDisposable } from '../helpers/local.ts'
@@ -243,6 +244,33 @@ describe('in a copied data folder', () => {
     expect(await end).toMatchObject({ exitCode: 6 })
   })
 })
+
+test(
+  'a shell that was killed after its task had ended serves no other one',
+  async () => {
+    await using harness = await openDisposable({ terminationGraceMs: 1 })
+    const [stopped, next] = [
+      // The shell, being stopped, cannot tell that it has ended.
+      spec('echo "task 3" 1<>"$HOME/../exit"; kill -STOP $PPID; kill -KILL $$'),
+      spec('exit 6'),
+    ]
+    // On this thread: between the shell's end and the event that tells of it there is no turn of the loop.
+    const workers = new LocalWorkers(harness.settings)
+    try {
+      await workers.provision(stopped, [])
+      const exit = join(harness.settings.workersDir, stopped.name, 'exit')
+      await expect.poll(() => readFile(exit, 'utf8')).toContain('task 3')
+      await workers.stop(stopped.name)
+      await workers.provision(next, [])
+      const { completion } = await workers.completion(next.name)
+      expect(completion).toMatchObject({ exitCode: 6 })
+      for (const { name } of [stopped, next]) await workers.terminate(name)
+    } finally {
+      workers.close()
+    }
+  },
+  TIMEOUT_MS,
+)
 
 test(
   'a task that ignores TERM and logs without end stops near its limit',

@@ -247,7 +247,8 @@ export class LocalWorkers {
     const ended = live.ended.promise
     if (!live.waitsForSlot) {
       const { slot } = live.record
-      if (isAlive(slot)) kill(-slot.pid, 'SIGTERM')
+      // By now it may be another worker's.
+      if (!live.settling && isAlive(slot)) kill(-slot.pid, 'SIGTERM')
       const inTime = new AbortController()
       void ended.then(() => inTime.abort())
       const grace = pause(this.#settings.terminationGraceMs, undefined, { signal: inTime.signal })
@@ -447,9 +448,10 @@ export class LocalWorkers {
   }
 
   async #kill(live: Live): Promise<void> {
-    if (live.settling) return
     await this.#persistently(async () => {
-      if (!live.waitsForSlot && isAlive(live.record.slot)) kill(-live.record.slot.pid)
+      if (live.settling || live.waitsForSlot || !isAlive(live.record.slot)) return
+      if (live.slot) live.slot.kill()
+      else kill(-live.record.slot.pid)
     })
     await this.#settle(live)
   }

@@ -30,6 +30,7 @@ export class SlotShell {
   readonly identity: ProcessIdentity
   readonly #child: Child
   readonly #proofs: Array<PromiseWithResolvers<void>> = []
+  #isKilled = false
 
   /** Throws a `LocalFailure` when no process can be started. */
   static async start(options: SlotShellOptions): Promise<SlotShell> {
@@ -76,8 +77,15 @@ export class SlotShell {
     )
   }
 
+  /** False from `kill` on: its exit event comes later. */
   get isAlive(): boolean {
-    return this.#child.exitCode === null && this.#child.signalCode === null
+    return !this.#isKilled && this.#child.exitCode === null && this.#child.signalCode === null
+  }
+
+  /** Kills it with all of its group. */
+  kill(): void {
+    this.#isKilled = true
+    kill(-this.identity.pid)
   }
 
   run(job: string): void {
