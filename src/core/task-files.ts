@@ -215,8 +215,7 @@ function isBehindMount(path: string): boolean {
 /** Throws when an entry of the tasks folder is not for us to read. */
 async function mayRead(path: string, kind: TasksEntry['kind'], root: string): Promise<undefined> {
   const real = kind === 'link' ? await linkedTo(path, root) : path
-  if (kind !== 'folder' && kind !== 'other' && real !== undefined)
-    await access(real, constants.R_OK)
+  if (kind !== 'folder' && real !== undefined) await access(real, constants.R_OK)
 }
 
 function ignoreMissing(err: NodeJS.ErrnoException): undefined {

@@ -1,4 +1,5 @@
 /** What workers get of the tasks folder, what is left out, and whose trouble it is when something cannot be read. */
+import type { Dirent } from 'node:fs'
 import {
   access,
   constants,
@@ -31,25 +32,26 @@ export interface LeftOut {
   why: string
 }
 
-/** An entry of the tasks folder, by its path in there. Links are not followed. `other`: a FIFO, socket or device. */
+/** An entry of the tasks folder, by its path in there. Links are not followed. */
 export interface TasksEntry {
   path: string
-  kind: 'file' | 'folder' | 'link' | 'other'
+  kind: 'file' | 'folder' | 'link'
 }
 
 /**
- * Kinds of errors when something in the tasks folder is read. `gone`: it was removed, or leads nowhere. `refused`: it is for
- * others to read. `ours`: the process or the machine has no more descriptors or memory. Any other error is of the disk.
+ * Kinds of errors when something in the tasks folder is read. `gone`: it was removed, or leads nowhere. `refused`: it cannot be
+ * read as it is. `ours`: the process or the machine has no more descriptors or memory. Any other error is of the disk.
  */
 export const READ_FAULTS: Readonly<Record<string, 'gone' | 'refused' | 'ours'>> = {
   ENOENT: 'gone',
   ENOTDIR: 'gone',
-  ELOOP: 'gone',
   ENAMETOOLONG: 'gone',
   // Something else has taken its place.
   EISDIR: 'gone',
   EACCES: 'refused',
   EPERM: 'refused',
+  // A link that leads to itself.
+  ELOOP: 'refused',
   // A socket.
   ENXIO: 'refused',
   EMFILE: 'ours',
@@ -77,9 +79,16 @@ export function leftOutFor(path: string, err: unknown): LeftOut | undefined {
   return READ_FAULTS[why] === 'gone' ? undefined : { path, why }
 }
 
-/** Judges a path as Node has decoded it. Undefined: it is UTF-8. */
-export function notUtf8(path: string): LeftOut | undefined {
-  return path.includes('\uFFFD') ? { path, why: 'its name is not UTF-8' } : undefined
+/** True of a name as Node has decoded it. */
+export function isUtf8(name: string): boolean {
+  return !name.includes('\uFFFD')
+}
+
+/** Judges an entry that lies at `path` in the tasks folder. Undefined: it can be looked at. */
+export function oddEntry(path: string, entry: Dirent): LeftOut | undefined {
+  if (!isUtf8(entry.name)) return { path, why: 'its name is not UTF-8' }
+  const isUsual = entry.isFile() || entry.isDirectory() || entry.isSymbolicLink()
+  return isUsual ? undefined : { path, why: 'neither a file nor a folder' }
 }
 
 /** Both are absolute paths. */
@@ -183,12 +192,11 @@ export async function listTasks(
     const folders: string[] = []
     for (const entry of found) {
       const path = join(inside, entry.name)
-      const odd = notUtf8(entry.name)
+      const odd = oddEntry(path, entry)
       if ([...NOT_COPIED, ...LINKED].includes(entry.name)) continue
-      if (odd) leftOut.push({ ...odd, path })
+      if (odd) leftOut.push(odd)
       else if (entry.isDirectory()) folders.push(path)
-      else if (entry.isFile()) entries.push({ path, kind: 'file' })
-      else entries.push({ path, kind: entry.isSymbolicLink() ? 'link' : 'other' })
+      else entries.push({ path, kind: entry.isFile() ? 'file' : 'link' })
     }
     await Promise.all(
       folders.map((path) =>

@@ -179,7 +179,6 @@ async function find(
   kind: TasksEntry['kind'],
 ): Promise<'folder' | { linkname: string } | OpenFile | undefined> {
   if (kind === 'folder') return kind
-  if (kind === 'other') return undefined
   const source = join(root, path)
   if (kind === 'file') return openFile(source)
   const real = await linkedTo(source, root)

@@ -108,6 +108,7 @@ export const ODDITIES: Record<string, Oddity> = {
   'a FIFO': {
     file: 'pipe.sh',
     make: at('pipe.sh', (path) => execFileSync('mkfifo', [path])),
+    leftOut: ['pipe.sh (neither a file nor a folder)'],
     outcome: NO_FILE('pipe.sh'),
   },
   'a socket': {
@@ -116,6 +117,7 @@ export const ODDITIES: Record<string, Oddity> = {
       const bind = 'import socket,sys; socket.socket(socket.AF_UNIX).bind(sys.argv[1])'
       execFileSync('/usr/bin/python3', ['-c', bind, path])
     }),
+    leftOut: ['socket.sh (neither a file nor a folder)'],
     outcome: NO_FILE('socket.sh'),
   },
   'a link to a device': {
@@ -129,6 +131,7 @@ export const ODDITIES: Record<string, Oddity> = {
   'a link to itself': {
     file: 'circle.sh',
     make: at('circle.sh', (path) => symlinkSync('circle.sh', path)),
+    leftOut: ['circle.sh (ELOOP)'],
     outcome: NO_FILE('circle.sh'),
   },
   'a link to nowhere': {
@@ -213,6 +216,7 @@ export const ODDITIES: Record<string, Oddity> = {
       execFileSync('mkfifo', [join(folder, 'hi_worker.json')])
     },
     copied: ['hi.sh'],
+    leftOut: ['hi_worker.json (neither a file nor a folder)'],
     listed: ['hi.sh'],
     warned: ['The worker defaults file "hi_worker.json" cannot be used: it is not a plain file'],
     outcome: {

@@ -41,7 +41,6 @@ beforeAll(async () => {
   await symlink('nested/inner.sh', join(tasksDir, 'leads-in.sh'))
   await symlink('nested', join(tasksDir, 'linked'))
   await symlink('nothing.sh', join(tasksDir, 'dangling.sh'))
-  await symlink('circle.sh', join(tasksDir, 'circle.sh'))
   await write(
     'default_worker.json',
     JSON.stringify({
@@ -221,14 +220,14 @@ describe('task files', () => {
     },
   )
 
-  test.each([
-    ['a name longer than a disk takes', `${'x'.repeat(300)}.sh`],
-    ['a link that leads to itself', 'circle.sh'],
-  ])('%s is refused as the caller’s error', async (_name, task_file_name) => {
-    const { status, body } = await app.submit(taskRequest({ task_file_name }))
-    expect([404, 422]).toContain(status)
-    expect(body).toMatchObject({ success: false, message: expect.stringMatching(/./) })
-  })
+  test.each([['a name longer than a disk takes', `${'x'.repeat(300)}.sh`]])(
+    '%s is refused as the caller’s error',
+    async (_name, task_file_name) => {
+      const { status, body } = await app.submit(taskRequest({ task_file_name }))
+      expect([404, 422]).toContain(status)
+      expect(body).toMatchObject({ success: false, message: expect.stringMatching(/./) })
+    },
+  )
 
   test('a link out of the folder is refused, and says so', async () => {
     expect(await app.submit(taskRequest({ task_file_name: 'leads-out.sh' }))).toEqual({

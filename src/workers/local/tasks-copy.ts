@@ -24,11 +24,12 @@ import { dirname, join, relative, resolve, sep } from 'node:path'
 import {
   codeOf,
   isInside,
+  isUtf8,
   type LeftOut,
   LINKED,
   leftOutFor,
   NOT_COPIED,
-  notUtf8,
+  oddEntry,
   READ,
   READ_FAULTS,
   taskFileError,
@@ -167,12 +168,12 @@ function copyFolders(
     for (const entry of entries) {
       const source = join(from, entry.name)
       const copy = join(target, entry.name)
-      const odd = notUtf8(entry.name)
-      if (odd) leftOut.push({ ...odd, path: relative(root, source) })
+      const odd = oddEntry(relative(root, source), entry)
+      if (odd) leftOut.push(odd)
       else if (LINKED.includes(entry.name)) symlinkSync(source, copy)
       else if (entry.isDirectory()) copyFolder(source, copy)
       else if (entry.isFile()) copyFile(source, copy, source)
-      else if (entry.isSymbolicLink()) copyLinked(source, copy)
+      else copyLinked(source, copy)
     }
   }
   copyFolder(root, to)
@@ -240,7 +241,7 @@ function look(
       const path = join(folder, entry.name)
       looking(path, () => {
         // By this name it cannot be looked at.
-        if (notUtf8(entry.name)) lines.push(relative(root, path))
+        if (!isUtf8(entry.name)) lines.push(relative(root, path))
         else if (entry.isDirectory() && !LINKED.includes(entry.name)) walk(path)
         else {
           add(path, lstatSync(path, MAYBE))
