@@ -26,6 +26,8 @@ RUN mkdir /data .compiled && chown node:node /data .compiled
 USER node
 # Name lookups share Node's thread pool with files and compression: a resolver that hangs must not take it all.
 ENV DATA_DIR=/data HOST=0.0.0.0 PORT=3000 UV_THREADPOOL_SIZE=16
+# Large logs go back to the system at once: by default glibc keeps blocks of up to 32 MB for itself, once it has seen one.
+ENV MALLOC_MMAP_THRESHOLD_=131072
 # Started once, here: what is compiled then makes each start quicker, and the process smaller by a quarter.
 ENV NODE_COMPILE_CACHE=/app/.compiled
 RUN DATA_DIR=/tmp/first-start HOST=127.0.0.1 PORT=0 timeout -s TERM 5 node src/main.ts || rm -r /tmp/first-start

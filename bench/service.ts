@@ -81,6 +81,7 @@ export class Service implements AsyncDisposable {
         ...ENVIRONMENT,
         NODE_COMPILE_CACHE: COMPILED,
         UV_THREADPOOL_SIZE: '16',
+        MALLOC_MMAP_THRESHOLD_: '131072',
         PORT: '0',
         DATA_DIR: join(folder, 'data'),
         TASKS_DIR: tasksDir,

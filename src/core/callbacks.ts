@@ -128,8 +128,15 @@ export class CallbackDispatcher {
     if (delivery.leaseUntil !== null) this.#count(delivery.origin, -1)
   }
 
-  /** The first attempt of a delivery just committed. Settles when it has ended; never rejects. */
-  async attemptNow(taskId: string, delivery: NewDelivery, content: DeliveryContent): Promise<void> {
+  /**
+   * The first attempt of a delivery just committed, whose `content` is read from the store unless it is given. Settles when
+   * it has ended; never rejects.
+   */
+  async attemptNow(
+    taskId: string,
+    delivery: NewDelivery,
+    content?: DeliveryContent,
+  ): Promise<void> {
     if (delivery.leaseUntil === null) {
       this.wake()
       return

@@ -386,7 +386,14 @@ export interface CallbackPayload {
   taskName: string
   taskId: string
   success: boolean
-  logs: LogTail
+  logs: StoredLog
+}
+
+/** A log that is read when it is needed: attempts that wait hold none of it. Each `read` gives the same. */
+export interface StoredLog {
+  /** Tells large ones from others. */
+  bytes: number
+  read(): Promise<LogTail>
 }
 
 /** What an attempt sends, and where. */

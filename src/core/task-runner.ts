@@ -10,6 +10,7 @@ import type {
   ClaimedTask,
   Cluster,
   Completion,
+  DeliveryContent,
   Logger,
   LogTail,
   NewDelivery,
@@ -27,6 +28,8 @@ import { isFinal, type Outcome, type Task, traceOf } from './task.ts'
 import type { WorkerSetup } from './worker-setup.ts'
 
 export const LOG_BYTES_KEPT = 5 * 1024 * 1024
+/** Of a log that is held for the first attempt: most need no second look into the store. */
+const HELD_LOG_BYTES = 64 * 1024
 const PAUSES = { retryMs: 500, retryMaxMs: 15_000 }
 const HOPELESS_MS = 600_000
 /** How long the log of a task that has ended is asked for, should its worker not give it. */
@@ -63,6 +66,18 @@ interface Run {
   done: Promise<void>
   /** What hinders the task at the moment, in a sentence. */
   waitingFor: string | null
+}
+
+interface Ending {
+  worker: Worker | undefined
+  run: Run | undefined
+  keepWorker: boolean
+}
+
+interface Committed {
+  delivery: NewDelivery | undefined
+  /** Undefined: there is nothing to send, or it is large, and is read again when its turn comes. */
+  content: DeliveryContent | undefined
 }
 
 /**
@@ -406,13 +421,36 @@ export class TaskRunner {
     outcome: Outcome,
     { worker, run }: { worker?: Worker | undefined; run?: Run | undefined } = {},
   ): Promise<void> {
-    const { taskId, callbackUrl } = task
+    const { taskId } = task
+    const keepWorker =
+      !task.terminateOnCompletion && worker !== undefined && outcome.status !== 'cancelled'
+    const committed = await this.#commit(task, outcome, { worker, run, keepWorker })
+    if (!committed) {
+      if (worker) this.#leave(task)
+      return
+    }
+    const { status, reason, exitCode } = outcome
+    this.#log.info({ taskId, ...traceOf(task), status, reason, exitCode }, 'task finished')
+    const { delivery, content } = committed
+    const telling = delivery && this.#callbacks.attemptNow(taskId, delivery, content)
+    this.#background(
+      Promise.resolve(telling).then(async () => {
+        if (!keepWorker && task.claim > 0) await this.#terminate(task, worker)
+      }),
+    )
+  }
+
+  /** Undefined: it is somebody else's task. On its own, so that nothing that comes later holds a large log. */
+  async #commit(
+    task: Task,
+    outcome: Outcome,
+    { worker, run, keepWorker }: Ending,
+  ): Promise<Committed | undefined> {
+    const { callbackUrl } = task
     const { log, rawBytes } = worker
       ? await this.#takeLog(worker, task, outcome.exitCode !== null)
       : ownLog(outcome.message ?? outcome.reason)
     const delivery = callbackUrl === null ? undefined : this.#callbacks.prepare(callbackUrl)
-    const keepWorker =
-      !task.terminateOnCompletion && worker !== undefined && outcome.status !== 'cancelled'
     const committing = () =>
       this.#store.finish(task, {
         outcome,
@@ -429,40 +467,14 @@ export class TaskRunner {
         if (err instanceof StoreFullError) await worker?.freeSpace?.()
       },
     })
-    if (!committed) {
-      if (delivery) this.#callbacks.abandon(delivery)
-      if (worker) this.#leave(task)
-      return
-    }
-    const { status, reason, exitCode } = outcome
-    this.#log.info({ taskId, ...traceOf(task), status, reason, exitCode }, 'task finished')
-    this.#background(
-      this.#tell(task, outcome, log, delivery).then(async () => {
-        if (!keepWorker && task.claim > 0) await this.#terminate(task, worker)
-      }),
-    )
-  }
-
-  /** Settles when the first attempt has ended, whatever it gave. */
-  async #tell(
-    task: Task,
-    outcome: Outcome,
-    logs: LogTail,
-    delivery: NewDelivery | undefined,
-  ): Promise<void> {
-    if (delivery && task.callbackUrl !== null) {
-      await this.#callbacks.attemptNow(task.taskId, delivery, {
-        url: task.callbackUrl,
-        token: task.callbackUrlToken,
-        traceparent: task.traceparent,
-        payload: {
-          taskName: task.taskFileName,
-          taskId: task.taskId,
-          success: outcome.status === 'succeeded',
-          logs,
-        },
-      })
-    }
+    if (!committed && delivery) this.#callbacks.abandon(delivery)
+    if (!committed) return undefined
+    const isLarge = log.content.length > HELD_LOG_BYTES
+    if (callbackUrl === null || isLarge) return { delivery, content: undefined }
+    const { callbackUrlToken: token, traceparent, taskFileName: taskName, taskId } = task
+    const logs = { bytes: log.content.length, read: async () => log }
+    const payload = { taskName, taskId, success: outcome.status === 'succeeded', logs }
+    return { delivery, content: { url: callbackUrl, token, traceparent, payload } }
   }
 
   async #takeLog(

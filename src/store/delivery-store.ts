@@ -5,6 +5,7 @@ import type {
   DeliveryState,
   DeliveryStore,
   DueDelivery,
+  LogTail,
   TaskStore,
 } from '../core/ports.ts'
 import type { Connection } from './connection.ts'
@@ -121,12 +122,19 @@ export class SqlDeliveryStore implements DeliveryStore {
   }
 
   async content(taskId: string) {
-    const [task, logs] = await Promise.all([this.#tasks.get(taskId), this.#tasks.log(taskId)])
-    if (!task || !logs || task.callbackUrl === null) return undefined
+    const task = await this.#tasks.get(taskId)
+    if (!task || task.callbackUrl === null) return undefined
     const success = task.status === 'succeeded'
+    const logs = { bytes: task.logBytes ?? 0, read: () => this.#logOf(taskId) }
     const payload: CallbackPayload = { taskName: task.taskFileName, taskId, success, logs }
     const { callbackUrl: url, callbackUrlToken: token, traceparent } = task
     return { url, token, traceparent, payload }
+  }
+
+  async #logOf(taskId: string): Promise<LogTail> {
+    const log = await this.#tasks.log(taskId)
+    if (!log) throw new Error('The task and its log were removed meanwhile')
+    return log
   }
 
   async recordAttempt(

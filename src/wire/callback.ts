@@ -2,7 +2,7 @@ import { Readable } from 'node:stream'
 import { z } from 'zod'
 import type { CallbackPayload } from '../core/ports.ts'
 import { turn } from '../core/turns.ts'
-import { logText } from './log-text.ts'
+import { logTextPieces } from './log-text.ts'
 
 /** What a receiver gets: exactly these four fields, whatever happened to the task. */
 export const callbackSchema = z
@@ -22,10 +22,10 @@ export const callbackSchema = z
 /** Settles when the large log before has been encoded. */
 let line: Promise<void> = Promise.resolve()
 
-/** Characters encoded between two turns of the event loop: about a millisecond's work. */
-const PIECE_LENGTH = 64 * 1024
+/** Bytes of log encoded between two turns of the event loop: about a millisecond's work. */
+const PIECE_BYTES = 64 * 1024
 
-/** A callback's body, UTF-8. */
+/** A callback's body, UTF-8. Of a large log it holds nothing: each reader gets it from where it is stored. */
 export interface CallbackBody {
   length: number
   /** The body itself, or one that is made piece by piece while it is read: call it for each reader. */
@@ -41,7 +41,7 @@ export async function encodeCallback(
   look: (piece: Buffer) => void = () => {},
 ): Promise<CallbackBody> {
   // One large log after the other: many at once would all take as long as the last of them, and as much memory.
-  const isLarge = payload.logs.content.length > PIECE_LENGTH
+  const isLarge = payload.logs.bytes > PIECE_BYTES
   const done = Promise.withResolvers<void>()
   if (isLarge) {
     const before = line
@@ -59,39 +59,37 @@ async function encode(
   payload: CallbackPayload,
   look: (piece: Buffer) => void,
 ): Promise<CallbackBody> {
-  const logs = logText(payload.logs)
   const kept: Buffer[] = []
   let length = 0
-  for await (const piece of encoded(payload, logs)) {
+  for await (const piece of encoded(payload)) {
     length += piece.length
     look(piece)
-    if (logs.length <= PIECE_LENGTH) kept.push(piece)
+    if (payload.logs.bytes <= PIECE_BYTES) kept.push(piece)
   }
   if (kept.length > 0) {
     const whole = Buffer.concat(kept)
     return { length, read: () => whole }
   }
-  return { length, read: () => Readable.from(encoded(payload, logs), { objectMode: false }) }
+  return { length, read: () => Readable.from(encoded(payload), { objectMode: false }) }
 }
 
-async function* encoded(payload: CallbackPayload, logs: string): AsyncGenerator<Buffer, void> {
+async function* encoded(payload: CallbackPayload): AsyncGenerator<Buffer, void> {
   const head = JSON.stringify({
     task_name: payload.taskName,
     task_id: payload.taskId,
     success: payload.success,
   })
   yield Buffer.from(`${head.slice(0, -1)},"logs":"`)
-  for (let at = 0; at < logs.length; ) {
-    if (at > 0) await turn()
-    let end = Math.min(at + PIECE_LENGTH, logs.length)
-    // Half a surrogate pair would be escaped instead of encoded.
-    if (end < logs.length && isHighSurrogate(logs.charCodeAt(end - 1))) end += 1
-    yield Buffer.from(JSON.stringify(logs.slice(at, end)).slice(1, -1))
-    at = end
+  const { content, totalBytes } = await payload.logs.read()
+  for await (const text of logTextPieces(piecesOf(content), totalBytes - content.length)) {
+    yield Buffer.from(JSON.stringify(text).slice(1, -1))
   }
   yield Buffer.from('"}')
 }
 
-function isHighSurrogate(code: number): boolean {
-  return code >= 0xd800 && code <= 0xdbff
+async function* piecesOf(content: Buffer): AsyncGenerator<Buffer, void> {
+  for (let at = 0; at < content.length; at += PIECE_BYTES) {
+    if (at > 0) await turn()
+    yield content.subarray(at, at + PIECE_BYTES)
+  }
 }

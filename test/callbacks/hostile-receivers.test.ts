@@ -22,6 +22,7 @@ import {
   within,
 } from '../helpers/hostile-servers.ts'
 import { startReceiver } from '../helpers/receiver.ts'
+import { storedLog } from '../helpers/stored-log.ts'
 
 const POLL = { timeout: 20_000, interval: 20 }
 /** What sockets hold between the two ends, on loopback: not read by us, yet written by the other. */
@@ -385,7 +386,7 @@ describe('one deadline ends an attempt, whatever the receiver does', () => {
       taskName: 'a.sh',
       taskId: 't',
       success: true,
-      logs: { content: logs, totalBytes: logs.length },
+      logs: storedLog(logs),
     }
     const result = await within(IN_TIME_MS + timeoutMs, () => callbacks.send(url, { payload }))
     expect(result).toEqual(TIMED_OUT)

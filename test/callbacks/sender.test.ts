@@ -4,6 +4,7 @@ import { type AddressInfo, createServer as createTcpServer, type Socket } from '
 import { afterEach, describe, expect, test } from 'vitest'
 import { AddressGuard } from '../../src/callbacks/address-guard.ts'
 import { HttpCallbackSender, retryAfterMs } from '../../src/callbacks/sender.ts'
+import { storedLog } from '../helpers/stored-log.ts'
 
 /** Of tests that see it pass. */
 const TIMEOUT_MS = 1_000
@@ -119,7 +120,7 @@ function delivery(url: string, overrides: object = {}) {
     timestamp: 1_700_000_000,
     payload: {
       ...{ taskName: 'a.sh', taskId: 'an é id', success: false },
-      logs: { content: Buffer.from('a "log"\n'), totalBytes: 8 },
+      logs: storedLog(Buffer.from('a "log"\n')),
     },
     ...overrides,
   }
@@ -183,7 +184,7 @@ describe('HttpCallbackSender', () => {
       response.end()
     })
     const content = Buffer.alloc(5 * 1024 * 1024, 'x\n')
-    const payload = { ...delivery(url).payload, logs: { content, totalBytes: content.length } }
+    const payload = { ...delivery(url).payload, logs: storedLog(content) }
     const { statusCode } = await sender().send(delivery(url, { payload }), NEVER)
     expect(statusCode).toBe(200)
     expect(await received.promise).toBe(content.length)
@@ -225,7 +226,7 @@ describe('HttpCallbackSender', () => {
     test('holds for one that accepts and never reads', async () => {
       const content = Buffer.alloc(5 * 1024 * 1024, 'x')
       const url = await tcp((socket) => socket.pause())
-      const payload = { ...delivery(url).payload, logs: { content, totalBytes: content.length } }
+      const payload = { ...delivery(url).payload, logs: storedLog(content) }
       const { result, tookMs } = await timed(hurried(url, { payload }))
       expect(result).toEqual(late)
       expect(tookMs).toBeLessThan(TIMEOUT_MS + SLACK_MS)

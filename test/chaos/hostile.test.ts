@@ -20,8 +20,7 @@ const SEED = Number(process.env.HOSTILE_SEED ?? Date.now() % 2 ** 31)
 const TASKS = Number(process.env.HOSTILE_TASKS ?? 300)
 const KILLS = 6
 /** Of one service, from its start to its end. */
-// Seen: 370 to 430. Logs of 5 MB that wait for their first callback attempt are held each.
-const RESIDENT_MB_MAX = 550
+const RESIDENT_MB_MAX = 300
 const LOOP_DELAY_P99_MS_MAX = 100
 /** For all tasks to end, for one of them to end, and then for all workers to go. */
 const ALL_ENDED_MS = 900_000

@@ -15,6 +15,7 @@ import type { Connection } from '../../src/store/connection.ts'
 import { SqlDeliveryStore } from '../../src/store/delivery-store.ts'
 import { openSqlite } from '../../src/store/sqlite.ts'
 import { SqlTaskStore } from '../../src/store/task-store.ts'
+import { storedLog } from '../helpers/stored-log.ts'
 
 const SILENT: Logger = { debug() {}, info() {}, warn() {}, error() {} }
 const OK: AttemptResult = { statusCode: 200, error: null, retryAfterMs: null }
@@ -184,7 +185,7 @@ describe('CallbackDispatcher', () => {
     traceparent: null,
     payload: {
       ...{ taskName: 'a.sh', taskId, success: true },
-      logs: { content: Buffer.from('a log'), totalBytes: 5 },
+      logs: storedLog(Buffer.from('a log')),
     },
   })
 
@@ -203,9 +204,12 @@ describe('CallbackDispatcher', () => {
     const taskId = await commit(A)
     open().start()
     await statusOf(taskId, 'delivered')
+    const { payload, ...rest } = contentOf(taskId, A)
+    const { logs, ...facts } = payload
     expect(sender.sent).toMatchObject([
-      { ...contentOf(taskId, A), webhookId: `msg_${ids}`, timestamp: expect.any(Number) },
+      { ...rest, payload: facts, webhookId: `msg_${ids}`, timestamp: expect.any(Number) },
     ])
+    expect(await sender.sent[0]?.payload.logs.read()).toEqual(await logs.read())
     expect(Math.abs((sender.sent[0]?.timestamp ?? 0) - now() / 1000)).toBeLessThan(60)
   })
 

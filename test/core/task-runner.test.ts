@@ -406,7 +406,8 @@ describe('TaskRunner', () => {
       worker.log = 'it is the-token.\n'
       worker.ended.resolve(DONE)
       await delivered(task)
-      expect(sender.sent[0]?.payload.logs.content.toString()).toBe('it is ***.\n')
+      const sent = await sender.sent[0]?.payload.logs.read()
+      expect(sent?.content.toString()).toBe('it is ***.\n')
       expect((await store.log(task.taskId))?.content.toString()).toBe('it is ***.\n')
       expect((await store.get(task.taskId))?.logBytes).toBe(worker.log.length)
     })

@@ -3,6 +3,7 @@ import { expect } from 'vitest'
 import { AddressGuard } from '../../src/callbacks/address-guard.ts'
 import { HttpCallbackSender } from '../../src/callbacks/sender.ts'
 import type { AttemptResult, CallbackSender } from '../../src/core/ports.ts'
+import { storedLog } from './stored-log.ts'
 
 /** A TCP listener that does to its connections whatever a test likes, and remembers them. */
 export interface RawServer extends AsyncDisposable {
@@ -135,7 +136,7 @@ export function testSender(
             taskName: 'a.sh',
             taskId: 't',
             success: true,
-            logs: { content: Buffer.from('hi\n'), totalBytes: 3 },
+            logs: storedLog(Buffer.from('hi\n')),
           },
           ...overrides,
         },

@@ -1,6 +1,7 @@
 import { type ChildProcess, type ChildProcessByStdio, spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { readdirSync, readFileSync } from 'node:fs'
+import { join } from 'node:path'
 import { createInterface } from 'node:readline'
 import type { Readable } from 'node:stream'
 import { testEnv } from './app.ts'
@@ -17,14 +18,23 @@ export interface Service {
 
 const ROOT = new URL('../..', import.meta.url).pathname
 const MAIN = new URL('../../src/main.ts', import.meta.url).pathname
+/** `NAME=value … exec node --flag … src/main.ts` */
+const START: string[] = JSON.parse(
+  readFileSync(join(ROOT, 'package.json'), 'utf8'),
+).scripts.start.split(' ')
+const START_ENV = Object.fromEntries(
+  START.filter((word) => /^[A-Z_]+=/.test(word)).map((word) => word.split('=')),
+)
+const START_FLAGS = START.filter((word) => word.startsWith('--'))
 const WITH_FAILPOINT = new URL('./service-with-failpoint.ts', import.meta.url).pathname
 
-/** The real service as a process, of the user `uid`; with KILL_AT in `env`, one that dies at that point. */
+/** The real service as a process that `npm start` would start, of the user `uid`; with KILL_AT in `env`, one that dies at that point. */
 export function startService(env: Record<string, string>, uid?: number): Promise<Service> {
   const script = env.KILL_AT === undefined ? MAIN : WITH_FAILPOINT
   return listeningService(
-    spawn(process.execPath, [script], {
-      env: testEnv({ PORT: '0', LOG_LEVEL: 'info', ...env }),
+    spawn(process.execPath, [...START_FLAGS, script], {
+      cwd: ROOT,
+      env: testEnv({ ...START_ENV, PORT: '0', LOG_LEVEL: 'info', ...env }),
       stdio: ['ignore', 'pipe', 'pipe'],
       ...(uid === undefined ? {} : { uid, gid: uid }),
     }),

@@ -692,11 +692,16 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
         })
         await store.finish(task, end({ log, delivery: newDelivery() }))
         const { taskId } = task
-        expect(await deliveries.content(taskId)).toEqual({
+        const content = await deliveries.content(taskId)
+        expect(await content?.payload.logs.read()).toEqual(log)
+        expect(content).toEqual({
           url: `${ORIGIN}/hook?x=1`,
           token: 'token',
           traceparent: null,
-          payload: { taskName: 'b.sh', taskId, success: true, logs: log },
+          payload: {
+            ...{ taskName: 'b.sh', taskId, success: true },
+            logs: { bytes: expect.any(Number), read: expect.any(Function) },
+          },
         })
         expect(await deliveries.content('unknown')).toBeUndefined()
       })

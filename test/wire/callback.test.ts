@@ -3,19 +3,19 @@ import { describe, expect, test } from 'vitest'
 import type { CallbackPayload } from '../../src/core/ports.ts'
 import { callbackSchema, encodeCallback } from '../../src/wire/callback.ts'
 import { logText } from '../../src/wire/log-text.ts'
+import { storedLog } from '../helpers/stored-log.ts'
 
 /** The piece length of `encodeCallback`: borders are tried around its multiples. */
 const PIECE = 64 * 1024
 
 function payload(content: Buffer, overrides: Partial<CallbackPayload> = {}): CallbackPayload {
-  const logs = { content, totalBytes: content.length }
+  const logs = storedLog(content)
   return { taskName: 'a.sh', taskId: 'an id', success: true, logs, ...overrides }
 }
 
-function expected({ taskName, taskId, success, logs }: CallbackPayload): Buffer {
-  return Buffer.from(
-    JSON.stringify({ task_name: taskName, task_id: taskId, success, logs: logText(logs) }),
-  )
+async function expected({ taskName, taskId, success, logs }: CallbackPayload): Promise<Buffer> {
+  const text = logText(await logs.read())
+  return Buffer.from(JSON.stringify({ task_name: taskName, task_id: taskId, success, logs: text }))
 }
 
 /** What a reader gets, which is what was looked at. */
@@ -33,7 +33,7 @@ async function bodyOf(wanted: CallbackPayload): Promise<Buffer> {
 
 /** Compares without printing megabytes. */
 async function isSame(wanted: CallbackPayload): Promise<boolean> {
-  return (await bodyOf(wanted)).equals(expected(wanted))
+  return (await bodyOf(wanted)).equals(await expected(wanted))
 }
 
 describe('encodeCallback', () => {
@@ -52,11 +52,12 @@ describe('encodeCallback', () => {
         fc.boolean(),
         fc.nat(3),
         async (bytes, taskName, taskId, success, cut) => {
-          const logs = { content: Buffer.from(bytes), totalBytes: bytes.length + cut }
-          const wanted = payload(logs.content, { taskName, taskId, success, logs })
+          const content = Buffer.from(bytes)
+          const logs = storedLog(content, bytes.length + cut)
+          const wanted = payload(content, { taskName, taskId, success, logs })
           expect(await isSame(wanted)).toBe(true)
           const parsed: unknown = JSON.parse((await bodyOf(wanted)).toString())
-          expect(callbackSchema.parse(parsed).logs).toBe(logText(logs))
+          expect(callbackSchema.parse(parsed).logs).toBe(logText(await logs.read()))
         },
       ),
       { numRuns: 300 },
@@ -64,7 +65,7 @@ describe('encodeCallback', () => {
   })
 
   test.each([-2, -1, 0, 1, 2])(
-    'a surrogate pair %i characters from the border of two pieces stays whole',
+    'a character of four bytes, %i bytes from the border of two pieces stays whole',
     async (offset) => {
       const text = `${'a'.repeat(PIECE + offset)}😀${'b'.repeat(PIECE)}😀😀`
       expect(await isSame(payload(Buffer.from(text)))).toBe(true)
