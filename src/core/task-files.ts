@@ -132,8 +132,10 @@ export class TaskFiles {
   async #lookForWarnings(): Promise<string[]> {
     const { entries, leftOut } = await listTasks(this.#folder)
     const left = [...leftOut, ...(await this.#unreadableOnce(entries))]
+    const files = [...entries.filter(({ kind }) => kind !== 'folder'), ...leftOut]
+    const broken = await this.#brokenDefaults(files.map(({ path }) => path))
     return [
-      ...(await this.#brokenDefaults(entries)).slice(0, WARNINGS_MAX),
+      ...broken.slice(0, WARNINGS_MAX),
       ...leftOutLines(left, WARNINGS_MAX).map((line) => `Tasks get no copy of ${line}`),
     ]
   }
@@ -157,11 +159,8 @@ export class TaskFiles {
     return files
   }
 
-  async #brokenDefaults(entries: readonly TasksEntry[]): Promise<string[]> {
-    const names = entries
-      .filter(({ path, kind }) => kind !== 'folder' && !isBehindMount(path))
-      .map(({ path }) => path)
-      .filter((path) => path.endsWith('_worker.json'))
+  async #brokenDefaults(paths: readonly string[]): Promise<string[]> {
+    const names = paths.filter((path) => path.endsWith('_worker.json') && !isBehindMount(path))
     const results = await Promise.allSettled(names.map((name) => this.#defaults(name)))
     return results.flatMap((result) => {
       if (result.status === 'fulfilled') return []

@@ -132,7 +132,7 @@ export const ODDITIES: Record<string, Oddity> = {
     file: 'circle.sh',
     make: at('circle.sh', (path) => symlinkSync('circle.sh', path)),
     leftOut: ['circle.sh (ELOOP)'],
-    outcome: NO_FILE('circle.sh'),
+    outcome: { status: 404, message: 'The task file "circle.sh" cannot be read (ELOOP)' },
   },
   'a link to nowhere': {
     file: 'nowhere.sh',
