@@ -5,7 +5,7 @@ import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import fc from 'fast-check'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
-import { type Job, jobText } from '../../src/workers/local/job.ts'
+import { type Job, jobText, SLOT_PIPE } from '../../src/workers/local/job.ts'
 import { quote } from '../../src/workers/quote.ts'
 
 const BOOTSTRAP = fileURLToPath(new URL('../../src/workers/bootstrap.sh', import.meta.url))
@@ -69,8 +69,10 @@ describe('jobText', () => {
 
   /** A shell that reads its commands as a slot does. */
   function slot(text: string) {
+    const [pipe, log] = [quote(join(root, 'pipe')), quote(join(job.folder, 'log'))]
+    const opening = `mkfifo ${pipe}; exec ${SLOT_PIPE}<>${pipe}; cat <${pipe} >>${log} ${SLOT_PIPE}>&- &`
     return spawnSync('/bin/sh', ['-s'], {
-      input: `. ${quote(BOOTSTRAP)}\n${text}`,
+      input: `${opening}\n. ${quote(BOOTSTRAP)}\n${text}`,
       env: {},
       cwd: '/',
       encoding: 'utf8',
@@ -101,7 +103,8 @@ describe('jobText', () => {
       const text = `. ${quote(BOOTSTRAP)}\n${whole.slice(0, length)}`
       writeFileSync(join(folder, String(length)), text)
     }
-    const loop = `for file in ${quote(folder)}/*; do
+    const loop = `mkfifo ${quote(root)}/any; exec ${SLOT_PIPE}<>${quote(root)}/any
+    for file in ${quote(folder)}/*; do
       /bin/sh -s <"$file" 2>/dev/null
       for made in exit ran log; do [ -e ${quote(job.folder)}/$made ] && echo "$file: $made"; done
     done; :`

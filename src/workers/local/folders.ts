@@ -26,6 +26,8 @@ export interface WorkerRecord {
   createdAt: number
   maxLogBytes: number
   slot: ProcessIdentity
+  /** What goes on with the log once the service has died. The task of a record without it writes the log itself. */
+  reader?: ProcessIdentity
   /** Which folder it was written into. Records of the release before have none. */
   folder?: string
 }
@@ -115,7 +117,6 @@ function parseRecord(json: string): WorkerRecord | undefined {
   }
   // Holds: each field is looked at before it is used.
   const record = Object(value) as Partial<Record<keyof WorkerRecord, unknown>>
-  const slot = Object(record.slot) as Partial<Record<keyof ProcessIdentity, unknown>>
   const isWhole =
     typeof record.name === 'string' &&
     typeof record.taskId === 'string' &&
@@ -123,11 +124,15 @@ function parseRecord(json: string): WorkerRecord | undefined {
     Number.isFinite(record.createdAt) &&
     Number.isFinite(record.maxLogBytes) &&
     ['string', 'undefined'].includes(typeof record.folder) &&
-    // Signals to lower ones go to more than a group.
-    Number.isInteger(slot.pid) &&
-    (slot.pid as number) > 1 &&
-    typeof slot.startedAt === 'string'
+    isIdentity(record.slot) &&
+    (record.reader === undefined || isIdentity(record.reader))
   return isWhole ? (record as unknown as WorkerRecord) : undefined
+}
+
+function isIdentity(value: unknown): boolean {
+  const { pid, startedAt } = Object(value) as Partial<Record<keyof ProcessIdentity, unknown>>
+  // Signals to lower ones go to more than a group.
+  return Number.isInteger(pid) && (pid as number) > 1 && typeof startedAt === 'string'
 }
 
 /**

@@ -2,6 +2,9 @@
 import type { WorkerSpec } from '../../core/ports.ts'
 import { quote } from '../quote.ts'
 
+/** Descriptor of the pipe in a slot shell. */
+export const SLOT_PIPE = 3
+
 export interface Interpreters {
   python: string
   shell: string
@@ -31,7 +34,8 @@ export function jobText(job: Job, interpreters: Interpreters, bootstrap: string)
   const environment = Object.entries(job.environment)
     .map(([name, value]) => `${name}=${quote(value)} `)
     .join('')
-  const redirects = `</dev/null >>${folder}/log 2>&1`
+  // Opened anew, for writing alone.
+  const redirects = `</dev/null >/proc/self/fd/${SLOT_PIPE} 2>&1 ${SLOT_PIPE}>&-`
   const command = job.needsPreparing
     ? `/bin/sh ${quote(bootstrap)} run ${folder} ${quote(job.taskFolder)} ${file} ${commands}`
     : `"$__tr_interpreter" $__tr_option ${quote(`./${job.taskFileName}`)}`

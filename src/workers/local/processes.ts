@@ -1,5 +1,5 @@
 /** What /proc tells about processes. Synchronous: runs on the local workers' thread. */
-import { readdirSync, readFileSync } from 'node:fs'
+import { readdirSync, readFileSync, type Stats, statSync } from 'node:fs'
 
 export interface ProcessIdentity {
   pid: number
@@ -119,6 +119,34 @@ function inspect(pid: number, workersDir: string): Inspected | undefined {
   // One of a worker stays one of a worker.
   const isYoung = worker === '' && uptimeTicks() - Number(stat[STARTED_AT_FIELD]) < SETTLED_TICKS
   return isYoung ? { worker, group, startedAt, young: true } : { worker, group, startedAt }
+}
+
+/** Undefined: it has ended. */
+export function groupOf(pid: number): number | undefined {
+  const group = readStat(pid)?.[GROUP_FIELD]
+  return group === undefined ? undefined : Number(group)
+}
+
+/** What people know it by. Undefined: it has ended. */
+export function nameOf(pid: number): string | undefined {
+  return readIfThere(`/proc/${pid}/comm`)
+    ?.trim()
+    .replace(/[^ -~]/g, '?')
+}
+
+/** True where the process has the file open, under any descriptor. */
+export function holds(pid: number, file: Pick<Stats, 'dev' | 'ino'> | undefined): boolean {
+  if (!file) return false
+  const folder = `/proc/${pid}/fd`
+  try {
+    return readdirSync(folder).some((name) => {
+      const stats = statSync(`${folder}/${name}`, { throwIfNoEntry: false })
+      return stats?.ino === file.ino && stats.dev === file.dev
+    })
+  } catch (err) {
+    if (!GONE.includes((err as NodeJS.ErrnoException).code ?? '')) throw err
+    return false
+  }
 }
 
 /** Fields of /proc/<pid>/stat from the third on (proc(5)); the second may hold spaces and parentheses. */

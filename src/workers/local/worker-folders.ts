@@ -55,6 +55,8 @@ export class WorkerFolders {
   readonly #realDir: string
   /** Beside the folder of the workers: what is in there is no worker. */
   readonly #sparesDir: string
+  /** For the pipes of slot shells. It may not be there. */
+  readonly pipesDir: string
   readonly #spares: Spare[] = []
   /** Of the workers that got their folder here. */
   readonly #prints = new Map<string, Prints>()
@@ -67,10 +69,12 @@ export class WorkerFolders {
     this.#realDir = realpathSync.native(workersDir)
     this.#inode = lstatSync(this.#realDir).ino
     this.#sparesDir = `${workersDir}-spare`
+    this.pipesDir = `${workersDir}-pipes`
     this.#removal = new Removal(this.#sparesDir, onUnremovable)
     this.#removeLeft()
     const around = realpathSync.native(dirname(workersDir))
-    this.#notCopied = [this.#realDir, join(around, basename(this.#sparesDir))]
+    const beside = [this.#sparesDir, this.pipesDir].map((path) => join(around, basename(path)))
+    this.#notCopied = [this.#realDir, ...beside]
   }
 
   /**
@@ -205,6 +209,7 @@ export class WorkerFolders {
 
   /** Removes what an earlier process, which was killed, had spared, and tries again what it could not remove. */
   #removeLeft(): void {
+    void this.#removal.add(this.pipesDir)
     let left: string[]
     try {
       left = readdirSync(this.#sparesDir)
