@@ -1,10 +1,8 @@
 import {
   closeSync,
-  constants,
   fstatSync,
   lstatSync,
   mkdirSync,
-  openSync,
   readdirSync,
   type Stats,
   statSync,
@@ -17,7 +15,7 @@ import { completionOf, lost, overLogLimit } from '../completion.ts'
 import { repositoryFiles } from '../repositories.ts'
 import { FAULT_OF, isOurs, LocalFailure, sorted, sortedAs } from './failures.ts'
 import * as folders from './folders.ts'
-import { type Interpreters, jobText, SLOT_PIPE } from './job.ts'
+import { type Interpreters, jobText } from './job.ts'
 import {
   groupOf,
   holds,
@@ -29,7 +27,7 @@ import {
   type ProcessIdentity,
 } from './processes.ts'
 import type { OnUnremovable } from './removal.ts'
-import { SlotShell } from './slot-shell.ts'
+import { openPipeOf, SlotShell } from './slot-shell.ts'
 import { TaskLog } from './task-log.ts'
 import { WorkerFolders } from './worker-folders.ts'
 
@@ -519,17 +517,16 @@ export class LocalWorkers {
     const { reader, slot } = live.record
     if (!reader || isAlive(reader)) return
     try {
-      const pipe = openSync(
-        `/proc/${slot.pid}/fd/${SLOT_PIPE}`,
-        constants.O_RDONLY | constants.O_NONBLOCK,
-      )
-      if (isAlive(slot)) {
-        live.log = new TaskLog(live.folder, 2 * live.record.maxLogBytes)
-        live.pipe = pipe
+      const log = new TaskLog(live.folder, 2 * live.record.maxLogBytes)
+      const pipe = openPipeOf(slot, this.#folders.pipesDir)
+      if (pipe === undefined) log.close()
+      else {
+        Object.assign(live, { log, pipe })
         this.#takeSoon(TAKE_MS)
-      } else closeSync(pipe)
-    } catch {
-      // The shell has ended, or the task broke its log: what the pipe held is gone.
+      }
+    } catch (err) {
+      // The task broke its log, and what it wrote is gone; or we look again in a moment.
+      if (!isLoss(err) && !isOurs(err)) throw err
     }
   }
 

@@ -1,18 +1,20 @@
 import { type ChildProcessByStdio, spawn } from 'node:child_process'
 import { randomUUID } from 'node:crypto'
 import { once } from 'node:events'
-import { closeSync, constants, openSync, rmSync } from 'node:fs'
+import { closeSync, constants, openSync, readdirSync, readlinkSync, rmSync } from 'node:fs'
 import { Socket } from 'node:net'
 import { join } from 'node:path'
 import type { Readable, Writable } from 'node:stream'
 import { quote } from '../quote.ts'
-import { LocalFailure, sortedAs } from './failures.ts'
+import { codeOf, LocalFailure, sorted, sortedAs } from './failures.ts'
 import { SLOT_PIPE } from './job.ts'
-import { identify, kill, type ProcessIdentity } from './processes.ts'
+import { identify, isAlive, kill, type ProcessIdentity } from './processes.ts'
 
 /** Longer than any name of a worker. */
 const LINE_LENGTH_MAX = 1024
 
+/** Reading does not wait for what is not there yet. */
+const READ = constants.O_RDONLY | constants.O_NONBLOCK
 /** What the slot shell ends with when it cannot make its pipe. */
 const NO_PIPE = 3
 /**
@@ -166,7 +168,7 @@ export class SlotShell {
     let pipe: number | undefined
     try {
       blocking = openSync(path, constants.O_RDONLY)
-      pipe = openSync(path, constants.O_RDONLY | constants.O_NONBLOCK)
+      pipe = openSync(path, READ)
       const child = spawn('/bin/sh', ['-c', READER], {
         ...{ cwd: workersDir, detached: true, env: {} },
         stdio: ['pipe', blocking, 'ignore'],
@@ -192,6 +194,24 @@ export class SlotShell {
     const kind = code === NO_PIPE ? 'workers_folder_away' : 'no_processes'
     for (const { reject } of this.#proofs.splice(0)) reject(new LocalFailure(kind))
     options.onExit(this, hasFailed)
+  }
+}
+
+/** Opens the pipe of a shell that an earlier process has started. Undefined: it has ended. */
+export function openPipeOf(slot: ProcessIdentity, pipesDir: string): number | undefined {
+  const folder = `/proc/${slot.pid}/fd`
+  try {
+    // Its number is another one while a task runs: shells put it aside then.
+    for (const name of readdirSync(folder)) {
+      if (!readlinkSync(join(folder, name)).startsWith(pipesDir)) continue
+      const pipe = openSync(join(folder, name), READ)
+      if (isAlive(slot)) return pipe
+      closeSync(pipe)
+    }
+    return undefined
+  } catch (err) {
+    if (codeOf(err) === 'ENOENT') return undefined
+    throw sorted(err)
   }
 }
 
