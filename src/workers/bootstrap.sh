@@ -4,16 +4,17 @@
 #   sh bootstrap.sh run WORKER_FOLDER TASK_FOLDER TASK_FILE PYTHON SHELL NODE
 #       as a program: clones the repositories, runs the startup script if there is one, then the task file;
 #       its exit code is ours
-#   sh bootstrap.sh contain WORKER_FOLDER KEEP MESSAGE_FILE TASK_FOLDER TASK_FILE PYTHON SHELL NODE
+#   sh bootstrap.sh contain WORKER_FOLDER KEEP MESSAGE_FILE GRACE_MS TASK_FOLDER TASK_FILE PYTHON SHELL NODE
 #       as the program of a container: `run` with the environment of environment.sh; ends whatever is left.
 #       KEEP, unless empty: stays for a look inside after the task has ended. MESSAGE_FILE, unless empty: gets a
-#       copy of what is written to exit
+#       copy of what is written to exit. GRACE_MS: how long all of the task may take to end after TERM
 #   . bootstrap.sh
 #       for the functions alone: a local slot shell runs plain tasks with them, without another exec
 #
 # The worker's folder holds: tasks/ (a copy of the task files), home/, tmp/, startup.sh (only with a startup
 # script), repositories.sh and secret-<n> (only with repositories), environment.sh and notes (only in
-# containers), and, written here, exit: "<phase> <exit code> <words>" (on local workers "begun" until then). TASK_FOLDER is where the task runs: tasks, or a repository below home.
+# containers), and, written here, exit: "<phase> <exit code> <words>" (on local workers "begun" until then; in
+# containers that stay, a second line "over" once nothing is left of the task). TASK_FOLDER is where the task runs: tasks, or a repository below home.
 # Needs only a POSIX system, and what the task itself needs; git 2.31 with repositories (2.37 pins addresses).
 
 # Our variables have names that no task uses: one that came with the environment would reach the task changed.
@@ -142,17 +143,103 @@ run() {
   exit "$__tr_code"
 }
 
+# clock: sets $__tr_now to a time in hundredths of a second
+clock() {
+  __tr_up=
+  read -r __tr_up __tr_line </proc/uptime
+  case $__tr_up in
+    *[!0-9.]* | '') __tr_now=$((__tr_now + 10)) ;;
+    # A leading 0 would make the fraction an octal number.
+    *) __tr_now=$((${__tr_up%%.*} * 100 + 1${__tr_up##*.} - 100)) ;;
+  esac
+} 2>/dev/null
+
+# others MAX [LOG] [EXCEPT]: succeeds when there are processes beside this one and the container's init, but
+# EXCEPT; counts up to MAX in $__tr_count and names the first in $__tr_names. LOG, unless empty: only those that
+# can write to the log.
+others() {
+  __tr_count=0 __tr_names=
+  for __tr_process in /proc/[0-9]*; do
+    case ${__tr_process#/proc/} in 1 | "$$" | "${3-}") continue ;; esac
+    # shellcheck disable=SC3013 # dash and busybox have it
+    [ -z "${2-}" ] || [ "$__tr_process/fd/1" -ef "/proc/$$/fd/1" ] ||
+      [ "$__tr_process/fd/2" -ef "/proc/$$/fd/1" ] || continue
+    __tr_name= __tr_state=
+    while read -r __tr_key __tr_value; do
+      case $__tr_key in
+        Name:) __tr_name=$__tr_value ;;
+        State:) __tr_state=$__tr_value && break ;;
+      esac
+    done 2>/dev/null <"$__tr_process/status"
+    # Dead, and waiting for a parent that does not look; or gone.
+    case $__tr_state in Z* | X* | '') continue ;; esac
+    __tr_count=$((__tr_count + 1))
+    [ "$__tr_count" -gt 5 ] || {
+      # A process calls itself what it wants.
+      while :; do
+        __tr_head=${__tr_name%%[!A-Za-z0-9' '._+:@/?-]*}
+        [ "$__tr_head" != "$__tr_name" ] || break
+        __tr_name=$__tr_head'?'${__tr_name#"$__tr_head"?}
+      done
+      __tr_names="$__tr_names${__tr_names:+, }${__tr_name:-?}"
+    }
+    [ "$__tr_count" -lt "$1" ] || break
+  done
+  [ "$__tr_count" -gt 0 ]
+}
+
+# finish_rest: gives what is left its time, ends it, and says so. After TERM that is all there is, until the grace
+# period is over; else what may still write to the log, for two seconds: a filter that the log goes through ends
+# after the task.
+finish_rest() {
+  if [ -n "$__tr_sees" ]; then
+    clock
+    __tr_last=$((__tr_now + 200))
+    while :; do
+      clock
+      if [ -n "$__tr_until" ]; then
+        [ "$__tr_now" -lt "$__tr_until" ] && others 1 || break
+      else
+        [ "$__tr_now" -lt "$__tr_last" ] && others 1 log || break
+      fi
+      # POSIX has whole seconds alone.
+      sleep 0.1 || sleep 1 || break
+    done 2>/dev/null
+    others 100000 '' "$__tr_pid"
+  fi
+  [ "$__tr_all" = 0 ] || kill -KILL -1 2>/dev/null
+  case $__tr_count in
+    0) return ;;
+    1) __tr_line='1 process that was' ;;
+    *) __tr_line="$__tr_count processes that were" ;;
+  esac
+  [ "$__tr_count" -le 5 ] || __tr_names="$__tr_names and $((__tr_count - 5)) more"
+  printf '[task-runner] Ended %s still running: %s\n' "$__tr_line" "$__tr_names"
+}
+
+# recorded: succeeds when the exit file says how the task ended, as the engine is told then
+recorded() {
+  told "$__tr_folder" || {
+    finish "$__tr_folder" task "$__tr_code" 2>/dev/null && told "$__tr_folder"
+  } || return
+  [ -z "$__tr_message" ] || printf '%s\n' "$__tr_told" >"$__tr_message"
+}
+
 contain() {
-  __tr_folder=$1 __tr_keep=$2 __tr_message=$3
-  shift 3
+  __tr_folder=$1 __tr_keep=$2 __tr_message=$3 __tr_grace=$4
+  shift 4
   # All there is in a container, but never on a machine that this was started on by mistake.
   __tr_all=0 __tr_init=
   read -r __tr_init </proc/1/comm 2>/dev/null
   case $$:$PPID:$__tr_init in
     1:* | *:1:docker-init | *:1:podman-init | *:1:catatonit) __tr_all=-1 ;;
   esac
+  # A /proc of somewhere else would show processes that are not the task's.
+  __tr_sees= __tr_until= __tr_now=0 __tr_count=0
+  # shellcheck disable=SC3013 # dash and busybox have it
+  [ "$__tr_all" = 0 ] || [ ! "/proc/$$" -ef /proc/self ] || __tr_sees=1
   # Our own group is sent the signal as well, which must not come back for ever.
-  trap 'trap "" TERM; kill -TERM "$__tr_all" 2>/dev/null' TERM
+  trap 'trap "" TERM; kill -TERM "$__tr_all" 2>/dev/null; clock; __tr_until=$((__tr_now + __tr_grace / 10))' TERM
   # What a shell starts in the background ignores INT and QUIT, and so would everything below it.
   __tr_reset='env --default-signal=INT,QUIT'
   $__tr_reset true 2>/dev/null || __tr_reset=
@@ -172,12 +259,15 @@ contain() {
     wait "$__tr_pid"
     __tr_code=$?
     kill -0 "$__tr_pid" 2>/dev/null || break
+    [ -z "$__tr_until" ] || finish_rest
   done
+  # Before the rest gets its time, which the engine may cut short.
+  recorded
+  finish_rest
   # From here on nothing is left that could change the exit file.
-  [ "$__tr_all" = 0 ] || kill -KILL -1 2>/dev/null
-  if told "$__tr_folder" || { finish "$__tr_folder" task "$__tr_code" && told "$__tr_folder"; }; then
-    [ -z "$__tr_message" ] || printf '%s\n' "$__tr_told" >"$__tr_message"
+  if recorded; then
     if [ -n "$__tr_keep" ]; then
+      printf 'over\n' >>"$__tr_folder/exit"
       trap 'exit 0' TERM
       while :; do
         sleep 3600 &

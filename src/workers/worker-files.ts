@@ -28,14 +28,21 @@ export const WORKER_USER = 10_001
 
 export const BOOTSTRAP = fileURLToPath(new URL('./bootstrap.sh', import.meta.url))
 
+/** What a container gets beyond the grace period of its task: the bootstrap ends what is left, and names it. */
+export const BOOTSTRAP_END_MS = 2_000
+
 /** The command of a worker's container. `messageFile`: where the engine looks for a container's last words. */
-export function workerCommand(spec: WorkerSpec, messageFile = ''): string[] {
+export function workerCommand(
+  spec: WorkerSpec,
+  { terminationGraceMs, messageFile = '' }: { terminationGraceMs: number; messageFile?: string },
+): string[] {
   const keep = spec.keepAfterwards ? 'keep' : ''
   const interpreters = ['python3', 'bash', 'node']
   const args = [
     WORKER_FOLDER,
     keep,
     messageFile,
+    String(Math.ceil(terminationGraceMs)),
     spec.taskFolder,
     spec.taskFileName,
     ...interpreters,

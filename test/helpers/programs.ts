@@ -21,6 +21,10 @@ const PROGRAMS = {
     () => succeeds('/usr/bin/python3', '-c', 'import requests'),
     'python3-requests (requests for /usr/bin/python3)',
   ],
+  unshare: [
+    () => succeeds('unshare', '--pid', '--fork', '--mount-proc', 'true'),
+    'unshare (of util-linux, with the rights that it needs)',
+  ],
 } as const satisfies Record<string, readonly [isHere: () => boolean, name: string]>
 
 export type Program = keyof typeof PROGRAMS
