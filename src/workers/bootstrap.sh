@@ -1,7 +1,7 @@
 #!/bin/sh
 # What every worker runs, on every backend: prepare, run the task file, record how it ended.
 #
-#   sh bootstrap.sh run WORKER_FOLDER TASK_FOLDER TASK_FILE PYTHON SHELL NODE
+#   sh bootstrap.sh run WORKER_FOLDER TASK_FOLDER TASK_FILE PYTHON SHELL NODE [NODE_OPTION]
 #       as a program: clones the repositories, runs the startup script if there is one, then the task file;
 #       its exit code is ours
 #   sh bootstrap.sh contain WORKER_FOLDER KEEP MESSAGE_FILE GRACE_MS TASK_FOLDER TASK_FILE PYTHON SHELL NODE
@@ -19,14 +19,157 @@
 
 # Our variables have names that no task uses: one that came with the environment would reach the task changed.
 
-# choose_interpreter TASK_FILE PYTHON SHELL NODE: sets $__tr_interpreter and $__tr_option
+# A carriage return, and a byte order mark.
+__tr_marks=$(printf '\r|\357\273\277')
+__tr_cr=${__tr_marks%%|*} __tr_bom=${__tr_marks#*|}
+__tr_newline='
+'
+__tr_is_cloned=''
+
+# choose_interpreter FILE PYTHON SHELL NODE PATH [NODE_OPTION]: sets $__tr_interpreter, $__tr_options (one a line) and
+# $__tr_notes (lines for the log). Leaves the shell so that an unquoted $__tr_options becomes a word for each line, and
+# nothing of it is expanded; restore_words ends that. FILE begins with ./ or /. PATH is the task's. Starts no process for
+# most scripts, since a slot shell runs hundreds of them a second.
 choose_interpreter() {
-  __tr_option=
-  case $1 in
-    *.py) __tr_interpreter=$2 __tr_option=-u ;; # unbuffered, so that logs flow
-    *.sh) __tr_interpreter=$3 ;;
-    *) __tr_interpreter=$4 ;;
+  __tr_file=$1 __tr_python=$2 __tr_shell=$3 __tr_node=$4 __tr_path=$5 __tr_options='' __tr_notes=''
+  __tr_kind=${1##*.}
+  case $__tr_kind in
+    py) __tr_interpreter=$2 __tr_options=-u$__tr_newline ;; # unbuffered, so that logs flow
+    sh) __tr_interpreter=$3 ;;
+    *) __tr_interpreter=$4 __tr_options=${6:+$6$__tr_newline} ;;
   esac
+  read_first_line
+  set -f
+  case $__tr_line in
+    # Split as people mean it; the kernel makes one word of all options.
+    # shellcheck disable=SC2086
+    '#!'*) follow_line ${__tr_line#??} ;;
+  esac
+  case $__tr_kind:${__tr_interpreter##*/} in
+    sh:*sh | sh:env | sh:"${__tr_shell##*/}") look_for_windows ;;
+  esac
+  IFS=$__tr_newline
+}
+
+restore_words() {
+  set +f
+  unset IFS
+}
+
+# note WORDS: adds a line to $__tr_notes
+note() {
+  __tr_notes="$__tr_notes[task-runner] $1$__tr_newline"
+}
+
+# read_first_line: sets $__tr_line; $__tr_has_bom and $__tr_has_cr say what is left out of it
+read_first_line() {
+  __tr_line='' __tr_has_bom='' __tr_has_cr=''
+  [ -f "$__tr_file" ] && [ -r "$__tr_file" ] || return 0
+  case $__tr_kind in
+    py | sh) IFS= read -r __tr_line <"$__tr_file" ;;
+    *)
+      # A bundle may be one line of megabytes, and some shells read a byte at a time.
+      { __tr_line=$(dd if="$__tr_file" bs=256 count=1); } 2>/dev/null
+      __tr_line=${__tr_line%%"$__tr_newline"*}
+      ;;
+  esac
+  case $__tr_line in "$__tr_bom"*) __tr_has_bom=1 __tr_line=${__tr_line#"$__tr_bom"} ;; esac
+  case $__tr_line in *"$__tr_cr") __tr_has_cr=1 __tr_line=${__tr_line%"$__tr_cr"} ;; esac
+}
+
+# follow_line [WORD...]: the words of a "#!" line
+follow_line() {
+  [ $# != 0 ] || return 0
+  __tr_asked=$1
+  shift
+  case $__tr_asked in
+    env | */env)
+      case ${1-} in
+        -S | --split-string)
+          shift
+          case $__tr_line in
+            # env reads quotes itself, from one word, as the kernel gives it.
+            *[\'\"\\\$]*)
+              __tr_line=${__tr_line#*"$__tr_asked"}
+              set -- "-${__tr_line#*-}"
+              ;;
+          esac
+          ;;
+        -S*) __tr_word=${1#-S} && shift && set -- "$__tr_word" "$@" ;;
+        --split-string=*) __tr_word=${1#*=} && shift && set -- "$__tr_word" "$@" ;;
+      esac
+      case ${1-} in
+        # Options and variables of its own: it has to run.
+        '' | -* | *=*) ;;
+        *) __tr_asked=$1 && shift ;;
+      esac
+      ;;
+  esac
+  case $__tr_kind:${__tr_asked##*/} in
+    sh:*) follow_program || return 0 ;;
+    py:python* | py:pypy* | *[jt]s:node | *[jt]s:nodejs) ;;
+    *)
+      note "the first line asks for \"$__tr_asked\", but .$__tr_kind files always run with $__tr_interpreter"
+      return
+      ;;
+  esac
+  for __tr_word; do
+    __tr_options=$__tr_options$__tr_word$__tr_newline
+  done
+}
+
+# follow_program: makes $__tr_asked the interpreter, or what comes nearest. Fails where its options mean nothing then.
+follow_program() {
+  find_program "$__tr_asked" && __tr_interpreter=$__tr_found && return
+  __tr_has_meaning=0
+  if find_program "${__tr_asked##*/}"; then
+    __tr_interpreter=$__tr_found
+  else
+    case ${__tr_asked##*/} in
+      python* | pypy*) __tr_interpreter=$__tr_python ;;
+      node | nodejs) __tr_interpreter=$__tr_node ;;
+      # Without its -e, a script that has failed would end as a success.
+      sh | ash | bash | dash | ksh* | mksh | zsh) ;;
+      *) __tr_has_meaning=1 ;;
+    esac
+  fi
+  note "\"$__tr_asked\", which the first line asks for, is not here: $__tr_interpreter runs it instead"
+  return "$__tr_has_meaning"
+}
+
+# find_program NAME: sets $__tr_found to its path. Fails where there is none.
+find_program() {
+  __tr_found=$1
+  case $1 in
+    */*) [ -f "$1" ] && [ -x "$1" ] && return ;;
+    *)
+      IFS=:
+      for __tr_found in $__tr_path; do
+        __tr_found=${__tr_found:-.}/$1
+        [ -f "$__tr_found" ] && [ -x "$__tr_found" ] && unset IFS && return
+      done
+      unset IFS
+      ;;
+  esac
+  return 1
+}
+
+# look_for_windows: notes what shells do not understand about files that were made there
+look_for_windows() {
+  case $__tr_file in
+    ./*) __tr_what='this script' ;;
+    *) __tr_what='the startup script' ;;
+  esac
+  [ -z "$__tr_has_cr" ] ||
+    note "$__tr_what has Windows line ends (CRLF), which shells do not understand; save it with LF"
+  [ -n "$__tr_has_bom" ] || return 0
+  __tr_done=
+  # What a repository holds stays as it is, or the task would see a change that nobody made.
+  [ -n "$__tr_is_cloned" ] || {
+    cp -p "$__tr_file" "$__tr_file.part" && tail -c +4 "$__tr_file" >"$__tr_file.part" &&
+      mv -f "$__tr_file.part" "$__tr_file" && __tr_done='; it runs without'
+  } 2>/dev/null
+  note "$__tr_what begins with a byte order mark (BOM), which shells do not understand$__tr_done; save it as UTF-8 without BOM"
 }
 
 # told WORKER_FOLDER: succeeds when the exit file says how the task ended; sets $__tr_told to its
@@ -120,13 +263,19 @@ run() {
   __tr_folder=$1 __tr_stopped=
   # What is at work gets the signal as well, ends in its own way, and its exit code is the task's.
   trap '__tr_stopped=1' TERM
-  command -v "$5" >/dev/null 2>&1 || set -- "$1" "$2" "$3" "$4" sh "$6"
+  command -v "$5" >/dev/null 2>&1 || set -- "$1" "$2" "$3" "$4" sh "$6" "${7-}"
   if [ -f "$1/repositories.sh" ]; then
     cd "$1/home" && . "$1/repositories.sh"
     rm -f "$1"/secret-*
   fi
   if [ -f "$1/startup.sh" ]; then
-    (cd "$1/home" && exec "$5" "$1/startup.sh")
+    (
+      cd "$1/home" || exit
+      choose_interpreter "$1/startup.sh" "$4" "$5" "$6" "$PATH" "${7-}"
+      printf %s "$__tr_notes"
+      # shellcheck disable=SC2086 # a word for each line
+      exec "$__tr_interpreter" $__tr_options "$1/startup.sh"
+    )
     __tr_code=$?
     [ "$__tr_code" = 0 ] ||
       fail "$1" startup "$__tr_code" "The startup script failed with exit code $__tr_code"
@@ -135,10 +284,13 @@ run() {
   cd "$1/$2" || fail "$1" startup 1 "The folder of the task is not there"
   # Only of a repository could nobody know before.
   [ "$2" = tasks ] || [ -f "./$3" ] || fail "$1" startup 127 "There is no file \"$3\" in ~/${2#home/}"
-  choose_interpreter "$3" "$4" "$5" "$6"
-  # shellcheck disable=SC2086 # no option is no argument
-  "$__tr_interpreter" $__tr_option "./$3"
+  [ "$2" = tasks ] || __tr_is_cloned=1
+  choose_interpreter "./$3" "$4" "$5" "$6" "$PATH" "${7-}"
+  printf %s "$__tr_notes"
+  # shellcheck disable=SC2086 # a word for each line
+  "$__tr_interpreter" $__tr_options "./$3"
   __tr_code=$?
+  restore_words
   told "$1" || finish "$1" task "$__tr_code"
   exit "$__tr_code"
 }

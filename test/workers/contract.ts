@@ -168,6 +168,27 @@ export function describeWorkerBackend(name: string, open: () => Promise<BackendH
       })
     })
 
+    describe('the first line of a script', () => {
+      test('its options count: a task that failed is not told as succeeded', async () => {
+        const { end, worker } = await run(spec('unused', { taskFileName: 'w-strict.sh' }))
+        expect(end).toMatchObject({ reason: 'exit_code', exitCode: 1 })
+        expect(await logOf(worker)).toBe('begun\n')
+      })
+
+      test('they count for a startup script as well', async () => {
+        const { end, worker } = await run(
+          spec('echo the task ran', { startupScript: '#!/bin/sh -e\nfalse\necho went on\n' }),
+        )
+        expect(end).toMatchObject({ reason: 'startup_failed', exitCode: 1 })
+        expect(await logOf(worker)).not.toMatch(/went on|the task ran/)
+      })
+
+      test('a startup script with Windows line ends is told of in the log', async () => {
+        const { worker } = await run(spec('echo task', { startupScript: 'true \r\n' }))
+        expect(await logOf(worker)).toMatch(/^\[task-runner\] the startup script .*CRLF/)
+      })
+    })
+
     describe('the startup script', () => {
       test('it runs before the task, in its home, and both write to the log', async () => {
         const { end, worker } = await run(

@@ -114,6 +114,34 @@ describe('jobText', () => {
     expect(existsSync(join(job.folder, 'ran'))).toBe(true)
   })
 
+  const write = (name: string, content: string) =>
+    writeFileSync(join(job.folder, 'tasks', name), content)
+
+  test('the first line of a script counts, and leaves nothing for the next job', () => {
+    write(
+      'strict.sh',
+      '#!/bin/bash -eu\n[ -o errexit ] && echo "$IFS|$VALUE"; echo *; false; echo on',
+    )
+    write('next.sh', `#!${process.execPath} --title=next\nconsole.log(process.title)`)
+    write('last.sh', '#!/nonexistent/interpreter\nenv | grep __tr_; echo *')
+    const environment = { IFS: '::', VALUE: 'a  *  b' }
+    const texts = ['strict.sh', 'next.sh', 'last.sh'].map((taskFileName) =>
+      jobText({ ...job, name: taskFileName, taskFileName, environment }, INTERPRETERS, BOOTSTRAP),
+    )
+    expect(
+      slot(`${texts.join('')}echo *\n`)
+        .stdout.split('\n')
+        .slice(0, 3),
+    ).toEqual(['strict.sh', 'next.sh', 'last.sh'])
+    const files = "it's a task.sh last.sh next.sh strict.sh"
+    expect(read('log')).toBe(
+      ` \t\n|a  *  b\n${files}\nnext\n` +
+        '[task-runner] "/nonexistent/interpreter", which the first line asks for, is not here: /bin/sh runs it instead\n' +
+        `${files}\n`,
+    )
+    expect(read('exit')).toBe('task 0\n')
+  })
+
   test('jobs follow each other in one shell, and nothing of one reaches the next', () => {
     const first = jobText(job, INTERPRETERS, BOOTSTRAP)
     writeFileSync(

@@ -40,7 +40,6 @@ export interface Contents {
   notes: string[]
 }
 
-const CRLF_LOOK_BYTES = 4096
 /** Of `exit` and `worker.json`. More than that, the service never wrote. */
 const READ_BYTES_MAX = 16 * 1024
 /**
@@ -63,8 +62,7 @@ export function fill(folder: string, contents: Contents): void {
   for (const { name, content } of contents.files) {
     writeFileSync(join(folder, name), content, { mode: 0o600 })
   }
-  const notes = [...contents.notes, ...hints(folder, contents.taskFile)]
-  const lines = notes.map((note) => `[task-runner] ${note}\n`).join('')
+  const lines = contents.notes.map((note) => `[task-runner] ${note}\n`).join('')
   writeFileSync(join(folder, 'log'), lines, { mode: 0o600 })
   // Made here for its mode, and with room for what the shell writes over it: a disk may be full by then.
   write(join(folder, 'exit'), NO_EXIT)
@@ -184,23 +182,6 @@ export function cutLog(folder: string, keptBytes: number): void {
       at += writeSync(file, tail, at, read - at, size - keptBytes + at)
     }
   })
-}
-
-/** What a user would otherwise search for long. */
-function hints(folder: string, taskFile: string): string[] {
-  if (!taskFile.endsWith('.sh')) return []
-  const path = join(folder, 'tasks', taskFile)
-  const start = Buffer.alloc(CRLF_LOOK_BYTES)
-  const file = openSync(path, 'r')
-  try {
-    const read = readSync(file, start)
-    if (!start.subarray(0, read).includes('\r\n')) return []
-  } finally {
-    closeSync(file)
-  }
-  return [
-    'this script has Windows line ends (CRLF), which shells do not understand; save it with LF',
-  ]
 }
 
 /** In place, so that a full disk has room for it. */
