@@ -16,6 +16,7 @@ import {
   type TasksEntry,
   tasksFolderUnavailable,
 } from '../core/tasks-folder.ts'
+import { COMMON_ENVIRONMENT } from './environment.ts'
 import { quote } from './quote.ts'
 import { repositoryFiles } from './repositories.ts'
 
@@ -52,9 +53,11 @@ export function workerCommand(
 
 /** Files of one worker alone, by their names in its folder. They hold its secrets. */
 export function ownFiles(spec: WorkerSpec): Array<{ name: string; content: string }> {
-  const exports = Object.entries({ LANG: 'C.UTF-8', ...spec.environment }).map(
-    ([name, value]) => `export ${name}=${quote(value)}\n`,
-  )
+  const exports = Object.entries({
+    LANG: 'C.UTF-8',
+    ...COMMON_ENVIRONMENT,
+    ...spec.environment,
+  }).map(([name, value]) => `export ${name}=${quote(value)}\n`)
   const folders = 'export HOME="$__tr_folder/home" TMPDIR="$__tr_folder/tmp"\n'
   return [
     { name: 'environment.sh', content: folders + exports.join('') },

@@ -231,6 +231,8 @@ export function describeWorkerBackend(name: string, open: () => Promise<BackendH
     describe('the environment', () => {
       const ALLOWED = [
         ...['PATH', 'HOME', 'LANG', 'TZ', 'TMPDIR', 'TASK_ID', 'TASK_FILE_NAME', 'WORKER_NAME'],
+        // What Python and its pip do in a task; pip's on local workers alone.
+        ...['PYTHONUNBUFFERED', 'PIP_USER', 'PIP_BREAK_SYSTEM_PACKAGES'],
         // What shells add themselves.
         ...['PWD', 'OLDPWD', 'SHLVL', '_'],
         // What containers add.
@@ -278,6 +280,15 @@ export function describeWorkerBackend(name: string, open: () => Promise<BackendH
         expect(log).not.toContain('hunter2')
         const second = await run(spec('ls -A ~ $TMPDIR | grep kept; basename "$PWD"; umask'))
         expect(await logOf(second.worker)).toBe('tasks\n0022\n')
+      })
+
+      test('Python holds no output back, also when a script starts it; a request may set that otherwise', async () => {
+        const { worker } = await run(spec('echo "$PYTHONUNBUFFERED"'))
+        expect(await logOf(worker)).toBe('1\n')
+        const other = await run(
+          spec('echo "<$PYTHONUNBUFFERED>"', { environment: { PYTHONUNBUFFERED: '' } }),
+        )
+        expect(await logOf(other.worker)).toBe('<>\n')
       })
 
       test('values arrive byte for byte', async () => {

@@ -12,6 +12,7 @@ import { setTimeout as pause } from 'node:timers/promises'
 import type { Completion, LogTail, WorkerSpec, WorkerStatus } from '../../core/ports.ts'
 import { isWorkerName } from '../../core/task.ts'
 import { completionOf, lost, overLogLimit } from '../completion.ts'
+import { COMMON_ENVIRONMENT } from '../environment.ts'
 import { repositoryFiles } from '../repositories.ts'
 import { FAULT_OF, isOurs, LocalFailure, sorted, sortedAs } from './failures.ts'
 import * as folders from './folders.ts'
@@ -224,6 +225,7 @@ export class LocalWorkers {
         taskFolder: spec.taskFolder,
         taskFileName: spec.taskFileName,
         environment: {
+          ...COMMON_ENVIRONMENT,
           ...this.#settings.environment,
           HOME: join(folder, 'home'),
           TMPDIR: join(folder, 'tmp'),
