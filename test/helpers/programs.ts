@@ -17,6 +17,10 @@ const PROGRAMS = {
   git: [() => isOnPath('git'), 'git'],
   jq: [() => isOnPath('jq'), 'jq'],
   kubectl: [() => isOnPath('kubectl'), 'kubectl'],
+  'python3-pip': [
+    () => succeeds('/usr/bin/python3', '-m', 'pip', '--version'),
+    'python3-pip (pip for /usr/bin/python3)',
+  ],
   'python3-requests': [
     () => succeeds('/usr/bin/python3', '-c', 'import requests'),
     'python3-requests (requests for /usr/bin/python3)',

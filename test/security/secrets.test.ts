@@ -351,6 +351,8 @@ test.each([
       'LANG',
       'MINE',
       'PATH',
+      'PIP_BREAK_SYSTEM_PACKAGES',
+      ...(process.getuid?.() === 0 ? ['PIP_USER'] : []),
       'PYTHONUNBUFFERED',
       'TASK_FILE_NAME',
       'TASK_ID',

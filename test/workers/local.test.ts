@@ -6,11 +6,13 @@ import { fileURLToPath } from 'node:url'
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest'
 import { UnavailableError } from '../../src/core/errors.ts'
 import type { Worker, WorkerSpec } from '../../src/core/ports.ts'
+import { localEnvironment } from '../../src/workers/local/environment.ts'
 import type { Contents, WorkerRecord } from '../../src/workers/local/folders.ts'
 import { identify, type ProcessIdentity } from '../../src/workers/local/processes.ts'
 import { WorkerFolders } from '../../src/workers/local/worker-folders.ts'
 import { FIXTURE_TASKS } from '../helpers/app.ts'
 import { kill, type LocalHarness, openDisposable, openLocal, slotShells } from '../helpers/local.ts'
+import { needs } from '../helpers/needs.ts'
 import { processesWith } from '../helpers/processes.ts'
 import {
   describeWorkerBackend,
@@ -383,6 +385,64 @@ describe('local workers', () => {
     const wanted = spec('rm ../log')
     const worker = await run(wanted)
     await expect(worker.logs({ maxBytes: 10 })).rejects.toThrow('ENOENT')
+  })
+
+  describe('pip', () => {
+    const PROBE = 'task-runner-probe'
+    /** Makes a wheel with a module and a program: nothing is fetched, nothing built. */
+    const makeWheel = `import sys, zipfile
+info = 'task_runner_probe-1.0.dist-info/'
+with zipfile.ZipFile('task_runner_probe-1.0-py3-none-any.whl', 'w') as wheel:
+    wheel.writestr('task_runner_probe.py', 'def main(): print(__file__)')
+    wheel.writestr(info + 'METADATA', 'Metadata-Version: 2.1\\nName: ${PROBE}\\nVersion: 1.0\\n')
+    wheel.writestr(info + 'WHEEL', 'Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n')
+    wheel.writestr(info + 'entry_points.txt', '[console_scripts]\\n${PROBE} = task_runner_probe:main\\n')
+    wheel.writestr(info + 'RECORD', '')
+`
+
+    needs('python3-pip')(
+      'what a startup script installs lands in the home of its worker alone, and the task finds it',
+      async () => {
+        const install = `set -e\n/usr/bin/python3 - <<'END'\n${makeWheel}END\n/usr/bin/python3 -m pip install -q --no-index --disable-pip-version-check ./*.whl\n`
+        const wanted = spec(
+          `${PROBE}; /usr/bin/python3 -c 'import task_runner_probe as p; p.main()'`,
+          {
+            startupScript: install,
+          },
+        )
+        const worker = await run(wanted)
+        const end = await worker.completion(NEVER)
+        const log = await logOf(worker)
+        expect({ end, log }).toMatchObject({ end: { reason: 'completed' } })
+        const home = join(harness.settings.workersDir, wanted.name, 'home')
+        const lines = log.trim().split('\n').slice(-2)
+        for (const line of lines) {
+          expect(line.startsWith(join(home, '.local/lib/python'))).toBe(true)
+        }
+        const next = await run(spec(`! command -v ${PROBE}`))
+        expect(await next.completion(NEVER)).toMatchObject({ reason: 'completed' })
+        const other = await run(
+          spec('echo "$PIP_USER|$PIP_BREAK_SYSTEM_PACKAGES"', {
+            environment: { PIP_USER: '0', PIP_BREAK_SYSTEM_PACKAGES: '0' },
+          }),
+        )
+        expect(await logOf(other)).toBe('0|0\n')
+      },
+    )
+
+    test('only root is made to install there: with PIP_USER pip refuses to install into a venv', () => {
+      const base = { PATH: '/usr/bin:/bin', PIP_BREAK_SYSTEM_PACKAGES: '0' }
+      const places = { home: '/w/home', tmp: '/w/tmp' }
+      const common = {
+        PYTHONUNBUFFERED: '1',
+        PIP_BREAK_SYSTEM_PACKAGES: '0',
+        PATH: '/w/home/.local/bin:/usr/bin:/bin',
+        HOME: '/w/home',
+        TMPDIR: '/w/tmp',
+      }
+      expect(localEnvironment(base, places, false)).toEqual(common)
+      expect(localEnvironment(base, places, true)).toEqual({ ...common, PIP_USER: '1' })
+    })
   })
 
   describe('the copy of the tasks folder', () => {

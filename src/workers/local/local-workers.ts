@@ -12,8 +12,8 @@ import { setTimeout as pause } from 'node:timers/promises'
 import type { Completion, LogTail, WorkerSpec, WorkerStatus } from '../../core/ports.ts'
 import { isWorkerName } from '../../core/task.ts'
 import { completionOf, lost, overLogLimit } from '../completion.ts'
-import { COMMON_ENVIRONMENT } from '../environment.ts'
 import { repositoryFiles } from '../repositories.ts'
+import { localEnvironment } from './environment.ts'
 import { FAULT_OF, isOurs, LocalFailure, sorted, sortedAs } from './failures.ts'
 import * as folders from './folders.ts'
 import { type Interpreters, jobText } from './job.ts'
@@ -225,10 +225,11 @@ export class LocalWorkers {
         taskFolder: spec.taskFolder,
         taskFileName: spec.taskFileName,
         environment: {
-          ...COMMON_ENVIRONMENT,
-          ...this.#settings.environment,
-          HOME: join(folder, 'home'),
-          TMPDIR: join(folder, 'tmp'),
+          ...localEnvironment(
+            this.#settings.environment,
+            { home: join(folder, 'home'), tmp: join(folder, 'tmp') },
+            process.getuid?.() === 0,
+          ),
           ...spec.environment,
         },
         needsPreparing: files.length > 0,
