@@ -6,6 +6,7 @@ import { fileURLToPath } from 'node:url'
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest'
 import { UnavailableError } from '../../src/core/errors.ts'
 import type { Worker, WorkerSpec } from '../../src/core/ports.ts'
+import { workerNameFor } from '../../src/core/task.ts'
 import { localEnvironment } from '../../src/workers/local/environment.ts'
 import type { Contents, WorkerRecord } from '../../src/workers/local/folders.ts'
 import { identify, type ProcessIdentity } from '../../src/workers/local/processes.ts'
@@ -385,6 +386,28 @@ describe('local workers', () => {
     const wanted = spec('rm ../log')
     const worker = await run(wanted)
     await expect(worker.logs({ maxBytes: 10 })).rejects.toThrow('ENOENT')
+  })
+
+  test('the path of TMPDIR is short, however long those of the data folder and the task id are', async () => {
+    const workersDir = join(harness.sharedDir, marker(), 'a'.repeat(80), 'workers')
+    await using other = await openDisposable({ workersDir })
+    const wanted = spec('', {
+      taskFileName: 'w-tmpdir.sh',
+      name: workerNameFor(`a-task-${'0123456789'.repeat(5)}`),
+    })
+    const worker = await other.backend.provision(wanted, NEVER)
+    const end = await worker.completion(NEVER)
+    const log = await logOf(worker)
+    expect({ end, log }).toMatchObject({ end: { reason: 'completed' } })
+    const [path = '', kind, real, socket] = log.split('\n')
+    expect(path.length).toBeLessThanOrEqual(40)
+    expect([kind, real]).toEqual(['directory', join(workersDir, wanted.name, 'tmp')])
+    expect(socket).toBe('a socket works')
+    const root = dirname(dirname(path))
+    await worker.terminate()
+    expect(await readdir(root)).toEqual([])
+    await other.backend.close()
+    expect(await stat(root).catch((err) => err.code)).toBe('ENOENT')
   })
 
   describe('pip', () => {

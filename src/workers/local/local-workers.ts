@@ -227,7 +227,7 @@ export class LocalWorkers {
         environment: {
           ...localEnvironment(
             this.#settings.environment,
-            { home: join(folder, 'home'), tmp: join(folder, 'tmp') },
+            { home: join(folder, 'home'), tmp: this.#folders.tmpOf(folder) },
             process.getuid?.() === 0,
           ),
           ...spec.environment,

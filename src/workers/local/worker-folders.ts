@@ -24,6 +24,7 @@ import {
   type WorkerRecord,
 } from './folders.ts'
 import { type OnUnremovable, Removal, removedAtOnce } from './removal.ts'
+import { ShortPaths } from './short-paths.ts'
 import { assertCopied, copyTasks, isUntouched, type TasksCopy } from './tasks-copy.ts'
 
 /** More than run at a time on most machines. */
@@ -63,6 +64,7 @@ export class WorkerFolders {
   /** They may lie in the tasks folder. */
   readonly #notCopied: readonly string[]
   readonly #removal: Removal
+  readonly #shortPaths: ShortPaths
 
   /** `workersDir` must be there. */
   constructor(workersDir: string, onUnremovable: OnUnremovable = () => {}) {
@@ -72,6 +74,7 @@ export class WorkerFolders {
     this.pipesDir = `${workersDir}-pipes`
     this.#removal = new Removal(this.#sparesDir, onUnremovable)
     this.#removeLeft()
+    this.#shortPaths = new ShortPaths(workersDir)
     const around = realpathSync.native(dirname(workersDir))
     const beside = [this.#sparesDir, this.pipesDir].map((path) => join(around, basename(path)))
     this.#notCopied = [this.#realDir, ...beside]
@@ -108,6 +111,11 @@ export class WorkerFolders {
     }
   }
 
+  /** Returns a short path to the folder's `tmp`, if there can be one. */
+  tmpOf(folder: string): string {
+    return join(this.#shortPaths.to(folder), 'tmp')
+  }
+
   /** What a record is of: a copy of the folder is another one. */
   identityOf(inode: number, name: string): string {
     return `${inode} ${join(this.#realDir, name)}`
@@ -124,6 +132,7 @@ export class WorkerFolders {
 
   /** The worker has ended, and nothing of it runs. Its folder is out of the way when this settles, if it can be moved or removed. */
   async release(folder: string): Promise<void> {
+    this.#shortPaths.remove(folder)
     const prints = this.#prints.get(folder)
     let spare: string | undefined
     try {
@@ -205,6 +214,7 @@ export class WorkerFolders {
   close(): void {
     for (const { folder } of this.#spares.splice(0)) void this.#removal.add(folder)
     this.#removal.close()
+    this.#shortPaths.close()
   }
 
   /** Removes what an earlier process, which was killed, had spared, and tries again what it could not remove. */
