@@ -410,6 +410,39 @@ describe('local workers', () => {
     expect(await stat(root).catch((err) => err.code)).toBe('ENOENT')
   })
 
+  test('how JavaScript runs is decided by the tasks folder, not by what lies above the data folder', async () => {
+    const root = join(harness.sharedDir, marker())
+    const tasksDir = join(root, 'tasks')
+    await mkdir(tasksDir, { recursive: true })
+    const write = (name: string, content: string) => writeFile(join(root, name), content)
+    await write('package.json', '{"type":"module"}')
+    const common = "const fs = require('fs'); console.log(typeof fs, require.main === module)\n"
+    const module = "import fs from 'node:fs'; console.log(typeof fs, typeof require)\n"
+    await write('tasks/common.js', common)
+    await write('tasks/common.cjs', common)
+    await write('tasks/module.js', module)
+    await write('tasks/module.ts', module)
+    await write('tasks/breaks.sh', 'echo "{\\"type\\":\\"module\\"}" >../package.json')
+    await using other = await openDisposable({ tasksDir, workersDir: join(root, 'data/workers') })
+    const log = async (taskFileName: string, more: Partial<WorkerSpec> = {}) => {
+      const worker = await other.backend.provision(spec('', { taskFileName, ...more }), NEVER)
+      await worker.completion(NEVER)
+      const log = await logOf(worker)
+      await worker.terminate()
+      return log
+    }
+    for (const more of [{}, { startupScript: 'true' }]) {
+      expect(await log('common.js', more)).toBe('object true\n')
+      expect(await log('common.cjs', more)).toBe('object true\n')
+      // And no warning that a "type" is missing.
+      expect(await log('module.js', more)).toBe('object undefined\n')
+      expect(await log('module.ts', more)).toBe('object undefined\n')
+      await log('breaks.sh', more)
+    }
+    await write('tasks/package.json', '{"type":"module"}')
+    expect(await log('common.js')).toContain('require is not defined')
+  })
+
   describe('pip', () => {
     const PROBE = 'task-runner-probe'
     /** Makes a wheel with a module and a program: nothing is fetched, nothing built. */

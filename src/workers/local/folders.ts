@@ -55,7 +55,15 @@ const NO_EXIT = `${' '.repeat(EXIT_LENGTH)}\n`
 /** Empty when a task begins. */
 export const DIRECTORIES: readonly string[] = ['home', 'tmp']
 /** Written anew for each task: empty until then. */
-export const REWRITTEN: readonly string[] = ['exit', 'worker.json']
+export const REWRITTEN: readonly string[] = ['exit', 'worker.json', 'package.json']
+/** What is left of a folder whose space was freed. */
+export const OUTCOME: readonly string[] = ['exit', 'worker.json', 'log']
+
+/**
+ * Node looks upwards for what kind of modules `.js` files are: what lies above the data folder, such as the service's own
+ * package.json, is no matter of the task's. The search for packages goes on beyond it; nothing ends that one.
+ */
+const PACKAGE = '{}\n'
 
 /** Puts all that a task needs into a folder that has its directories and the tasks. */
 export function fill(folder: string, contents: Contents): void {
@@ -67,6 +75,7 @@ export function fill(folder: string, contents: Contents): void {
   // Made here for its mode, and with room for what the shell writes over it: a disk may be full by then.
   write(join(folder, 'exit'), NO_EXIT)
   write(join(folder, 'worker.json'), JSON.stringify(contents.record))
+  write(join(folder, 'package.json'), PACKAGE)
 }
 
 /** Into an empty file, or a new one. */

@@ -4,6 +4,8 @@ import { quote } from '../quote.ts'
 
 /** Descriptor of the pipe in a slot shell. */
 export const SLOT_PIPE = 3
+/** The package.json of a worker's folder names no type on purpose: Node finds it out for each file, and need not advise one. */
+const NODE_OPTION = '--disable-warning=MODULE_TYPELESS_PACKAGE_JSON'
 
 export interface Interpreters {
   python: string
@@ -37,11 +39,11 @@ export function jobText(job: Job, interpreters: Interpreters, bootstrap: string)
   // Opened anew, for writing alone.
   const redirects = `</dev/null >/proc/self/fd/${SLOT_PIPE} 2>&1 ${SLOT_PIPE}>&-`
   const command = job.needsPreparing
-    ? `/bin/sh ${quote(bootstrap)} run ${folder} ${quote(job.taskFolder)} ${quote(job.taskFileName)} ${commands}`
+    ? `/bin/sh ${quote(bootstrap)} run ${folder} ${quote(job.taskFolder)} ${quote(job.taskFileName)} ${commands} ${NODE_OPTION}`
     : `"$__tr_interpreter" $__tr_options ${file}`
   const path = quote(job.environment.PATH ?? '')
   const chooseInterpreter = [
-    `choose_interpreter ${file} ${commands} ${path}`,
+    `choose_interpreter ${file} ${commands} ${path} ${NODE_OPTION}`,
     `[ -z "$__tr_notes" ] || printf %s "$__tr_notes" ${redirects}`,
   ].join('\n')
   // What the task made of these is neither followed nor waited for: the service takes it for lost.

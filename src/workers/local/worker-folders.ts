@@ -20,6 +20,7 @@ import {
   DIRECTORIES,
   empty,
   fill,
+  OUTCOME,
   REWRITTEN,
   type WorkerRecord,
 } from './folders.ts'
@@ -167,7 +168,7 @@ export class WorkerFolders {
     this.#prints.delete(folder)
     const spares = this.#spares.splice(0).map((spare) => this.#removal.add(spare.folder))
     if (lstatSync(folder, { throwIfNoEntry: false })?.isDirectory()) {
-      await this.#removal.empty(folder, ['log', ...REWRITTEN])
+      await this.#removal.empty(folder, OUTCOME)
       cutLog(folder, logBytesKept)
     }
     await Promise.all(spares)
