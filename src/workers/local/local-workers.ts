@@ -42,6 +42,8 @@ export interface LocalSettings {
   environment: Record<string, string>
   /** Of the tasks; the service's own is stricter. */
   umask: number
+  /** Of the tasks; undefined: the service's own. */
+  openFiles?: number | undefined
   terminationGraceMs: number
   /** What `freeSpace` leaves of a log. */
   logBytesKept: number
@@ -448,6 +450,7 @@ export class LocalWorkers {
       umask: this.#settings.umask,
       workersDir: this.#settings.workersDir,
       pipesDir: this.#folders.pipesDir,
+      openFiles: this.#settings.openFiles,
       onTaskEnd: (slot, name) => {
         const live = this.#live.get(name)
         if (live?.slot === slot) void this.#settle(live)

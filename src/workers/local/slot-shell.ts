@@ -32,6 +32,8 @@ export interface SlotShellOptions {
   workersDir: string
   /** Where its pipe gets a name. It may not be there yet. */
   pipesDir: string
+  /** Soft limit of open files; undefined: as the service's own. */
+  openFiles?: number | undefined
   /** Called with the name of the worker whose task has ended, its exit file being written. */
   onTaskEnd: (slot: SlotShell, name: string) => void
   /** `hasFailed`: the shell ended by itself, as shells do that cannot fork. No signal ended it. */
@@ -150,7 +152,13 @@ export class SlotShell {
     return proof.promise
   }
 
-  async #open({ bootstrap, umask, workersDir, pipesDir }: SlotShellOptions): Promise<void> {
+  async #open({
+    bootstrap,
+    umask,
+    openFiles,
+    workersDir,
+    pipesDir,
+  }: SlotShellOptions): Promise<void> {
     const path = join(pipesDir, `pipe-${randomUUID()}`)
     const [dir, fifo] = [quote(pipesDir), quote(path)]
     await this.#answered(
@@ -159,6 +167,7 @@ export class SlotShell {
         'trap : TERM',
         `mkdir -p -m 700 ${dir} && mkfifo -m 600 ${fifo} && exec ${SLOT_PIPE}<>${fifo} || exit ${NO_PIPE}`,
         `umask ${umask.toString(8)}`,
+        openFiles === undefined ? '' : `ulimit -Sn ${openFiles}`,
         `. ${quote(bootstrap)}`,
         'echo',
         '',
