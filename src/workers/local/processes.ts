@@ -13,7 +13,7 @@ const STARTED_AT_FIELD = 19
 const GROUP_FIELD = 2
 const STATE_FIELD = 0
 /** What /proc answers about a process that has ended, or about another user's. */
-const GONE: readonly string[] = ['ENOENT', 'ESRCH', 'EACCES', 'EPERM']
+export const GONE: readonly string[] = ['ENOENT', 'ESRCH', 'EACCES', 'EPERM']
 
 let bootId: string | undefined
 

@@ -8,7 +8,7 @@ import type { Readable, Writable } from 'node:stream'
 import { quote } from '../quote.ts'
 import { codeOf, LocalFailure, sorted, sortedAs } from './failures.ts'
 import { SLOT_PIPE } from './job.ts'
-import { identify, isAlive, kill, type ProcessIdentity } from './processes.ts'
+import { GONE, identify, isAlive, kill, type ProcessIdentity } from './processes.ts'
 
 /** Longer than any name of a worker. */
 const LINE_LENGTH_MAX = 1024
@@ -219,7 +219,7 @@ export function openPipeOf(slot: ProcessIdentity, pipesDir: string): number | un
     }
     return undefined
   } catch (err) {
-    if (codeOf(err) === 'ENOENT') return undefined
+    if (GONE.includes(codeOf(err) ?? '')) return undefined
     throw sorted(err)
   }
 }
