@@ -351,7 +351,7 @@ export interface TaskStore {
     end: {
       outcome: Outcome
       log: LogTail
-      /** Bytes that the task logged, before anything was masked or cut. */
+      /** Bytes of the log, our last line included, before anything was masked or cut. */
       logBytes: number
       delivery: NewDelivery | undefined
       finishedAt: number

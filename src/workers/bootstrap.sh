@@ -193,7 +193,7 @@ finish() {
 
 # fail WORKER_FOLDER PHASE CODE WORDS: what kept the task from running
 fail() {
-  echo "[task-runner] $4"
+  printf '[task-runner] %s\n' "$4" # where echo would take \t for a tab
   rm -f "$1"/secret-*
   told "$1" || finish "$@"
   exit "$3"
@@ -298,7 +298,7 @@ run() {
 # clock: sets $__tr_now to a time in hundredths of a second
 clock() {
   __tr_up=
-  read -r __tr_up __tr_line </proc/uptime
+  read -r __tr_up __tr_idle </proc/uptime
   case $__tr_up in
     *[!0-9.]* | '') __tr_now=$((__tr_now + 10)) ;;
     # A leading 0 would make the fraction an octal number.
@@ -340,6 +340,13 @@ others() {
   [ "$__tr_count" -gt 0 ]
 }
 
+# crowded: succeeds when there are so many processes that there may be no room for another. A shell that
+# cannot start one ends, so none is started before they have gone.
+crowded() {
+  set -- /proc/[0-9]*
+  [ $# -gt 200 ]
+}
+
 # finish_rest: gives what is left its time, ends it, and says so. After TERM that is all there is, until the grace
 # period is over; else what may still write to the log, for two seconds: a filter that the log goes through ends
 # after the task.
@@ -352,11 +359,13 @@ finish_rest() {
       if [ -n "$__tr_until" ]; then
         [ "$__tr_now" -lt "$__tr_until" ] && others 1 || break
       else
-        [ "$__tr_now" -lt "$__tr_last" ] && others 1 log || break
+        [ "$__tr_now" -lt "$__tr_last" ] && ! crowded && others 1 log || break
       fi
       # POSIX has whole seconds alone.
       sleep 0.1 || sleep 1 || break
     done 2>/dev/null
+    # What stands still neither changes while it is named nor keeps us from it.
+    kill -STOP -1 2>/dev/null
     others 100000 '' "$__tr_pid"
   fi
   [ "$__tr_all" = 0 ] || kill -KILL -1 2>/dev/null
@@ -414,7 +423,7 @@ contain() {
     [ -z "$__tr_until" ] || finish_rest
   done
   # Before the rest gets its time, which the engine may cut short.
-  recorded
+  crowded || recorded
   finish_rest
   # From here on nothing is left that could change the exit file.
   if recorded; then

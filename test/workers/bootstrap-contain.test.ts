@@ -32,6 +32,10 @@ time.sleep(60)
 `
 const DEAF = "trap '' TERM; : >ready; while :; do sleep 1; done"
 
+/** Waits until so many processes have this name: a moment after its start one has that of its shell. */
+const untilThere = (name: string, count: number) =>
+  `until [ "$(cat /proc/[0-9]*/comm 2>/dev/null | grep -cx ${name})" = ${count} ]; do :; done`
+
 interface Contained {
   child: ChildProcess
   folder: string
@@ -61,11 +65,16 @@ describe.each(SHELLS.map((shell) => ({ shell, name: shell.join(' ') })))(
     /** Runs the script in process and mount namespaces of its own, as containers have them. */
     async function contain(
       script: string,
-      { keep = '', graceSeconds = 10 }: { keep?: string; graceSeconds?: number } = {},
+      {
+        keep = '',
+        graceSeconds = 10,
+        taskFolder = 'tasks',
+        taskFile = 'task.sh',
+      }: { keep?: string; graceSeconds?: number; taskFolder?: string; taskFile?: string } = {},
     ): Promise<Contained> {
       workers += 1
       const folder = join(root, `it's ${workers}`)
-      for (const name of ['tasks', 'home', 'tmp']) {
+      for (const name of ['tasks', 'home/projects/a', 'tmp']) {
         await mkdir(join(folder, name), { recursive: true })
       }
       const bootstrap = join(folder, 'bootstrap.sh')
@@ -77,7 +86,7 @@ describe.each(SHELLS.map((shell) => ({ shell, name: shell.join(' ') })))(
       await writeFile(join(folder, 'tasks', 'task.sh'), script)
       await writeFile(join(folder, 'tasks', 'tidy.py'), TIDY)
       const message = join(folder, 'message')
-      const args = [folder, keep, message, String(graceSeconds * 1_000), 'tasks', 'task.sh']
+      const args = [folder, keep, message, String(graceSeconds * 1_000), taskFolder, taskFile]
       const began = performance.now()
       const child = spawn(
         'unshare',
@@ -150,7 +159,8 @@ describe.each(SHELLS.map((shell) => ({ shell, name: shell.join(' ') })))(
     describe.skipIf(skipped)('what a task leaves running', () => {
       test('is ended at once when it cannot write to the log, and named', async () => {
         const { output, code, tookMs } = await runOf(
-          'nohup sleep 300 >out.txt 2>&1 & setsid env -i sleep 300 >/dev/null 2>&1 & sleep 0.3; exit 5',
+          `nohup sleep 300 >out.txt 2>&1 & setsid env -i sleep 300 >/dev/null 2>&1 &
+          ${untilThere('sleep', 2)}; exit 5`,
         )
         expect(output).toBe(
           '[task-runner] Ended 2 processes that were still running: sleep, sleep\n',
@@ -173,11 +183,20 @@ describe.each(SHELLS.map((shell) => ({ shell, name: shell.join(' ') })))(
 
       test('is named a few times, and counted', async () => {
         const { output } = await runOf(
-          'for i in 1 2 3 4 5 6 7; do sleep 300 >/dev/null 2>&1 & done; exit 0',
+          `for i in 1 2 3 4 5 6 7; do sleep 300 >/dev/null 2>&1 & done; ${untilThere('sleep', 7)}`,
         )
         expect(output).toBe(
           '[task-runner] Ended 7 processes that were still running: sleep, sleep, sleep, sleep, sleep and 2 more\n',
         )
+      })
+
+      test('is ended at once when it is so many that another process may not fit', async () => {
+        const { output, exit, tookMs } = await runOf(
+          'for i in $(seq 300); do sleep 300 & done; exit 4',
+        )
+        expect(output).toMatch(/ Ended 300 processes that were still running: .* and 295 more\n$/)
+        expect(exit).toBe('task 4\n')
+        expect(tookMs).toBeLessThan(1_900)
       })
 
       test('is not said to be there when nothing is, nor when it has ended', async () => {
@@ -250,6 +269,19 @@ describe.each(SHELLS.map((shell) => ({ shell, name: shell.join(' ') })))(
         expect(tookMs).toBeLessThan(6_000)
       })
     })
+
+    test.skipIf(skipped)(
+      'what kept a task from running is in the log as in the exit file',
+      async () => {
+        const taskFolder = 'home/projects/a'
+        const contained = await contain('', { taskFolder, taskFile: 'a\\tb.sh' })
+        const words = 'There is no file "a\\tb.sh" in ~/projects/a'
+        expect(await contained.ended).toMatchObject({
+          output: `[task-runner] ${words}\n`,
+          exit: `startup 127 ${words}\n`,
+        })
+      },
+    )
 
     test.skipIf(skipped)(
       'a container that is kept says when its task is over, and stays until TERM',
