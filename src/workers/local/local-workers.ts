@@ -810,7 +810,7 @@ function logBytesOf({ log, folder }: Live): number {
 function wordsOfEnded(names: readonly string[]): string {
   const shown = [...new Set(names)].slice(0, NAMES_MAX)
   const more = new Set(names).size - shown.length
-  const list = [...shown, ...(more > 0 ? [`${more} more`] : [])].join(', ')
+  const list = shown.join(', ') + (more > 0 ? ` and ${more} more` : '')
   return names.length === 1
     ? `Ended 1 process that was still running: ${list}`
     : `Ended ${names.length} processes that were still running: ${list}`
