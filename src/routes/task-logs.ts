@@ -55,7 +55,7 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
         headers: z.object({
           'last-event-id': z
             .string()
-            .regex(/^\d{1,15}$/)
+            .regex(/^\d{0,15}$/)
             .optional(),
         }),
         response: {
@@ -77,7 +77,8 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
       reply.raw.on('close', () => gone.abort())
       const signal = AbortSignal.any([gone.signal, closing.signal])
       if (query.follow !== 'true') return sendLog(reply, await tailOf(task, { maxBytes, signal }))
-      const resumeAt = headers['last-event-id']
+      // Empty, as clients send it that have no id yet, it counts as absent.
+      const resumeAt = headers['last-event-id'] || undefined
       reply.hijack()
       reply.raw.writeHead(200, {
         'content-type': 'text/event-stream',

@@ -362,7 +362,18 @@ describe('Last-Event-ID', () => {
     expect(follower.events.at(-2)?.id).toBe(String(log.length))
   })
 
-  test.each(['abc', '-1', '1.5', '', ' ', '1e3', '9999999999999999', '0x10'])(
+  test('an empty id counts as none: some clients send it before they have one', async () => {
+    const task = await finishedWith('x')
+    const reply = await app.http.inject({
+      method: 'GET',
+      url: `${task.url}?follow=true`,
+      headers: { 'last-event-id': '' },
+    })
+    expect(reply.statusCode).toBe(200)
+    expect(reply.body).toContain('data: x\n')
+  })
+
+  test.each(['abc', '-1', '1.5', ' ', '1e3', '9999999999999999', '0x10'])(
     'the id %j is refused, naming the header',
     async (id) => {
       const task = await finishedWith('x')
