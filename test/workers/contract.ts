@@ -611,6 +611,8 @@ export function describeWorkerBackend(name: string, open: () => Promise<BackendH
         'a child in a session of its own': (mark: string) => `setsid sleep ${mark} & sleep 0.05`,
         'a grandchild in a session of its own, its parents gone': (mark: string) =>
           `setsid sh -c 'sh -c "exec sleep ${mark}" & exit 0'; sleep 0.05`,
+        'a child in a session of its own, at another place and home': (mark: string) =>
+          `cd /; HOME=/ PATH=/usr/bin:/bin setsid env -u PWD -u OLDPWD sleep ${mark} & sleep 0.05`,
         "a child in the task's group with an empty environment": (mark: string) =>
           `env -i /bin/sleep ${mark} & sleep 0.05`,
         'a child that the task stopped': (mark: string) => `sleep ${mark} & kill -STOP $!`,

@@ -38,7 +38,7 @@ export class ShortPaths {
   /** Returns a path to the folder that is short; the folder's own where none can be made. Repeating it is safe. */
   to(folder: string): string {
     try {
-      const path = join(this.#sureRoot(), nameFor(folder))
+      const path = join(this.#sureRoot(), shortNameFor(folder))
       link(folder, path)
       return path
     } catch {
@@ -48,7 +48,8 @@ export class ShortPaths {
   }
 
   remove(folder: string): void {
-    if (this.#root !== undefined) tried(() => unlinkSync(join(this.#root ?? '', nameFor(folder))))
+    if (this.#root !== undefined)
+      tried(() => unlinkSync(join(this.#root ?? '', shortNameFor(folder))))
   }
 
   /** Leaves what workers need that run on. */
@@ -117,7 +118,8 @@ function removeDangling(root: string): void {
   }
 }
 
-function nameFor(folder: string): string {
+/** What names a worker's folder in its short path, and in no other worker's. */
+export function shortNameFor(folder: string): string {
   return hash('sha256', folder).slice(0, NAME_LENGTH)
 }
 
