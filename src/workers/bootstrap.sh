@@ -13,8 +13,9 @@
 #
 # The worker's folder holds: tasks/ (a copy of the task files), home/, tmp/, startup.sh (only with a startup
 # script), repositories.sh and secret-<n> (only with repositories), environment.sh and notes (only in
-# containers), and, written here, exit: "<phase> <exit code> <words>" (on local workers "begun" until then; in
-# containers that stay, a second line "over" once nothing is left of the task). TASK_FOLDER is where the task runs: tasks, or a repository below home.
+# containers), package.json (only on local workers), and, written here, exit: "<phase> <exit code> <words>" (on local
+# workers "begun" until then; in containers that stay, a second line "over" once nothing is left of the task). TASK_FOLDER
+# is where the task runs: tasks, or a repository below home.
 # Needs only a POSIX system, and what the task itself needs; git 2.31 with repositories (2.37 pins addresses).
 
 # Our variables have names that no task uses: one that came with the environment would reach the task changed.
@@ -41,9 +42,10 @@ choose_interpreter() {
   read_first_line
   set -f
   case $__tr_line in
-    # Split as people mean it; the kernel makes one word of all options.
-    # shellcheck disable=SC2086
-    '#!'*) follow_line ${__tr_line#??} ;;
+    '#!'*)
+      # shellcheck disable=SC2086 # words, as people mean them; the kernel makes one of all options
+      follow_line ${__tr_line#??}
+      ;;
   esac
   case $__tr_kind:${__tr_interpreter##*/} in
     sh:*sh | sh:env | sh:"${__tr_shell##*/}") look_for_windows ;;
@@ -84,17 +86,13 @@ follow_line() {
   shift
   case $__tr_asked in
     env | */env)
-      case ${1-} in
-        -S | --split-string)
-          shift
-          case $__tr_line in
-            # env reads quotes itself, from one word, as the kernel gives it.
-            *[\'\"\\\$]*)
-              __tr_line=${__tr_line#*"$__tr_asked"}
-              set -- "-${__tr_line#*-}"
-              ;;
-          esac
+      case ${1-}:$__tr_line in
+        # It reads quotes itself, from one word, as the kernel gives it.
+        -S*:*[\'\"\\\$]* | --split-string*:*[\'\"\\\$]*)
+          __tr_line=${__tr_line#*"$__tr_asked"}
+          set -- "-${__tr_line#*-}"
           ;;
+        -S:* | --split-string:*) shift ;;
         -S*) __tr_word=${1#-S} && shift && set -- "$__tr_word" "$@" ;;
         --split-string=*) __tr_word=${1#*=} && shift && set -- "$__tr_word" "$@" ;;
       esac
@@ -121,7 +119,7 @@ follow_line() {
 # follow_program: makes $__tr_asked the interpreter, or what comes nearest. Fails where its options mean nothing then.
 follow_program() {
   find_program "$__tr_asked" && __tr_interpreter=$__tr_found && return
-  __tr_has_meaning=0
+  __tr_drops_options=
   if find_program "${__tr_asked##*/}"; then
     __tr_interpreter=$__tr_found
   else
@@ -130,11 +128,11 @@ follow_program() {
       node | nodejs) __tr_interpreter=$__tr_node ;;
       # Without its -e, a script that has failed would end as a success.
       sh | ash | bash | dash | ksh* | mksh | zsh) ;;
-      *) __tr_has_meaning=1 ;;
+      *) __tr_drops_options=1 ;;
     esac
   fi
   note "\"$__tr_asked\", which the first line asks for, is not here: $__tr_interpreter runs it instead"
-  return "$__tr_has_meaning"
+  [ -z "$__tr_drops_options" ]
 }
 
 # find_program NAME: sets $__tr_found to its path. Fails where there is none.
@@ -167,7 +165,7 @@ look_for_windows() {
   # What a repository holds stays as it is, or the task would see a change that nobody made.
   [ -n "$__tr_is_cloned" ] || {
     cp -p "$__tr_file" "$__tr_file.part" && tail -c +4 "$__tr_file" >"$__tr_file.part" &&
-      mv -f "$__tr_file.part" "$__tr_file" && __tr_done='; it runs without'
+      mv -f "$__tr_file.part" "$__tr_file" && __tr_done='; it runs without' || rm -f "$__tr_file.part"
   } 2>/dev/null
   note "$__tr_what begins with a byte order mark (BOM), which shells do not understand$__tr_done; save it as UTF-8 without BOM"
 }

@@ -149,6 +149,7 @@ describe.each(SHELLS.map((shell) => ({ shell, name: shell.join(' ') })))(
         ['#!/usr/bin/env -S BASH_ENV=/dev/null bash -e', NO_OUTPUT],
         ['#!/usr/bin/env -S -u NONE bash -e', NO_OUTPUT],
         [`#!/usr/bin/env -S bash '-e'`, NO_OUTPUT],
+        [`#!/usr/bin/env  -S'bash' "-e"`, NO_OUTPUT],
         ['#!/bin/sh', { code: 0, output: `went on in ${BIN_SH}\n`, exit: 'task 0\n' }],
         ['#!/bin/bash', { code: 0, output: 'went on in bash\n', exit: 'task 0\n' }],
         ['#!', { code: 0, output: 'went on in bash\n', exit: 'task 0\n' }],
