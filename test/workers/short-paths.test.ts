@@ -1,3 +1,4 @@
+import { execFileSync } from 'node:child_process'
 import {
   chmodSync,
   existsSync,
@@ -133,6 +134,20 @@ describe('short paths to the folders of workers', () => {
     paths.remove(folder)
     expect(readdirSync(short)).toEqual(['file'])
     rmSync(dirname(short), { recursive: true })
+  })
+
+  test.each([
+    ['a FIFO', (pointer: string) => execFileSync('mkfifo', [pointer])],
+    ['a folder', (pointer: string) => mkdirSync(pointer)],
+    ['empty', (pointer: string) => writeFileSync(pointer, '')],
+    ['the path of a folder of others', (pointer: string) => writeFileSync(pointer, tmpdir())],
+  ])('hold nothing up where the file that leads to them is %s', (_, make) => {
+    make(`${workersDir}-short`)
+    const paths = open()
+    const folder = worker('task-one')
+    expect(realpathSync(paths.to(folder))).toBe(realpathSync(folder))
+    expect(dirname(paths.to(folder))).not.toBe(tmpdir())
+    paths.remove(folder)
   })
 
   test('are short also where TMPDIR is long, and the folder itself where nothing can be made', () => {

@@ -1,16 +1,23 @@
 /** Short paths to the folders of workers, below the system's folder for temporary files. */
 import { hash } from 'node:crypto'
 import {
+  closeSync,
+  constants,
+  fstatSync,
   lstatSync,
   mkdtempSync,
+  openSync,
   readdirSync,
   readlinkSync,
+  readSync,
   rmdirSync,
   symlinkSync,
   unlinkSync,
+  writeFileSync,
 } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { SAFELY } from './folders.ts'
 
 /** What the path of a folder for temporary files may have, so that `TMPDIR` has no more than 40. */
 const BASE_LENGTH_MAX = 13
@@ -22,7 +29,8 @@ const NAME = new RegExp(`^[0-9a-f]{${NAME_LENGTH}}$`)
 /**
  * Keeps a link to each worker's folder. The path of a socket may have 107 bytes (unix(7)), and Python takes 32 of them below
  * TMPDIR: with the data folder's path and a task's id in it there is no room for that. The links lie in a folder that nobody
- * else may enter, under a name that nobody can guess; a link beside the workers' folder leads there, for the next process.
+ * else may enter, under a name that nobody can guess; a file beside the workers' folder has it, for the next process. A link
+ * there would lead whoever walks through the data folder into the workers twice.
  */
 export class ShortPaths {
   readonly #pointer: string
@@ -66,7 +74,7 @@ export class ShortPaths {
     const root = makeRoot()
     tried(() => unlinkSync(this.#pointer))
     try {
-      symlinkSync(root, this.#pointer)
+      writeFileSync(this.#pointer, root, { flag: 'wx', mode: 0o600 })
     } catch (err) {
       // Nobody would find it again.
       rmdirSync(root)
@@ -77,11 +85,17 @@ export class ShortPaths {
   }
 
   #rootOfBefore(): string | undefined {
+    let file: number | undefined
     try {
-      const root = readlinkSync(this.#pointer)
+      file = openSync(this.#pointer, constants.O_RDONLY | SAFELY)
+      if (!fstatSync(file).isFile()) return undefined
+      const content = Buffer.alloc(BASE_LENGTH_MAX + PREFIX.length + 'XXXXXX/'.length)
+      const root = content.toString('utf8', 0, readSync(file, content))
       return isOurs(root) ? root : undefined
     } catch {
       return undefined
+    } finally {
+      if (file !== undefined) closeSync(file)
     }
   }
 }
