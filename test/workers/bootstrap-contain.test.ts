@@ -19,7 +19,7 @@ const SHELLS = [['/bin/sh'], ['/bin/dash'], ['/bin/bash', '--posix'], ['busybox'
     }
   },
 )
-const skipped = whyNot('unshare')
+const skipped = whyNot('pid-namespace')
 /** Says in the file `cleaned` what it did in its grace period. */
 const TIDY = `import signal, sys, time
 def stop(*_):

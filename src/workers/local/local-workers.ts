@@ -19,13 +19,15 @@ import * as folders from './folders.ts'
 import { type Interpreters, jobText } from './job.ts'
 import {
   groupOf,
-  holds,
   identify,
   isAlive,
   kill,
+  killIfSame,
   LeftoverFinder,
   nameOf,
   type ProcessIdentity,
+  TASK_RUNNER_FOLDER,
+  writersOf,
 } from './processes.ts'
 import type { OnUnremovable } from './removal.ts'
 import { openPipeOf, SlotShell } from './slot-shell.ts'
@@ -233,6 +235,7 @@ export class LocalWorkers {
             process.getuid?.() === 0,
           ),
           ...spec.environment,
+          [TASK_RUNNER_FOLDER]: folder,
         },
         needsPreparing: files.length > 0,
       },
@@ -301,8 +304,8 @@ export class LocalWorkers {
       // By now it may be another worker's.
       if (!live.settling && isAlive(slot)) {
         kill(-slot.pid, 'SIGTERM')
-        for (const pid of this.#leftovers.find(name, undefined)) {
-          if (groupOf(pid) !== slot.pid) kill(pid, 'SIGTERM')
+        for (const identity of this.#leftOf(name)) {
+          if (groupOf(identity) !== slot.pid) killIfSame(identity, 'SIGTERM')
         }
       }
       const inTime = new AbortController()
@@ -630,12 +633,12 @@ export class LocalWorkers {
     const lastWordsUntil = performance.now() + LAST_WORDS_MS
     for (let waitMs = 1; ; waitMs = Math.min(2 * waitMs, TAKE_MAX_MS)) {
       this.#take(live)
-      const left = this.#leftovers.find(live.record.name, live.record.slot.pid)
+      const left = this.#leftOf(live.record.name)
       if (left.length === 0) return true
       const isStopped = live.graceUntil !== undefined
       if (performance.now() >= (live.graceUntil ?? lastWordsUntil)) return false
-      const pipe = isStopped ? undefined : this.#pipeOf(live)
-      if (!isStopped && !left.some((pid) => holds(pid, pipe))) return false
+      const pipe = this.#pipeOf(live)
+      if (!isStopped && (!pipe || writersOf(pipe, left).length === 0)) return false
       await pause(waitMs)
     }
   }
@@ -677,20 +680,28 @@ export class LocalWorkers {
    * cannot be ended (another user's, or stuck in the kernel).
    */
   async #endLeftovers(name: string, ended?: string[]): Promise<boolean> {
-    const live = this.#live.get(name)
-    const { slot } = live?.record ?? this.#recordIfWhole(name) ?? {}
-    // The group counts while the shell is this worker's, and after it has gone. A shell that serves another
-    // worker by now, or a process that got its number, has a group of others.
-    const isOwn = slot && (live || identify(slot.pid) === undefined)
-    const group = isOwn ? slot.pid : undefined
     for (let round = 0; round < KILL_ROUNDS_MAX; round += 1) {
-      const pids = this.#leftovers.find(name, group)
-      if (pids.length === 0) return true
-      if (round === 0) ended?.push(...pids.flatMap((pid) => nameOf(pid) ?? []))
-      for (const pid of pids) kill(pid)
+      const found = this.#leftOf(name)
+      if (found.length === 0) return true
+      if (round === 0) ended?.push(...found.flatMap((identity) => nameOf(identity) ?? []))
+      for (const identity of found) killIfSame(identity)
       await pause(KILL_ROUND_MS)
     }
     return false
+  }
+
+  /** Processes of a worker, besides its shell and what writes its log. */
+  #leftOf(name: string): ProcessIdentity[] {
+    const live = this.#live.get(name)
+    const { slot, reader } = live?.record ?? this.#recordIfWhole(name) ?? {}
+    // The group counts while the shell is this worker's, and after it has gone. A shell that serves another
+    // worker by now, or a process that got its number, has a group of others.
+    const isOwn = slot && (live || identify(slot.pid) === undefined)
+    const found = this.#leftovers.find({
+      ...{ worker: name, shell: slot, group: isOwn ? slot.pid : undefined },
+      log: live && this.#pipeOf(live),
+    })
+    return found.filter(({ pid }) => pid !== reader?.pid)
   }
 
   /**
