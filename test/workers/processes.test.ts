@@ -524,3 +524,31 @@ time.sleep(1000)`,
     expect(JSON.parse(String(output))).toEqual([])
   })
 })
+
+describe('process ids', () => {
+  const script = new URL('../helpers/reused-numbers.ts', import.meta.url).pathname
+  const inNamespace = needs('pid-namespace')
+
+  /** Everything in the namespace ends with its first process. */
+  function outcomeOf(scenario: string) {
+    const flags = ['--pid', '--fork', '--kill-child', '--mount-proc']
+    return JSON.parse(
+      execFileSync('unshare', [...flags, process.execPath, script, scenario], { encoding: 'utf8' }),
+    )
+  }
+
+  inNamespace("a process that has the number of a worker's is spared", () => {
+    const outcome = { before: true, isReused: true, found: [], isSpared: true }
+    expect(outcomeOf('nobodys')).toEqual(outcome)
+  })
+
+  inNamespace("a process of a worker's is found under a number that was nobody's", () => {
+    expect(outcomeOf('ours')).toEqual({ before: [], isReused: true, isFound: true })
+  })
+
+  inNamespace("what is known to be nobody's costs no reads", () => {
+    // Ten times as many processes were there.
+    const { perLook } = outcomeOf('reads')
+    expect(perLook).toBeLessThan(10)
+  })
+})

@@ -56,7 +56,7 @@ const GROUP_FIELD = 2
 const SESSION_FIELD = 3
 const THREADS_FIELD = 17
 const STARTED_AT_FIELD = 19
-/** Numbers that are in use are skipped. */
+/** Numbers in use are skipped, and those of processes that failed to start are not used. */
 const SKIPPED_MAX = 64
 /** Far fewer than there are numbers: none was given out twice. */
 const FORKS_MAX = 4096
@@ -282,22 +282,23 @@ interface Seen {
 }
 
 /**
- * Tells which process ids may have been given out since the last look. They are given out in turn, so that the rest need not be
- * looked at. Where that cannot be told, all may.
+ * Tells which process ids may have been given out since the last look: they are given out in turn, so the rest need not be looked at.
+ * All may have been where that cannot be told: when the number of processes that were started does not fit, as in a container whose
+ * neighbours start some, or where somebody chose the next number.
  */
 class NumbersGiven {
-  #before: { last: number; forks: number } | undefined
+  #before = { last: Number.NaN, forks: Number.NaN }
 
   /** To be called after the listing of processes. */
   given(): (pid: number) => boolean {
     const before = this.#before
-    const last = Number(readIfThere('/proc/sys/kernel/ns_last_pid') ?? Number.NaN)
     const forks = Number(/^processes (\d+)/m.exec(String(readIfThere('/proc/stat')))?.[1])
+    const last = Number(readIfThere('/proc/sys/kernel/ns_last_pid') ?? Number.NaN)
     this.#before = { last, forks }
-    const given = last - (before?.last ?? Number.NaN)
-    const started = forks - (before?.forks ?? Number.NaN)
-    const isInTurn = given >= 0 && given <= started + SKIPPED_MAX && started < FORKS_MAX
-    return (pid) => !isInTurn || (pid > last - given && pid <= last)
+    const started = forks - before.forks
+    const given = last - before.last
+    const isInTurn = started >= 0 && given >= started && given <= started + SKIPPED_MAX
+    return (pid) => !isInTurn || started > FORKS_MAX || (pid > before.last && pid <= last)
   }
 }
 
