@@ -1,6 +1,14 @@
 import { type ChildProcessByStdio, spawn } from 'node:child_process'
 import { once } from 'node:events'
-import { existsSync, mkdirSync, mkdtempSync, realpathSync, rmSync, writeFileSync } from 'node:fs'
+import {
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readFileSync,
+  realpathSync,
+  rmSync,
+  writeFileSync,
+} from 'node:fs'
 import { tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
 import type { Readable, Writable } from 'node:stream'
@@ -150,6 +158,26 @@ describe('SlotCgroups', () => {
     expect(cgroups.processes(path)).toEqual([shell.identity.pid, left.pid])
     expect(cgroups.processes(make(cgroups, 'slot-2'))).toEqual([])
   })
+
+  test.for(['pids', 'freezer', 'name=systemd'])(
+    'a hierarchy of version 1 does as well: %s',
+    async (hierarchy, { skip }) => {
+      const mountinfo = readFileSync('/proc/self/mountinfo', 'utf8')
+      const lines = mountinfo.split('\n').filter((line) => line.includes(` cgroup rw,${hierarchy}`))
+      const proc = newFolder()
+      writeFileSync(join(proc, 'mountinfo'), `${lines.join('\n')}\n`)
+      writeFileSync(join(proc, 'cgroup'), readFileSync('/proc/self/cgroup'))
+      const cgroups = SlotCgroups.open(newFolder(), proc)
+      // Most machines have version 2 alone.
+      if (!cgroups) return skip(`no hierarchy ${hierarchy} where cgroups can be made`)
+      opened.push(cgroups)
+      const path = make(cgroups, 'slot-1')
+      const shell = await shellIn(path)
+      const left = await shell.leave(`mkdir ${path}/a; echo $$ >${path}/a/cgroup.procs`)
+      expect(path).toContain('/sys/fs/cgroup/')
+      expect(cgroups.processes(path)).toEqual([shell.identity.pid, left.pid])
+    },
+  )
 
   withCgroups('processes in cgroups that a task made below are listed', async () => {
     const cgroups = open()
