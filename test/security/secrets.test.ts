@@ -356,6 +356,7 @@ test.each([
       'PYTHONUNBUFFERED',
       'TASK_FILE_NAME',
       'TASK_ID',
+      'TASK_RUNNER_FOLDER',
       'TMPDIR',
       'WORKER_NAME',
     ].sort(),

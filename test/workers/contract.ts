@@ -232,7 +232,7 @@ export function describeWorkerBackend(name: string, open: () => Promise<BackendH
       const ALLOWED = [
         ...['PATH', 'HOME', 'LANG', 'TZ', 'TMPDIR', 'TASK_ID', 'TASK_FILE_NAME', 'WORKER_NAME'],
         // What Python and its pip do in a task; pip's on local workers alone.
-        ...['PYTHONUNBUFFERED', 'PIP_USER', 'PIP_BREAK_SYSTEM_PACKAGES'],
+        ...['PYTHONUNBUFFERED', 'PIP_USER', 'PIP_BREAK_SYSTEM_PACKAGES', 'TASK_RUNNER_FOLDER'],
         // What shells add themselves.
         ...['PWD', 'OLDPWD', 'SHLVL', '_'],
         // What containers add.

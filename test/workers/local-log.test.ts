@@ -96,7 +96,9 @@ describe('what a task leaves running', () => {
     const log = await logged(
       `${rename} & until [ -e "$HOME/ready" ]; do sleep 0.01; done; printf done`,
     )
-    expect(log).toBe('done\n[task-runner] Ended 1 process that was still running: a?b?[1m\n')
+    expect(log).toBe(
+      'done\n[task-runner] Ended 1 process that was still running: a\ufffdb\ufffd[1m\n',
+    )
   })
 })
 

@@ -28,6 +28,8 @@ export interface WorkerRecord {
   slot: ProcessIdentity
   /** What goes on with the log once the service has died. The task of a record without it writes the log itself. */
   reader?: ProcessIdentity
+  /** Of the shell. */
+  cgroup?: string
   /** Which folder it was written into. Records of the release before have none. */
   folder?: string
 }
@@ -130,7 +132,7 @@ function parseRecord(json: string): WorkerRecord | undefined {
     (record.size === null || typeof record.size === 'string') &&
     Number.isFinite(record.createdAt) &&
     Number.isFinite(record.maxLogBytes) &&
-    ['string', 'undefined'].includes(typeof record.folder) &&
+    [record.folder, record.cgroup].every((path) => ['string', 'undefined'].includes(typeof path)) &&
     isIdentity(record.slot) &&
     (record.reader === undefined || isIdentity(record.reader))
   return isWhole ? (record as unknown as WorkerRecord) : undefined

@@ -1,3 +1,4 @@
+import { randomUUID } from 'node:crypto'
 import {
   closeSync,
   fstatSync,
@@ -13,8 +14,9 @@ import type { Completion, LogTail, WorkerSpec, WorkerStatus } from '../../core/p
 import { isWorkerName } from '../../core/task.ts'
 import { completionOf, lost, overLogLimit } from '../completion.ts'
 import { repositoryFiles } from '../repositories.ts'
+import { SlotCgroups, WorkerProcesses } from './cgroup.ts'
 import { localEnvironment } from './environment.ts'
-import { FAULT_OF, isOurs, LocalFailure, sorted, sortedAs } from './failures.ts'
+import { codeOf, FAULT_OF, isOurs, LocalFailure, sorted, sortedAs } from './failures.ts'
 import * as folders from './folders.ts'
 import { type Interpreters, jobText } from './job.ts'
 import {
@@ -71,6 +73,8 @@ const TAKE_MAX_MS = 50
 const TAKE_BYTES = 1024 * 1024
 /** How long what a task leaves behind may still write into its log: filters such as `exec > >(tee …)`. */
 const LAST_WORDS_MS = 2_000
+/** As long as a process takes to end, once it has closed its files. */
+const ENDING_MS = 20
 /** Of those that were ended with the task, as far as the log names them. */
 const NAMES_MAX = 5
 const KILL_ROUND_MS = 5
@@ -139,6 +143,10 @@ export class LocalWorkers {
   /** Workers whose task has ended here. True: with nothing left behind, and nothing can come after that. */
   readonly #ended = new Map<string, boolean>()
   readonly #leftovers: LeftoverFinder
+  readonly #cgroups: SlotCgroups | undefined
+  readonly #processes: WorkerProcesses
+  /** Of shells that have ended, in which something may still live. */
+  #oldCgroups: string[] = []
   /** Workers of an earlier process that made away with their folders, and whose processes run. */
   readonly #homeless = new Set<string>()
   #taking: NodeJS.Timeout | undefined
@@ -153,6 +161,8 @@ export class LocalWorkers {
     mkdirSync(settings.workersDir, { recursive: true, mode: 0o700 })
     this.#folders = new WorkerFolders(settings.workersDir, onUnremovable)
     this.#leftovers = new LeftoverFinder(settings.workersDir)
+    this.#cgroups = SlotCgroups.open(settings.workersDir)
+    this.#processes = new WorkerProcesses(this.#leftovers, this.#cgroups)
     for (const name of readdirSync(settings.workersDir)) void this.#endIfHalfMade(name)
     for (const name of this.#leftovers.workers()) {
       const isThere = lstatSync(this.#folder(name), { throwIfNoEntry: false }) !== undefined
@@ -161,6 +171,7 @@ export class LocalWorkers {
     this.#watch = setInterval(() => this.#look(), WATCH_MS)
     this.#sweep = setInterval(() => {
       this.#leftovers.forget()
+      this.#removeCgroups()
       this.#folders.retry()
     }, SWEEP_MS)
   }
@@ -199,7 +210,7 @@ export class LocalWorkers {
       createdAt: Date.now(),
       maxLogBytes: spec.maxLogBytes,
       slot: slot.identity,
-      ...(slot.reader && { reader: slot.reader }),
+      ...slot.traces,
     }
     try {
       // Whoever waited for it has given up meanwhile: it must not run later.
@@ -359,6 +370,8 @@ export class LocalWorkers {
     this.#folders.close()
     for (const slot of this.#idleSlots) slot.retire()
     for (const { slot } of this.#live.values()) slot?.retire()
+    this.#removeCgroups()
+    this.#cgroups?.close()
   }
 
   /** What is known about the worker of a name; undefined when nothing was started. Throws like `folders.readRecord`. */
@@ -448,7 +461,9 @@ export class LocalWorkers {
   }
 
   #startSlot(): Promise<SlotShell> {
+    const cgroup = this.#makeCgroup()
     return SlotShell.start({
+      cgroup,
       bootstrap: this.#settings.bootstrap,
       umask: this.#settings.umask,
       workersDir: this.#settings.workersDir,
@@ -459,6 +474,8 @@ export class LocalWorkers {
         if (live?.slot === slot) void this.#settle(live)
       },
       onExit: (slot, hasFailed) => {
+        if (cgroup !== undefined) this.#oldCgroups.push(cgroup)
+        this.#removeCgroups()
         const idle = this.#idleSlots.indexOf(slot)
         if (idle >= 0) {
           this.#idleSlots.splice(idle, 1)
@@ -469,6 +486,21 @@ export class LocalWorkers {
         }
       },
     })
+  }
+
+  /** Undefined where none can be made. */
+  #makeCgroup(): string | undefined {
+    try {
+      return this.#cgroups?.make(`slot-${randomUUID()}`)
+    } catch (err) {
+      // There may be as many as there can be: then the marks that processes carry have to do.
+      if (codeOf(err) === undefined) throw err
+      return undefined
+    }
+  }
+
+  #removeCgroups(): void {
+    this.#oldCgroups = this.#oldCgroups.filter((path) => this.#cgroups?.remove(path) === false)
   }
 
   #giveBack(slot: SlotShell): void {
@@ -583,7 +615,7 @@ export class LocalWorkers {
     const record = {
       ...live.record,
       slot: slot.identity,
-      ...(slot.reader && { reader: slot.reader }),
+      ...slot.traces,
     }
     try {
       await this.#persistently(async () => folders.rewrite(live.folder, record), isOver)
@@ -631,6 +663,7 @@ export class LocalWorkers {
    */
   async #letFinish(live: Live): Promise<boolean> {
     const lastWordsUntil = performance.now() + LAST_WORDS_MS
+    let isQuiet = false
     for (let waitMs = 1; ; waitMs = Math.min(2 * waitMs, TAKE_MAX_MS)) {
       this.#take(live)
       const left = this.#leftOf(live.record.name)
@@ -638,8 +671,12 @@ export class LocalWorkers {
       const isStopped = live.graceUntil !== undefined
       if (performance.now() >= (live.graceUntil ?? lastWordsUntil)) return false
       const pipe = this.#pipeOf(live)
-      if (!isStopped && (!pipe || writersOf(pipe, left).length === 0)) return false
-      await pause(waitMs)
+      if (!isStopped && (!pipe || writersOf(pipe, left).length === 0)) {
+        // One that is ending has closed its files before it is gone.
+        if (isQuiet) return false
+        isQuiet = true
+        await pause(ENDING_MS)
+      } else await pause(waitMs)
     }
   }
 
@@ -693,12 +730,13 @@ export class LocalWorkers {
   /** Processes of a worker, besides its shell and what writes its log. */
   #leftOf(name: string): ProcessIdentity[] {
     const live = this.#live.get(name)
-    const { slot, reader } = live?.record ?? this.#recordIfWhole(name) ?? {}
+    const { slot, reader, cgroup } = live?.record ?? this.#recordIfWhole(name) ?? {}
     // The group counts while the shell is this worker's, and after it has gone. A shell that serves another
     // worker by now, or a process that got its number, has a group of others.
     const isOwn = slot && (live || identify(slot.pid) === undefined)
-    const found = this.#leftovers.find({
-      ...{ worker: name, shell: slot, group: isOwn ? slot.pid : undefined },
+    const found = this.#processes.find({
+      ...{ worker: name, shell: slot },
+      ...(isOwn && { group: slot.pid, cgroup }),
       log: live && this.#pipeOf(live),
     })
     return found.filter(({ pid }) => pid !== reader?.pid)

@@ -7,6 +7,7 @@ import { join } from 'node:path'
 import type { Readable, Writable } from 'node:stream'
 import { quote } from '../quote.ts'
 import { codeOf, LocalFailure, sorted, sortedAs } from './failures.ts'
+import type { WorkerRecord } from './folders.ts'
 import { SLOT_PIPE } from './job.ts'
 import { GONE, identify, isAlive, kill, type ProcessIdentity } from './processes.ts'
 
@@ -30,6 +31,8 @@ export interface SlotShellOptions {
   bootstrap: string
   umask: number
   workersDir: string
+  /** The cgroup that it enters, if it can. */
+  cgroup: string | undefined
   /** Where its pipe gets a name. It may not be there yet. */
   pipesDir: string
   /** Soft limit of open files; undefined: as the service's own. */
@@ -50,6 +53,7 @@ export interface SlotShellOptions {
 export class SlotShell {
   readonly identity: ProcessIdentity
   readonly #child: Child
+  readonly #cgroup: string | undefined
   readonly #proofs: Array<PromiseWithResolvers<void>> = []
   #opened:
     | { path: string; pipe: number; reader: ProcessIdentity; readerInput: Writable | null }
@@ -83,6 +87,7 @@ export class SlotShell {
 
   private constructor(child: Child, identity: ProcessIdentity, options: SlotShellOptions) {
     this.#child = child
+    this.#cgroup = options.cgroup
     this.identity = identity
     child.on('error', () => this.#exited(options, false))
     child.on('exit', (code, signal) => this.#exited(options, signal === null, code))
@@ -104,9 +109,11 @@ export class SlotShell {
     return this.#opened?.pipe
   }
 
-  /** What goes on with the log once the service has died. */
-  get reader(): ProcessIdentity | undefined {
-    return this.#opened?.reader
+  /** What a worker's record has of it, so that the next service finds what this one knows. */
+  get traces(): Pick<WorkerRecord, 'reader' | 'cgroup'> {
+    const { reader } = this.#opened ?? {}
+    const cgroup = this.#cgroup
+    return { ...(reader && { reader }), ...(cgroup !== undefined && { cgroup }) }
   }
 
   /** False from `kill` on: its exit event comes later. */
@@ -156,6 +163,7 @@ export class SlotShell {
     bootstrap,
     umask,
     openFiles,
+    cgroup,
     workersDir,
     pipesDir,
   }: SlotShellOptions): Promise<void> {
@@ -165,6 +173,7 @@ export class SlotShell {
       [
         // TERM is for the task: the shell waits for it and writes down its exit code.
         'trap : TERM',
+        cgroup === undefined ? '' : `echo $$ >${quote(cgroup)}/cgroup.procs`,
         `mkdir -p -m 700 ${dir} && mkfifo -m 600 ${fifo} && exec ${SLOT_PIPE}<>${fifo} || exit ${NO_PIPE}`,
         `umask ${umask.toString(8)}`,
         openFiles === undefined ? '' : `ulimit -Sn ${openFiles}`,
