@@ -410,7 +410,7 @@ export class TaskRunner {
         return CANCELLED
       }
       // It may have ended in time, with nobody here to see it.
-      if ((await worker.status()) === 'Completed') {
+      if ((await worker.hasEnded?.()) || (await worker.status()) === 'Completed') {
         return this.#outcomeOf(await worker.completion(letGo), task)
       }
       await worker.stop()

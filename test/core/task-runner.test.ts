@@ -63,6 +63,14 @@ class ScriptedWorker implements Worker {
     return 'Running' as const
   }
 
+  /** What it left may still write into its log. */
+  hasEndedItself = false
+  async hasEnded() {
+    // Asked at the limit: soon after it nothing is left.
+    if (this.hasEndedItself) this.ended.resolve({ ...DONE, reason: 'exit_code', exitCode: 3 })
+    return this.hasEndedItself
+  }
+
   /** Fails what waits for the completion at the moment. */
   interrupt: () => void = () => {}
 
@@ -928,6 +936,14 @@ describe('TaskRunner', () => {
       await workerGone(task)
       expect(worker.stops).toBe(1)
       expect(events).toEqual(['stop', 'log', 'commit', 'attempt', 'terminate'])
+    })
+
+    test('is not what ended a task that ended in time, while its log is still being written', async () => {
+      const { task } = await started({ timeoutSeconds: 1 })
+      const worker = await workerOf(task)
+      worker.hasEndedItself = true
+      expect(await finalOf(task)).toMatchObject({ reason: 'exit_code', exitCode: 3 })
+      expect(worker.stops).toBe(0)
     })
 
     test('counts from the start of the task, not of the service', async () => {

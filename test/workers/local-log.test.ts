@@ -91,6 +91,17 @@ describe('what a task leaves running', () => {
     expect(performance.now() - startedAt).toBeLessThan(1_900)
   })
 
+  test('does not hide that the task has ended, and is stopped like it', async () => {
+    await using patient = await openDisposable({ terminationGraceMs: 20_000 })
+    const wanted = spec('sleep 1000 & exit 3')
+    const worker = await patient.backend.provision(wanted, NEVER)
+    await expect.poll(() => worker.hasEnded?.(), { interval: 10 }).toBe(true)
+    expect(await worker.status()).toBe('Running')
+    await worker.stop()
+    expect(await worker.completion(NEVER)).toMatchObject({ exitCode: 3 })
+    expect(await worker.hasEnded?.()).toBe(true)
+  })
+
   test('has its name in one line, whatever it is called', async () => {
     const rename = `/usr/bin/python3 -c 'open("/proc/self/comm", "w").write("a\\nb\\x1b[1m"); import os, time; os.close(1); os.close(2); print; open(os.environ["HOME"] + "/ready", "w"); time.sleep(1000)'`
     const log = await logged(

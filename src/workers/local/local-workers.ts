@@ -120,6 +120,8 @@ interface Live {
   waitsForSlot: boolean
   ended: PromiseWithResolvers<Completion>
   settling: boolean
+  /** Before anybody stopped it. */
+  endedByItself: boolean
   overLogLimit: boolean
   /** Until when what a stopped task has started may go on, by `performance.now()`. Undefined: nobody stops it. */
   graceUntil: number | undefined
@@ -313,7 +315,7 @@ export class LocalWorkers {
       const { slot } = live.record
       live.graceUntil ??= performance.now() + this.#settings.terminationGraceMs
       // By now it may be another worker's.
-      if (!live.settling && isAlive(slot)) {
+      if (this.#live.get(name) === live && isAlive(slot)) {
         kill(-slot.pid, 'SIGTERM')
         for (const identity of this.#leftOf(name)) {
           if (groupOf(identity) !== slot.pid) killIfSame(identity, 'SIGTERM')
@@ -326,6 +328,12 @@ export class LocalWorkers {
     }
     await this.#kill(live)
     await ended
+  }
+
+  /** True once the task itself has ended of its own accord, also while something of it may still write into its log. */
+  hasEnded(name: string): boolean {
+    const live = this.#live.get(name)
+    return live ? live.endedByItself : this.#ended.has(name)
   }
 
   /** Repeating it is safe. Rejects while processes of the worker are left. */
@@ -639,6 +647,7 @@ export class LocalWorkers {
   async #settle(live: Live): Promise<void> {
     if (live.settling) return
     live.settling = true
+    live.endedByItself = live.graceUntil === undefined
     const { name, maxLogBytes } = live.record
     const isEmpty = await this.#persistently(() => this.#letFinish(live))
     const ended: string[] = []
@@ -871,6 +880,6 @@ function newLive(
   { slot, job, log }: Partial<Pick<Live, 'slot' | 'job' | 'log'>> = {},
 ): Live {
   const ended = Promise.withResolvers<Completion>()
-  const flags = { waitsForSlot: false, settling: false, overLogLimit: false }
+  const flags = { waitsForSlot: false, settling: false, endedByItself: false, overLogLimit: false }
   return { folder, record, slot, job, log, pipe: undefined, graceUntil: undefined, ended, ...flags }
 }

@@ -133,7 +133,7 @@ function removeDangling(root: string): void {
 }
 
 /** What names a worker's folder in its short path, and in no other worker's. */
-export function shortNameFor(folder: string): string {
+function shortNameFor(folder: string): string {
   return hash('sha256', folder).slice(0, NAME_LENGTH)
 }
 
