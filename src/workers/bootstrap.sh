@@ -362,6 +362,8 @@ finish_rest() {
       # POSIX has whole seconds alone.
       sleep 0.1 || sleep 1 || break
     done 2>/dev/null
+    # One that is ending has closed its files before it is gone.
+    [ -n "$__tr_until" ] || crowded || ! others 1 || sleep 0.1 2>/dev/null
     # What stands still neither changes while it is named nor keeps us from it.
     kill -STOP -1 2>/dev/null
     others 100000 '' "$__tr_pid"

@@ -265,7 +265,11 @@ export class LocalWorkers {
   find(name: string): WorkerInfo | undefined {
     try {
       const record = this.#record(name)
-      return record && this.#info(record)
+      if (record) return this.#info(record)
+      // One that nobody waits for any more has to be terminated as well.
+      const making = this.#making.get(name)
+      const status = 'Provisioning' as const
+      return making && { name, taskId: making.taskId, size: null, createdAt: Date.now(), status }
     } catch (err) {
       if (!isLoss(err)) throw err
       return this.#lostInfo(name, '')
@@ -862,7 +866,7 @@ function shortLog(folder: string): LogTail | undefined {
 
 /** As far as it is known here: what took the log over from an earlier process writes into the file alone. */
 function logBytesOf({ log, folder }: Live): number {
-  return log ? log.bytes : folders.logBytes(folder)
+  return log ? log.seenBytes : folders.logBytes(folder)
 }
 
 function wordsOfEnded(names: readonly string[]): string {

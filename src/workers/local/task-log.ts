@@ -31,9 +31,9 @@ export class TaskLog {
     }
   }
 
-  /** Of the log, as far as it was written here. */
-  get bytes(): number {
-    return this.#bytes
+  /** What the task has written, with what there was no space for. */
+  get seenBytes(): number {
+    return this.#bytes + this.#lostBytes
   }
 
   /**
