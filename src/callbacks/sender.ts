@@ -37,10 +37,7 @@ export class HttpCallbackSender implements CallbackSender {
   readonly #onHeaders = (message: unknown) => {
     // Holds: undici's documentation of this channel.
     const { socket } = message as { socket: object }
-    if (this.#beginning) {
-      this.#beginning.isBegun = true
-      this.#beginning.isOnKeptConnection = this.#used.has(socket)
-    }
+    if (this.#beginning) this.#beginning.isOnKeptConnection = this.#used.has(socket)
     this.#beginning = undefined
     this.#used.add(socket)
   }
@@ -66,13 +63,11 @@ export class HttpCallbackSender implements CallbackSender {
     const refusal = this.#options.guard.refusal(new URL(delivery.url))
     if (refusal !== undefined) return BLOCKED
     using deadline = new Deadline(this.#options.timeoutMs, [signal])
-    const posts: Answer[] = []
     try {
-      return await this.#postOnce(delivery, deadline.signal, posts)
+      return await this.#postOnce(delivery, deadline.signal)
     } catch (err) {
       if (err instanceof BlockedAddressError) return BLOCKED
-      const error = coarse(err, posts.at(-1)?.isBegun ?? false)
-      return { statusCode: null, error, retryAfterMs: null }
+      return { statusCode: null, error: coarse(err), retryAfterMs: null }
     }
   }
 
@@ -83,12 +78,11 @@ export class HttpCallbackSender implements CallbackSender {
 
   /**
    * Makes one POST. Repeats it at once only when a kept connection turned out to be closed by the
-   * receiver: the same `webhook-id` makes that safe. What was posted is added to `posts`.
+   * receiver: the same `webhook-id` makes that safe.
    */
   async #postOnce(
     delivery: Parameters<CallbackSender['send']>[0],
     signal: AbortSignal,
-    posts: Answer[],
   ): Promise<AttemptResult> {
     const { webhookId: id, timestamp } = delivery
     const signing = signer(this.#options.signingKeys, { id, timestamp })
@@ -96,7 +90,6 @@ export class HttpCallbackSender implements CallbackSender {
     const signature = signing.header()
     const startedAt = performance.now()
     const first = this.#post(delivery, { body, signature }, signal)
-    posts.push(first)
     try {
       return resultOf(await first.head())
     } catch (err) {
@@ -106,9 +99,7 @@ export class HttpCallbackSender implements CallbackSender {
         !isInterimAnswer(err) &&
         performance.now() - startedAt <= STALE_MS
       if (!isStale || signal.aborted) throw err
-      const second = this.#post(delivery, { body, signature }, signal)
-      posts.push(second)
-      return resultOf(await second.head())
+      return resultOf(await this.#post(delivery, { body, signature }, signal).head())
     }
   }
 
@@ -168,8 +159,6 @@ class Answer implements Dispatcher.DispatchHandler {
   #controller: Dispatcher.DispatchController | undefined
   #head: Head | undefined
   #bytes = 0
-  /** Its head was sent. */
-  isBegun = false
   isOnKeptConnection = false
 
   /** `onBegin` is called when its request is about to be sent. */
@@ -251,7 +240,7 @@ function isInterimAnswer(err: unknown): boolean {
 }
 
 /** What went wrong, without the addresses and the fine distinctions that would make a port scanner of us. */
-function coarse(err: unknown, isBegun: boolean): string {
+function coarse(err: unknown): string {
   // Holds: `code` is read as a value of any type.
   const { code, name } = (err ?? {}) as { code?: unknown; name?: unknown }
   if (
@@ -265,8 +254,5 @@ function coarse(err: unknown, isBegun: boolean): string {
   if (code === 'ENOTFOUND' || code === 'EAI_AGAIN') return 'the name could not be resolved'
   if (typeof code === 'string' && /CERT|SSL|TLS|VERIFY/.test(code))
     return 'no trusted TLS connection'
-  // One that answers early and closes may reset the connection before its answer is read.
-  return isBegun || code === 'UND_ERR_SOCKET'
-    ? 'the connection ended without an answer'
-    : 'no connection'
+  return 'no connection'
 }

@@ -4,14 +4,7 @@ import { Deadline } from './deadline.ts'
 import { StoreFullError, TaskRunnerError } from './errors.ts'
 import { type Masker, maskedTail } from './masking.ts'
 import { Membership } from './membership.ts'
-import {
-  CANCELLED,
-  failure,
-  NO_LOG,
-  type TakenLog,
-  UNREADABLE_LOG,
-  withLastLine,
-} from './outcome.ts'
+import { CANCELLED, failure, ownLog } from './outcome.ts'
 import { Patience, persistently, wordsOf } from './patience.ts'
 import type {
   ClaimedTask,
@@ -19,6 +12,7 @@ import type {
   Completion,
   DeliveryContent,
   Logger,
+  LogTail,
   NewDelivery,
   OrphanedTask,
   SeenTask,
@@ -410,7 +404,7 @@ export class TaskRunner {
         return CANCELLED
       }
       // It may have ended in time, with nobody here to see it.
-      if ((await worker.hasEnded?.()) || (await worker.status()) === 'Completed') {
+      if ((await worker.status()) === 'Completed') {
         return this.#outcomeOf(await worker.completion(letGo), task)
       }
       await worker.stop()
@@ -453,7 +447,9 @@ export class TaskRunner {
     { worker, run, keepWorker }: Ending,
   ): Promise<Committed | undefined> {
     const { callbackUrl } = task
-    const { log, rawBytes } = await this.#logOf(task, outcome, worker)
+    const { log, rawBytes } = worker
+      ? await this.#takeLog(worker, task, outcome.exitCode !== null)
+      : ownLog(outcome.message ?? outcome.reason)
     const delivery = callbackUrl === null ? undefined : this.#callbacks.prepare(callbackUrl)
     const committing = () =>
       this.#store.finish(task, {
@@ -481,20 +477,17 @@ export class TaskRunner {
     return { delivery, content: { url: callbackUrl, token, traceparent, payload } }
   }
 
-  /** The log as it is kept and sent. */
-  async #logOf(task: Task, outcome: Outcome, worker: Worker | undefined): Promise<TakenLog> {
-    const taken = worker ? await this.#takeLog(worker, task, outcome.exitCode !== null) : NO_LOG
-    const mask = (text: string) => this.#masked(text, task)
-    return withLastLine(taken, outcome, { mask, maxBytes: LOG_BYTES_KEPT })
-  }
-
-  async #takeLog(worker: Worker, task: Task, hasEnded: boolean): Promise<TakenLog> {
+  async #takeLog(
+    worker: Worker,
+    task: Task,
+    hasEnded: boolean,
+  ): Promise<{ log: LogTail; rawBytes: number }> {
     const reading = () =>
       maskedTail(worker, this.#options.maskerFor(task), LOG_BYTES_KEPT, hasEnded)
     using deadline = new Deadline(LOG_PATIENCE_MS, [this.#closing.signal])
     const taken = await this.#repeat('reading a log', reading, deadline)
     // The outcome is worth more than the log.
-    return taken ?? UNREADABLE_LOG
+    return taken ?? ownLog('the log could not be read')
   }
 
   /** Success is an observed exit code 0, and nothing else. */

@@ -8,22 +8,15 @@ export interface Exit {
   code: number
   /** What the bootstrap has to say about it. */
   words: string | null
-  /** In a container that stays: nothing is left of the task. */
-  isOver: boolean
 }
 
 /** Undefined while it is not written. */
 export function parseExit(line: string): Exit | undefined {
-  const match = /^(clone|startup|task) (\d+)(?: (.+))?\n(over\n)?/.exec(line)
+  const match = /^(clone|startup|task) (\d+)(?: (.+))?\n/.exec(line)
   if (!match) return undefined
-  const [, phase, code, words = null, over] = match
+  const [, phase, code, words = null] = match
   // Holds: the expression lets nothing else through.
-  return {
-    phase: phase as Exit['phase'],
-    code: Number(code),
-    words,
-    isOver: over !== undefined,
-  }
+  return { phase: phase as Exit['phase'], code: Number(code), words }
 }
 
 /** What an exit says about a task. */

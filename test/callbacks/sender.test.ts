@@ -325,12 +325,9 @@ describe('HttpCallbackSender', () => {
       expect(await post(url)).toMatchObject({ statusCode: 200, error: null })
     })
 
-    test('that is no HTTP is none', async () => {
+    test('that is no HTTP is no connection', async () => {
       const url = await tcp((socket) => socket.end('SSH-2.0-OpenSSH\r\n'))
-      expect(await post(url)).toMatchObject({
-        statusCode: null,
-        error: 'the connection ended without an answer',
-      })
+      expect(await post(url)).toMatchObject({ statusCode: null, error: 'no connection' })
     })
 
     test('tells when to come again, in seconds or as a date', async () => {
@@ -359,10 +356,7 @@ describe('HttpCallbackSender', () => {
 
     test('the connection is closed at once', async () => {
       const url = await tcp((socket) => socket.destroy())
-      expect(await post(url)).toMatchObject({
-        statusCode: null,
-        error: 'the connection ended without an answer',
-      })
+      expect(await post(url)).toMatchObject({ statusCode: null, error: 'no connection' })
     })
 
     test('a name that does not exist', async () => {

@@ -205,11 +205,8 @@ export class DockerBackend implements WorkerBackend {
   async #create(spec: WorkerSpec, image: string, signal: AbortSignal): Promise<string> {
     const { cpus, isPodman } = await this.#machineOnce()
     const createdAt = this.#settings.now()
-    const { deployment, network, mounts, terminationGraceMs } = this.#settings
-    const options = {
-      ...{ deployment, image, network, mounts, terminationGraceMs, createdAt },
-      cpusMax: cpus,
-    }
+    const { deployment, network, mounts } = this.#settings
+    const options = { deployment, image, network, mounts, cpusMax: cpus, createdAt }
     const logDriver = isPodman ? 'json-file' : 'local'
     const body = containerRequest(spec, { ...options, logDriver })
     const made = z.object({ Id: z.string().min(1) })
@@ -321,8 +318,7 @@ export class DockerBackend implements WorkerBackend {
     if (!container || container.State.Status === 'removing') return 'Terminating'
     if (container.State.Status === 'created') return 'Provisioning'
     if (['exited', 'dead'].includes(container.State.Status)) return 'Completed'
-    const isOver =
-      container.Config.Labels[LABELS.keeps] && (await hasEnded(this.#engine, container))
+    const isOver = container.Config.Labels[LABELS.keeps] && (await hasEnded(this.#engine, id))
     return isOver ? 'Completed' : 'Running'
   }
 

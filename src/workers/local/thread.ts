@@ -15,7 +15,6 @@ export type Methods = Pick<
   | 'completion'
   | 'tail'
   | 'stop'
-  | 'hasEnded'
   | 'terminate'
   | 'freeSpace'
   | 'check'
