@@ -28,7 +28,7 @@ import { isFinal, type Outcome, type Task, traceOf } from './task.ts'
 import type { WorkerSetup } from './worker-setup.ts'
 
 export const LOG_BYTES_KEPT = 5 * 1024 * 1024
-/** Of a log that is held for the first attempt: most need no second look into the store. */
+/** A log up to this size is held for the first attempt: most need no second look into the store. */
 const HELD_LOG_BYTES = 64 * 1024
 const PAUSES = { retryMs: 500, retryMaxMs: 15_000 }
 const HOPELESS_MS = 600_000
