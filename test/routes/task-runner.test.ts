@@ -229,6 +229,16 @@ describe('task files', () => {
     },
   )
 
+  test('a link that leads to itself is refused, and says so', async () => {
+    const link = join(tasksDir, 'circle.sh')
+    await symlink('circle.sh', link)
+    expect(await app.submit(taskRequest({ task_file_name: 'circle.sh' }))).toEqual({
+      status: 404,
+      body: { success: false, message: 'The task file "circle.sh" cannot be read (ELOOP)' },
+    })
+    await rm(link)
+  })
+
   test('a link out of the folder is refused, and says so', async () => {
     expect(await app.submit(taskRequest({ task_file_name: 'leads-out.sh' }))).toEqual({
       status: 422,
