@@ -1,6 +1,6 @@
 import { readFileSync, statSync } from 'node:fs'
 import { availableParallelism } from 'node:os'
-import { isAbsolute, join, relative, resolve } from 'node:path'
+import { delimiter, isAbsolute, join, relative, resolve } from 'node:path'
 import { z } from 'zod'
 import { isNetwork } from './callbacks/address-guard.ts'
 import { isLoopbackName } from './core/loopback.ts'
@@ -96,6 +96,8 @@ const DNS_LABEL = /^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$/
 const MOUNT = /^[^:]+:\/[^:]*(:ro)?$/
 const MOUNT_HINT = 'each must be source:/target or source:/target:ro'
 
+const PATH_DEFAULT = '/usr/local/bin:/usr/bin:/bin'
+
 const schema = z.object({
   HOST: z.string().default('127.0.0.1'),
   PORT: int(0, 65535).default(3000),
@@ -160,7 +162,7 @@ const schema = z.object({
   SHUTDOWN_GRACE_SECONDS: z.coerce.number().min(0).max(3_600).default(30),
   SAMPLE_CALLBACKS: flag.optional(),
   LOG_LEVEL: z.enum(['trace', 'debug', 'info', 'warn', 'error', 'fatal', 'silent']).default('info'),
-  PATH: z.string().default('/usr/local/bin:/usr/bin:/bin'),
+  PATH: z.string().default(PATH_DEFAULT),
   LANG: z.string().default('C.UTF-8'),
   TZ: z.string().optional(),
 })
@@ -295,9 +297,16 @@ export function loadConfig(
     shutdownGraceMs: values.SHUTDOWN_GRACE_SECONDS * 1000,
     sampleCallbacks: values.SAMPLE_CALLBACKS ?? isLoopbackName(values.HOST),
     logLevel: values.LOG_LEVEL,
-    path: values.PATH,
+    path: env.npm_lifecycle_event === undefined ? values.PATH : withoutNpm(values.PATH),
     locale: { LANG: values.LANG, ...(values.TZ === undefined ? {} : { TZ: values.TZ }) },
   }
+}
+
+/** npm puts the service's own packages before what the machine has: they are not for tasks. */
+function withoutNpm(path: string): string {
+  const folders = path.split(delimiter)
+  const first = folders.findIndex((folder) => !/\/(node_modules\/\.bin|node-gyp-bin)$/.test(folder))
+  return first < 0 ? PATH_DEFAULT : folders.slice(first).join(delimiter)
 }
 
 function tokensFromFile(path: string | undefined, problems: string[]): string[] {

@@ -11,6 +11,7 @@ import { LOG_BYTES_KEPT } from './core/task-runner.ts'
 import { WorkerSetup } from './core/worker-setup.ts'
 import { FileSecretSource } from './secrets/source.ts'
 import { LocalBackend } from './workers/local/local-backend.ts'
+import { openFilesAtStart } from './workers/local/open-files.ts'
 
 /** Of a log, beyond what is told: a secret may lie across the border. */
 const MASKING_OVERLAP_BYTES = 256 * 1024
@@ -98,6 +99,7 @@ export async function openLocal(
     },
     environment: { PATH: config.path, ...config.locale },
     umask,
+    openFiles: openFilesAtStart(),
     terminationGraceMs: config.terminationGraceMs,
     logBytesKept: LOG_BYTES_READ,
   }

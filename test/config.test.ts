@@ -251,3 +251,20 @@ describe('problems', () => {
     await rm(folder, { recursive: true })
   })
 })
+
+describe('the PATH of tasks', () => {
+  const OWN = '/opt/node_modules/.bin:/usr/local/bin:/usr/bin'
+  const ADDED =
+    '/app/node_modules/.bin:/node_modules/.bin:/usr/lib/node_modules/npm/node_modules/@npmcli/run-script/lib/node-gyp-bin'
+
+  test('has nothing of what npm put before it', () => {
+    const path = (PATH: string, env = {}) => loadConfig({ PATH, ...env }).path
+    const underNpm = { npm_lifecycle_event: 'start' }
+    expect(path(`${ADDED}:/usr/bin:${OWN}`, underNpm)).toBe(`/usr/bin:${OWN}`)
+    expect(path(`${ADDED}:${ADDED}:/usr/bin`, underNpm)).toBe('/usr/bin')
+    expect(path(ADDED, underNpm)).toBe('/usr/local/bin:/usr/bin:/bin')
+    expect(path('/usr/bin', underNpm)).toBe('/usr/bin')
+    // Not npm's, then.
+    expect(path(OWN)).toBe(OWN)
+  })
+})

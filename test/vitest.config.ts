@@ -8,14 +8,18 @@ export const SLOW = [
   'queue/pg-boss.test.ts',
   'readme.test.ts',
   'recovery/**/*.test.ts',
+  'routes/slow-readers.test.ts',
   'security/secrets.test.ts',
   'web/page.test.ts',
+  'workers/bootstrap-contain.test.ts',
   'workers/docker-containers.test.ts',
   'workers/docker-failures.test.ts',
   'workers/docker-restart.test.ts',
   'workers/kubernetes-failures.test.ts',
   'workers/kubernetes-streams.test.ts',
   'workers/kubernetes-troubles.test.ts',
+  'workers/local-log.test.ts',
+  'workers/local-odd-folders.test.ts',
 ]
 
 export default defineConfig({

@@ -37,7 +37,10 @@ export class HttpCallbackSender implements CallbackSender {
   readonly #onHeaders = (message: unknown) => {
     // Holds: undici's documentation of this channel.
     const { socket } = message as { socket: object }
-    if (this.#beginning) this.#beginning.isOnKeptConnection = this.#used.has(socket)
+    if (this.#beginning) {
+      this.#beginning.isBegun = true
+      this.#beginning.isOnKeptConnection = this.#used.has(socket)
+    }
     this.#beginning = undefined
     this.#used.add(socket)
   }
@@ -63,11 +66,13 @@ export class HttpCallbackSender implements CallbackSender {
     const refusal = this.#options.guard.refusal(new URL(delivery.url))
     if (refusal !== undefined) return BLOCKED
     using deadline = new Deadline(this.#options.timeoutMs, [signal])
+    const posts: Answer[] = []
     try {
-      return await this.#postOnce(delivery, deadline.signal)
+      return await this.#postOnce(delivery, deadline.signal, posts)
     } catch (err) {
       if (err instanceof BlockedAddressError) return BLOCKED
-      return { statusCode: null, error: coarse(err), retryAfterMs: null }
+      const error = coarse(err, posts.at(-1)?.isBegun ?? false)
+      return { statusCode: null, error, retryAfterMs: null }
     }
   }
 
@@ -78,11 +83,12 @@ export class HttpCallbackSender implements CallbackSender {
 
   /**
    * Makes one POST. Repeats it at once only when a kept connection turned out to be closed by the
-   * receiver: the same `webhook-id` makes that safe.
+   * receiver: the same `webhook-id` makes that safe. What was posted is added to `posts`.
    */
   async #postOnce(
     delivery: Parameters<CallbackSender['send']>[0],
     signal: AbortSignal,
+    posts: Answer[],
   ): Promise<AttemptResult> {
     const { webhookId: id, timestamp } = delivery
     const signing = signer(this.#options.signingKeys, { id, timestamp })
@@ -90,6 +96,7 @@ export class HttpCallbackSender implements CallbackSender {
     const signature = signing.header()
     const startedAt = performance.now()
     const first = this.#post(delivery, { body, signature }, signal)
+    posts.push(first)
     try {
       return resultOf(await first.head())
     } catch (err) {
@@ -99,7 +106,9 @@ export class HttpCallbackSender implements CallbackSender {
         !isInterimAnswer(err) &&
         performance.now() - startedAt <= STALE_MS
       if (!isStale || signal.aborted) throw err
-      return resultOf(await this.#post(delivery, { body, signature }, signal).head())
+      const second = this.#post(delivery, { body, signature }, signal)
+      posts.push(second)
+      return resultOf(await second.head())
     }
   }
 
@@ -159,6 +168,8 @@ class Answer implements Dispatcher.DispatchHandler {
   #controller: Dispatcher.DispatchController | undefined
   #head: Head | undefined
   #bytes = 0
+  /** Its head was sent. */
+  isBegun = false
   isOnKeptConnection = false
 
   /** `onBegin` is called when its request is about to be sent. */
@@ -240,7 +251,7 @@ function isInterimAnswer(err: unknown): boolean {
 }
 
 /** What went wrong, without the addresses and the fine distinctions that would make a port scanner of us. */
-function coarse(err: unknown): string {
+function coarse(err: unknown, isBegun: boolean): string {
   // Holds: `code` is read as a value of any type.
   const { code, name } = (err ?? {}) as { code?: unknown; name?: unknown }
   if (
@@ -254,5 +265,8 @@ function coarse(err: unknown): string {
   if (code === 'ENOTFOUND' || code === 'EAI_AGAIN') return 'the name could not be resolved'
   if (typeof code === 'string' && /CERT|SSL|TLS|VERIFY/.test(code))
     return 'no trusted TLS connection'
-  return 'no connection'
+  // One that answers early and closes may reset the connection before its answer is read.
+  return isBegun || code === 'UND_ERR_SOCKET'
+    ? 'the connection ended without an answer'
+    : 'no connection'
 }

@@ -106,6 +106,8 @@ export interface Worker {
   completion(signal: AbortSignal): Promise<Completion>
   /** Ends the task's processes (TERM, a grace period, KILL); log and files stay readable. Idempotent. */
   stop(): Promise<void>
+  /** True once the task has ended of its own accord, also while something of it may still write into its log. */
+  hasEnded?(): Promise<boolean>
   /** The last bytes of the log. */
   logs(options: { maxBytes: number }): Promise<LogTail>
   /** The log's bytes from an offset on, as they come; ends when the task has ended and all was read. */
@@ -351,7 +353,7 @@ export interface TaskStore {
     end: {
       outcome: Outcome
       log: LogTail
-      /** Bytes that the task logged, before anything was masked or cut. */
+      /** Bytes of the log, our last line included, before anything was masked or cut. */
       logBytes: number
       delivery: NewDelivery | undefined
       finishedAt: number

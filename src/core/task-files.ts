@@ -18,7 +18,7 @@ import {
 } from './tasks-folder.ts'
 import { mergeWorkerConfigs, type WorkerConfig } from './worker-config.ts'
 
-export const TASK_FILE_EXTENSIONS = ['.py', '.sh', '.js', '.mjs', '.ts'] as const
+export const TASK_FILE_EXTENSIONS = ['.py', '.sh', '.js', '.mjs', '.cjs', '.ts'] as const
 
 const LISTED_MAX = 1_000
 const WARNINGS_MAX = 20

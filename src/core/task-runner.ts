@@ -4,7 +4,14 @@ import { Deadline } from './deadline.ts'
 import { StoreFullError, TaskRunnerError } from './errors.ts'
 import { type Masker, maskedTail } from './masking.ts'
 import { Membership } from './membership.ts'
-import { CANCELLED, failure, ownLog } from './outcome.ts'
+import {
+  CANCELLED,
+  failure,
+  NO_LOG,
+  type TakenLog,
+  UNREADABLE_LOG,
+  withLastLine,
+} from './outcome.ts'
 import { Patience, persistently, wordsOf } from './patience.ts'
 import type {
   ClaimedTask,
@@ -12,7 +19,6 @@ import type {
   Completion,
   DeliveryContent,
   Logger,
-  LogTail,
   NewDelivery,
   OrphanedTask,
   SeenTask,
@@ -404,7 +410,7 @@ export class TaskRunner {
         return CANCELLED
       }
       // It may have ended in time, with nobody here to see it.
-      if ((await worker.status()) === 'Completed') {
+      if ((await worker.hasEnded?.()) || (await worker.status()) === 'Completed') {
         return this.#outcomeOf(await worker.completion(letGo), task)
       }
       await worker.stop()
@@ -447,9 +453,7 @@ export class TaskRunner {
     { worker, run, keepWorker }: Ending,
   ): Promise<Committed | undefined> {
     const { callbackUrl } = task
-    const { log, rawBytes } = worker
-      ? await this.#takeLog(worker, task, outcome.exitCode !== null)
-      : ownLog(outcome.message ?? outcome.reason)
+    const { log, rawBytes } = await this.#logOf(task, outcome, worker)
     const delivery = callbackUrl === null ? undefined : this.#callbacks.prepare(callbackUrl)
     const committing = () =>
       this.#store.finish(task, {
@@ -477,17 +481,20 @@ export class TaskRunner {
     return { delivery, content: { url: callbackUrl, token, traceparent, payload } }
   }
 
-  async #takeLog(
-    worker: Worker,
-    task: Task,
-    hasEnded: boolean,
-  ): Promise<{ log: LogTail; rawBytes: number }> {
+  /** The log as it is kept and sent. */
+  async #logOf(task: Task, outcome: Outcome, worker: Worker | undefined): Promise<TakenLog> {
+    const taken = worker ? await this.#takeLog(worker, task, outcome.exitCode !== null) : NO_LOG
+    const mask = (text: string) => this.#masked(text, task)
+    return withLastLine(taken, outcome, { mask, maxBytes: LOG_BYTES_KEPT })
+  }
+
+  async #takeLog(worker: Worker, task: Task, hasEnded: boolean): Promise<TakenLog> {
     const reading = () =>
       maskedTail(worker, this.#options.maskerFor(task), LOG_BYTES_KEPT, hasEnded)
     using deadline = new Deadline(LOG_PATIENCE_MS, [this.#closing.signal])
     const taken = await this.#repeat('reading a log', reading, deadline)
     // The outcome is worth more than the log.
-    return taken ?? ownLog('the log could not be read')
+    return taken ?? UNREADABLE_LOG
   }
 
   /** Success is an observed exit code 0, and nothing else. */

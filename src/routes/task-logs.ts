@@ -55,7 +55,7 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
         headers: z.object({
           'last-event-id': z
             .string()
-            .regex(/^\d{1,15}$/)
+            .regex(/^\d{0,15}$/)
             .optional(),
         }),
         response: {
@@ -77,7 +77,8 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
       reply.raw.on('close', () => gone.abort())
       const signal = AbortSignal.any([gone.signal, closing.signal])
       if (query.follow !== 'true') return sendLog(reply, await tailOf(task, { maxBytes, signal }))
-      const resumeAt = headers['last-event-id']
+      // Empty, as clients send it that have no id yet, it counts as absent.
+      const resumeAt = headers['last-event-id'] || undefined
       reply.hijack()
       reply.raw.writeHead(200, {
         'content-type': 'text/event-stream',
@@ -160,6 +161,7 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
     signal: AbortSignal,
   ): Promise<void> {
     let at = start.from
+    let hasRead = false
     // The beginning of a character, or of a line end, at the end of a piece waits for its rest.
     let rest: Buffer = Buffer.alloc(0)
     const sendPiece = async (
@@ -192,16 +194,18 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
           const piece = bytes.subarray(index, index + MASKED_A_TURN)
           read += piece.length
           const shown = masked.push(piece)
+          hasRead = true
           await sendPiece(shown, read - masked.heldBytes())
         }
       }
       // Cut short by us: what is held back may be half a secret, and comes whole when they ask again.
-      if (!signal.aborted) await sendPiece(masked.flush(), read, { isLast: true })
+      if (!signal.aborted) await sendPiece(masked.flush(), read)
     }
     if (running) await unlessEnded(streamFrom(running), task)
     const ended = await finalTask(task, signal)
     if (!ended) return
-    // What came after the last look, or all of it when the worker was gone before.
+    // What came after the last look with the line that says why the task ended, or all of it when
+    // the worker was gone before.
     const log = await kept.size(task.taskId)
     if (log) {
       const keptFrom = log.totalBytes - log.keptBytes
@@ -211,7 +215,9 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
       const from = at === undefined ? log.totalBytes - start.maxBytes : at - maskedBytes
       const cut = at === undefined ? '' : cutLine(keptFrom - from)
       if (cut !== '') await send(response, signal, { data: cut })
-      const first = Math.max(0, from - keptFrom)
+      // Less is kept than was read here: the log could not be read again, and says so instead.
+      const isAnother = hasRead && from > log.totalBytes
+      const first = isAnother ? 0 : Math.max(0, from - keptFrom)
       let offset = keptFrom + first + maskedBytes
       rest = Buffer.alloc(0)
       for await (const piece of kept.pieces(task.taskId, first)) {

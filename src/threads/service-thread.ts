@@ -36,6 +36,8 @@ export class ServiceThread<Request> {
     this.ready.catch(() => {})
     this.#thread = new Worker(new URL(`${module}${extname(importedFrom)}`, importedFrom), {
       ...{ workerData, name },
+      // That of node:ffi: see splice.ts.
+      execArgv: ['--disable-warning=ExperimentalWarning'],
     })
     this.#thread.on('message', (message: FromThread) => this.#hear(message))
     this.#thread.on('messageerror', (err) => this.#fail(err))

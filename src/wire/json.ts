@@ -7,6 +7,7 @@ export const JSON_NAMES_MAX = 10_000
 const JSON_VALUES_MAX = 200_000
 
 const [QUOTE, COMMA, BACKSLASH] = [0x22, 0x2c, 0x5c]
+const [MINUS, FIRST_OF_NAN, FIRST_OF_INFINITY] = [0x2d, 0x4e, 0x49]
 const [LIST, LIST_END, OBJECT, OBJECT_END] = [0x5b, 0x5d, 0x7b, 0x7d]
 
 /** A list or object that is being read. */
@@ -21,7 +22,7 @@ interface Container {
 /**
  * Counts names and values before JSON is parsed: some megabytes of them would keep parser and
  * validation busy for seconds. Throws `invalid_request` with the path, below `prefix`, of what has
- * too many. Invalid JSON is left to the parser.
+ * too many, or is no number of JSON. Other invalid JSON is left to the parser.
  */
 export function limitJson(json: Buffer, prefix: readonly string[] = []): void {
   const open: Container[] = []
@@ -54,11 +55,26 @@ export function limitJson(json: Buffer, prefix: readonly string[] = []): void {
         throw new InvalidRequestError([{ path, message: `has more than ${JSON_NAMES_MAX} names` }])
       }
     }
+    if (byte === FIRST_OF_NAN || byte === FIRST_OF_INFINITY) {
+      const word = noNumber(json, at)
+      if (word === undefined) return
+      const path = joined([...prefix, ...pathOf(json, open)])
+      const message = `${word} is not valid JSON: send null or a string`
+      throw new InvalidRequestError([{ path, message }])
+    }
     if (values > JSON_VALUES_MAX) {
       const message = `holds more than ${JSON_VALUES_MAX} values`
       throw new InvalidRequestError([{ path: joined([...prefix]), message }])
     }
   }
+}
+
+/** Python writes these numbers by default; the parser names no more than their first letter. */
+function noNumber(json: Buffer, at: number): string | undefined {
+  const word = /^(NaN|Infinity)\b/.exec(
+    json.toString('latin1', at, at + 'Infinity'.length + 1),
+  )?.[1]
+  return word && json[at - 1] === MINUS ? `-${word}` : word
 }
 
 /** Index after the closing quote. */

@@ -12,7 +12,7 @@ const VARIABLE_BYTES_MAX = 131_071
 const VARIABLES_BYTES_MAX = 1_000_000
 /** Set by the service, or read-only or numeric in shells, which would refuse to start the task. */
 const RESERVED_VARIABLES = new Set([
-  ...['TASK_ID', 'TASK_FILE_NAME', 'WORKER_NAME'],
+  ...['TASK_ID', 'TASK_FILE_NAME', 'TASK_RUNNER_FOLDER', 'WORKER_NAME'],
   ...['OPTIND', 'PPID', 'UID', 'EUID', 'SHELLOPTS', 'BASHOPTS'],
   ...['BASH_VERSINFO', '_'],
 ])

@@ -8,15 +8,22 @@ export interface Exit {
   code: number
   /** What the bootstrap has to say about it. */
   words: string | null
+  /** In a container that stays: nothing is left of the task. */
+  isOver: boolean
 }
 
 /** Undefined while it is not written. */
 export function parseExit(line: string): Exit | undefined {
-  const match = /^(clone|startup|task) (\d+)(?: (.+))?\n/.exec(line)
+  const match = /^(clone|startup|task) (\d+)(?: (.+))?\n(over\n)?/.exec(line)
   if (!match) return undefined
-  const [, phase, code, words = null] = match
+  const [, phase, code, words = null, over] = match
   // Holds: the expression lets nothing else through.
-  return { phase: phase as Exit['phase'], code: Number(code), words }
+  return {
+    phase: phase as Exit['phase'],
+    code: Number(code),
+    words,
+    isOver: over !== undefined,
+  }
 }
 
 /** What an exit says about a task. */

@@ -16,6 +16,7 @@ import {
   type TasksEntry,
   tasksFolderUnavailable,
 } from '../core/tasks-folder.ts'
+import { COMMON_ENVIRONMENT } from './environment.ts'
 import { quote } from './quote.ts'
 import { repositoryFiles } from './repositories.ts'
 
@@ -28,14 +29,21 @@ export const WORKER_USER = 10_001
 
 export const BOOTSTRAP = fileURLToPath(new URL('./bootstrap.sh', import.meta.url))
 
+/** What a container gets beyond the grace period of its task: the bootstrap ends what is left, and names it. */
+export const BOOTSTRAP_END_MS = 2_000
+
 /** The command of a worker's container. `messageFile`: where the engine looks for a container's last words. */
-export function workerCommand(spec: WorkerSpec, messageFile = ''): string[] {
+export function workerCommand(
+  spec: WorkerSpec,
+  { terminationGraceMs, messageFile = '' }: { terminationGraceMs: number; messageFile?: string },
+): string[] {
   const keep = spec.keepAfterwards ? 'keep' : ''
   const interpreters = ['python3', 'bash', 'node']
   const args = [
     WORKER_FOLDER,
     keep,
     messageFile,
+    String(Math.ceil(terminationGraceMs)),
     spec.taskFolder,
     spec.taskFileName,
     ...interpreters,
@@ -45,9 +53,11 @@ export function workerCommand(spec: WorkerSpec, messageFile = ''): string[] {
 
 /** Files of one worker alone, by their names in its folder. They hold its secrets. */
 export function ownFiles(spec: WorkerSpec): Array<{ name: string; content: string }> {
-  const exports = Object.entries({ LANG: 'C.UTF-8', ...spec.environment }).map(
-    ([name, value]) => `export ${name}=${quote(value)}\n`,
-  )
+  const exports = Object.entries({
+    LANG: 'C.UTF-8',
+    ...COMMON_ENVIRONMENT,
+    ...spec.environment,
+  }).map(([name, value]) => `export ${name}=${quote(value)}\n`)
   const folders = 'export HOME="$__tr_folder/home" TMPDIR="$__tr_folder/tmp"\n'
   return [
     { name: 'environment.sh', content: folders + exports.join('') },

@@ -29,6 +29,8 @@ const POLL = { timeout: 20_000, interval: 20 }
 const SOCKET_BUFFERS_BYTES = 16 * 1024 * 1024
 const DAY_MS = 86_400_000
 
+const UNANSWERED = 'the connection ended without an answer'
+
 describe('what follows the answer of a receiver', () => {
   test('2xx delivers, at the first attempt', async () => {
     await using story = await startStory({ CALLBACK_RETRY_SECONDS: '3600' })
@@ -160,7 +162,7 @@ describe('a broken connection is a failure, told coarsely', () => {
     await using target = await startRawServer(behave)
     await using callbacks = testSender()
     const result = await within(4_000, () => callbacks.send(target.url))
-    expect(result).toEqual({ statusCode: null, error: 'no connection', retryAfterMs: null })
+    expect(result).toEqual({ statusCode: null, error: UNANSWERED, retryAfterMs: null })
     // A connection lost at once may have been a stale one: it is tried once more, not more often.
     expect(target.connections.length).toBeLessThanOrEqual(2)
     await expect.poll(() => target.open(), POLL).toBe(0)
@@ -455,7 +457,7 @@ describe('an answer of any size counts by its status and costs us 64 KB', () => 
     })
     await using callbacks = testSender()
     const result = await within(4_500, () => callbacks.send(target.url))
-    expect(result).toMatchObject({ statusCode: null, error: 'no connection' })
+    expect(result).toMatchObject({ statusCode: null, error: UNANSWERED })
     await expect.poll(() => target.open(), POLL).toBe(0)
   })
 })
@@ -496,7 +498,7 @@ describe('kept connections', () => {
     for (const webhookId of ['msg_1', 'msg_2']) {
       expect(await callbacks.send(target.url, { webhookId })).toMatchObject({
         statusCode: null,
-        error: 'no connection',
+        error: UNANSWERED,
       })
     }
     const heard = target.connections.map(({ received }) => received().toString())

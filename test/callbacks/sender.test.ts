@@ -325,9 +325,12 @@ describe('HttpCallbackSender', () => {
       expect(await post(url)).toMatchObject({ statusCode: 200, error: null })
     })
 
-    test('that is no HTTP is no connection', async () => {
+    test('that is no HTTP is none', async () => {
       const url = await tcp((socket) => socket.end('SSH-2.0-OpenSSH\r\n'))
-      expect(await post(url)).toMatchObject({ statusCode: null, error: 'no connection' })
+      expect(await post(url)).toMatchObject({
+        statusCode: null,
+        error: 'the connection ended without an answer',
+      })
     })
 
     test('tells when to come again, in seconds or as a date', async () => {
@@ -356,7 +359,10 @@ describe('HttpCallbackSender', () => {
 
     test('the connection is closed at once', async () => {
       const url = await tcp((socket) => socket.destroy())
-      expect(await post(url)).toMatchObject({ statusCode: null, error: 'no connection' })
+      expect(await post(url)).toMatchObject({
+        statusCode: null,
+        error: 'the connection ended without an answer',
+      })
     })
 
     test('a name that does not exist', async () => {

@@ -19,7 +19,7 @@ import {
   type WorkerSpec,
 } from '../../src/core/ports.ts'
 import { isFinal, type Task } from '../../src/core/task.ts'
-import { TaskRunner } from '../../src/core/task-runner.ts'
+import { LOG_BYTES_KEPT, TaskRunner } from '../../src/core/task-runner.ts'
 import { WorkerSetup } from '../../src/core/worker-setup.ts'
 import { DEFAULT_WORKER_SIZES } from '../../src/core/worker-sizes.ts'
 import { EmbeddedQueue } from '../../src/queue/embedded.ts'
@@ -31,6 +31,7 @@ import { SqlTaskStore } from '../../src/store/task-store.ts'
 
 const SILENT: Logger = { debug() {}, info() {}, warn() {}, error() {} }
 const DONE: Completion = { reason: 'completed', exitCode: 0, signal: null, message: null }
+const FAILED: Completion = { ...DONE, reason: 'exit_code', exitCode: 3, message: 'Exit code 3' }
 const CALLBACK = 'https://receiver.example/hook'
 const PROVISIONING_MS = 150
 const WAIT = { timeout: 10_000, interval: 5 }
@@ -60,6 +61,14 @@ class ScriptedWorker implements Worker {
 
   async status() {
     return 'Running' as const
+  }
+
+  /** What it left may still write into its log. */
+  hasEndedItself = false
+  async hasEnded() {
+    // Asked at the limit: soon after it nothing is left.
+    if (this.hasEndedItself) this.ended.resolve({ ...DONE, reason: 'exit_code', exitCode: 3 })
+    return this.hasEndedItself
   }
 
   /** Fails what waits for the completion at the moment. */
@@ -294,6 +303,8 @@ describe('TaskRunner', () => {
     return (await store.get(task.taskId)) as Task
   }
 
+  const keptLog = async (task: { taskId: string }) =>
+    (await store.log(task.taskId))?.content.toString()
   const workerGone = (task: { workerName: string }) =>
     expect.poll(() => backend.workers.has(task.workerName), WAIT).toBe(false)
   const delivered = (task: { taskId: string }) =>
@@ -421,6 +432,17 @@ describe('TaskRunner', () => {
       expect((await store.log(task.taskId))?.content.toString()).toContain('could not be read')
     })
 
+    test('a log that cannot be read says nothing of what the task printed', async () => {
+      const { task } = await started()
+      const worker = await workerOf(task)
+      worker.logs = () => Promise.reject(new Error('ENOENT'))
+      worker.ended.resolve({ ...FAILED, exitCode: 4, message: 'Exit code 4' })
+      await finalOf(task)
+      expect(await keptLog(task)).toBe(
+        '[task-runner] The log could not be read\n[task-runner] Failed with exit code 4\n',
+      )
+    })
+
     test('no more tasks run at once than may', async () => {
       const tasks = [await stored(), await stored(), await stored()]
       const service = open({}, 2)
@@ -441,6 +463,112 @@ describe('TaskRunner', () => {
       expect(await store.workerOwner(task.taskId)).toMatchObject({ kept: true })
       expect(await store.workersToTerminate()).toEqual([])
       expect(events).not.toContain('terminate')
+    })
+  })
+
+  describe('the last line of the log', () => {
+    const WHY = 'Ran out of memory: the limit was reached'
+    const ENDED: Completion = { reason: 'oom_killed', exitCode: 137, signal: null, message: WHY }
+
+    /** The kept log of a task that has printed `log`. Sent and counted the same. */
+    async function logOf(completion: Completion, log: string, token: string | null = null) {
+      const { task } = await started({ callbackUrlToken: token })
+      const worker = await workerOf(task)
+      worker.log = log
+      worker.ended.resolve(completion)
+      await delivered(task)
+      const kept = await store.log(task.taskId)
+      const ofTask = sender.sent.find(({ payload }) => payload.taskId === task.taskId)
+      const sent = await ofTask?.payload.logs.read()
+      expect(sent?.content.equals(kept?.content ?? Buffer.alloc(0))).toBe(true)
+      expect(sent?.totalBytes).toBe(kept?.totalBytes)
+      return { text: kept?.content.toString(), kept, task: await finalOf(task) }
+    }
+
+    test.each<Completion['reason']>([
+      ...(['timed_out', 'oom_killed', 'signal', 'evicted', 'startup_failed'] as const),
+      ...(['worker_lost', 'log_limit', 'image_pull_failed', 'unschedulable'] as const),
+    ])('says why a task ended that did not end by its own exit code: %s', async (reason) => {
+      const { text, kept, task } = await logOf({ ...ENDED, reason }, 'before\n')
+      expect(text).toBe(`before\n[task-runner] ${WHY}\n`)
+      expect([kept?.totalBytes, task.logBytes]).toEqual([text?.length, text?.length])
+    })
+
+    test('is not there for a task that ended by its own exit code and printed something', async () => {
+      expect((await logOf(FAILED, 'oh no\n')).text).toBe('oh no\n')
+      expect((await logOf(FAILED, '[task-runner] cloned\noh no')).text).toMatch(/oh no$/)
+    })
+
+    test('is not there for a task that succeeded', async () => {
+      expect((await logOf(DONE, '')).text).toBe('')
+    })
+
+    test('tells that a task failed without any output', async () => {
+      const { text, task } = await logOf(FAILED, '')
+      expect(text).toBe('[task-runner] Failed with exit code 3, without any output\n')
+      expect(task.logBytes).toBe(text?.length)
+    })
+
+    test('tells the exit code of a task whose log has only lines of ours', async () => {
+      const log = '[task-runner] email has no effect here\n[task-runner] cloning a into ~/b\n'
+      expect((await logOf(FAILED, log)).text).toBe(`${log}[task-runner] Failed with exit code 3\n`)
+    })
+
+    test('is a line of its own, also where the log does not end in one', async () => {
+      expect((await logOf(ENDED, '50 %')).text).toBe(`50 %\n[task-runner] ${WHY}\n`)
+    })
+
+    test('is one line, whatever the message holds', async () => {
+      const { text } = await logOf({ ...ENDED, message: 'no\r\nroom \n left\n' }, '')
+      expect(text).toBe('[task-runner] no room left\n')
+    })
+
+    test('is not said twice where the worker has said it', async () => {
+      const said = `cloning\n[task-runner] ${WHY}\n`
+      expect((await logOf({ ...ENDED, reason: 'startup_failed' }, said)).text).toBe(said)
+      const printed = `the words [task-runner] ${WHY}\n`
+      const { text } = await logOf(ENDED, printed)
+      expect(text).toBe(`${printed}[task-runner] ${WHY}\n`)
+    })
+
+    test('is masked, and counted as it is shown', async () => {
+      const message = 'a-secret was refused'
+      const { text, kept, task } = await logOf({ ...ENDED, message }, 'a-secret\n', 'a-secret')
+      expect(text).toBe('***\n[task-runner] *** was refused\n')
+      expect(kept?.totalBytes).toBe(text?.length)
+      expect(task.logBytes).toBe((text?.length ?? 0) + 'a-secret'.length - '***'.length)
+    })
+
+    test('keeps the log within what is kept', async () => {
+      const { text, kept } = await logOf(ENDED, `first\n${'x'.repeat(LOG_BYTES_KEPT)}\n`)
+      expect(kept?.content.length).toBe(LOG_BYTES_KEPT)
+      expect(kept?.totalBytes).toBe(
+        'first\n'.length + LOG_BYTES_KEPT + `\n[task-runner] ${WHY}\n`.length,
+      )
+      expect(text?.slice(-60)).toBe(`${'x'.repeat(100)}\n[task-runner] ${WHY}\n`.slice(-60))
+    })
+
+    test('tells a time limit from a cancel', async () => {
+      const late = await started({ timeoutSeconds: 0.1 })
+      await finalOf(late.task)
+      expect(await keptLog(late.task)).toBe(
+        'a log\n[task-runner] Ran longer than its limit of 0.1 seconds\n',
+      )
+      await late.close()
+      const { task, runner } = await started()
+      await isIn(task, 'running')
+      await runner.cancel(task.taskId)
+      await finalOf(task)
+      expect(await keptLog(task)).toBe('a log\n[task-runner] Cancelled on request\n')
+    })
+
+    test('is all there is of a task without a worker', async () => {
+      backend.before = async () => {
+        throw new WorkerError('image_pull_failed', 'no such image')
+      }
+      const { task } = await started()
+      await finalOf(task)
+      expect(await keptLog(task)).toBe('[task-runner] no such image\n')
     })
   })
 
@@ -723,7 +851,7 @@ describe('TaskRunner', () => {
       await workerGone(task)
       expect(worker.stops).toBe(1)
       expect(events).toEqual(['stop', 'log', 'commit', 'attempt', 'terminate'])
-      expect((await store.log(task.taskId))?.content.toString()).toBe('a log\n')
+      expect(await keptLog(task)).toMatch(/^a log\n/)
     })
 
     test('twice, or after the end, changes nothing', async () => {
@@ -808,6 +936,14 @@ describe('TaskRunner', () => {
       await workerGone(task)
       expect(worker.stops).toBe(1)
       expect(events).toEqual(['stop', 'log', 'commit', 'attempt', 'terminate'])
+    })
+
+    test('is not what ended a task that ended in time, while its log is still being written', async () => {
+      const { task } = await started({ timeoutSeconds: 1 })
+      const worker = await workerOf(task)
+      worker.hasEndedItself = true
+      expect(await finalOf(task)).toMatchObject({ reason: 'exit_code', exitCode: 3 })
+      expect(worker.stops).toBe(0)
     })
 
     test('counts from the start of the task, not of the service', async () => {

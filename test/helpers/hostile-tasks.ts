@@ -57,15 +57,12 @@ const leftovers = (mark: string): Kind[] => [
   plain(
     'leaves a session without an environment',
     `env -i setsid sh -c 'sleep 1000; : ${mark}' >/dev/null 2>&1 & exit 3`,
-    OWN_EXIT,
-    // A container ends whatever is in it; local workers look for the worker's name in the environment.
-    { on: 'docker' },
   ),
   plain(
     'leaves a session elsewhere, with a HOME of its own',
     `cd /; cd /usr; setsid sh -c 'sleep 1000; : ${mark}' >/dev/null 2>&1 & exit 3`,
     OWN_EXIT,
-    { on: 'docker', request: { env_variables: { HOME: '/', TMPDIR: '/tmp' } } },
+    { request: { env_variables: { HOME: '/', TMPDIR: '/tmp' } } },
   ),
   plain(
     'leaves two hundred processes',

@@ -17,10 +17,20 @@ const PROGRAMS = {
   git: [() => isOnPath('git'), 'git'],
   jq: [() => isOnPath('jq'), 'jq'],
   kubectl: [() => isOnPath('kubectl'), 'kubectl'],
+  perl: [() => isOnPath('perl'), 'perl'],
+  'python3-pip': [
+    () => succeeds('/usr/bin/python3', '-m', 'pip', '--version'),
+    'python3-pip (pip for /usr/bin/python3)',
+  ],
   'python3-requests': [
     () => succeeds('/usr/bin/python3', '-c', 'import requests'),
     'python3-requests (requests for /usr/bin/python3)',
   ],
+  'pid-namespace': [
+    () => succeeds('unshare', '--pid', '--fork', '--kill-child', '--mount-proc', 'true'),
+    'the right to make a PID namespace (root, and unshare of util-linux)',
+  ],
+  root: [() => process.getuid?.() === 0, 'root'],
 } as const satisfies Record<string, readonly [isHere: () => boolean, name: string]>
 
 export type Program = keyof typeof PROGRAMS

@@ -160,7 +160,9 @@ describe('a cancel', () => {
     expect((await scene.app.post(`/tasks/${taskId}/cancel`)).status).toBe(200)
     await expectCancelled(scene, taskId)
     // Its shell may add that it was terminated.
-    expect((await scene.receiver.callbackOf(taskId)).body.logs).toMatch(/^waiting\n/)
+    expect((await scene.receiver.callbackOf(taskId)).body.logs).toMatch(
+      /^waiting\n(.*\n)?\[task-runner\] Cancelled on request\n$/,
+    )
     await expectNothingLeft(scene)
   })
 

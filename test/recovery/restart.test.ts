@@ -253,7 +253,10 @@ describe('a cancel that had not taken effect when the service was killed', () =>
         reason: 'cancelled',
       })
       const { body } = await stage.callbackOf('deaf')
-      expect(body).toMatchObject({ success: false, logs: 'deaf\n' })
+      expect(body).toMatchObject({
+        success: false,
+        logs: 'deaf\n[task-runner] Cancelled on request\n',
+      })
       await expectNoWorkers(second, stage.dataDir)
     },
     TIMEOUT_MS,

@@ -79,7 +79,6 @@ describe('requests', () => {
     ['cut short', '{"task_id": "a", '],
     ['with a trailing comma', '{"task_id": "a",}'],
     ['in single quotes', "{'task_id': 'a'}"],
-    ['with NaN', '{"task_id": NaN}'],
     ['followed by more', '{} {}'],
     ['of NUL bytes', '\0\0\0\0'],
     ['that is HTML', '<html></html>'],
@@ -92,6 +91,20 @@ describe('requests', () => {
         message: expect.stringContaining('not valid JSON'),
         errors: [{ path: '', message: expect.stringContaining('not valid JSON') }],
       },
+    })
+  })
+
+  test.each([
+    ['NaN', '{"task_id": NaN}', 'task_id'],
+    ['Infinity', '{"worker_config": {"env_variables": {"A": "NaN", "B":Infinity}}}', 'B'],
+    ['-Infinity', '{"worker_config": {"env_variables": {"A": [1, -Infinity]}}}', 'A.1'],
+    ['NaN', 'NaN', ''],
+  ])('%s in a body, as Python writes it, is named with its place', async (word, payload, at) => {
+    const path = at.length === 1 || at === 'A.1' ? `worker_config.env_variables.${at}` : at
+    const message = `${word} is not valid JSON: send null or a string`
+    expect(await post(payload)).toMatchObject({
+      status: 422,
+      body: { errors: [{ path, message }], message: expect.stringContaining(message) },
     })
   })
 

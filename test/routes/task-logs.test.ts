@@ -3,6 +3,7 @@ import { Agent, get } from 'node:http'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
+import type { Worker, WorkerBackend } from '../../src/core/ports.ts'
 import { startApp, type TestApp, taskRequest } from '../helpers/app.ts'
 
 const POLL = { timeout: 20_000, interval: 10 }
@@ -361,7 +362,18 @@ describe('Last-Event-ID', () => {
     expect(follower.events.at(-2)?.id).toBe(String(log.length))
   })
 
-  test.each(['abc', '-1', '1.5', '', ' ', '1e3', '9999999999999999', '0x10'])(
+  test('an empty id counts as none: some clients send it before they have one', async () => {
+    const task = await finishedWith('x')
+    const reply = await app.http.inject({
+      method: 'GET',
+      url: `${task.url}?follow=true`,
+      headers: { 'last-event-id': '' },
+    })
+    expect(reply.statusCode).toBe(200)
+    expect(reply.body).toContain('data: x\n')
+  })
+
+  test.each(['abc', '-1', '1.5', ' ', '1e3', '9999999999999999', '0x10'])(
     'the id %j is refused, naming the header',
     async (id) => {
       const task = await finishedWith('x')
@@ -374,6 +386,95 @@ describe('Last-Event-ID', () => {
       expect(reply.json()).toMatchObject({ success: false, errors: [{ path: 'last-event-id' }] })
     },
   )
+})
+
+describe('why a task ended', () => {
+  const CANCELLED = '[task-runner] Cancelled on request\n'
+
+  /** A task that prints this, and whose log has nothing else until it is cancelled. */
+  async function startPrinting(printf: string, by: TestApp = app) {
+    const SCRIPT = `trap 'exit 0' TERM; printf '${printf}'; sleep 60 >/dev/null 2>&1 & wait`
+    const request = taskRequest({
+      task_file_name: 'w-eval.sh',
+      worker_config: { env_variables: { SCRIPT } },
+    })
+    await by.submit(request)
+    const url = `/tasks/${request.task_id}/logs`
+    await expect.poll(() => by.text(url), POLL).not.toBe('')
+    const cancel = async () => {
+      await by.post(`/tasks/${request.task_id}/cancel`)
+      return by.finished(request.task_id)
+    }
+    return { url, cancel }
+  }
+
+  test.each([
+    ['one\\n', 'one\n'],
+    ['one', 'one\n'],
+    ['50 %%\\r', '50 %\r\n'],
+    ['cut \\303', 'cut \ufffd\n'],
+  ])('ends the log, and a stream of it, on a line of its own: %s', async (printf, before) => {
+    const task = await startPrinting(printf)
+    const follower = follow(`${address}${task.url}?follow=true`)
+    await expect.poll(() => follower.text(), POLL).not.toBe('')
+    const { log_bytes } = await task.cancel()
+    await follower.ended
+    expect(await app.text(task.url)).toBe(before + CANCELLED)
+    // Events end every line in the same way.
+    expect(follower.text()).toBe(before.replace('\r', '') + CANCELLED)
+    expect(follower.events.at(-2)?.id).toBe(String(log_bytes))
+  })
+
+  test('is what a client gets that comes back after the end, from its offset on', async () => {
+    const task = await startPrinting('one\\n')
+    const { log_bytes } = await task.cancel()
+    const from = (id: number) =>
+      follow(`${address}${task.url}?follow=true`, { 'last-event-id': String(id) })
+    const rest = from('one\n'.length)
+    await rest.ended
+    expect(rest.text()).toBe(CANCELLED)
+    const nothing = from(Number(log_bytes))
+    await nothing.ended
+    expect(nothing.events).toHaveLength(1)
+  })
+
+  test('reaches a follower who has read more than is kept of a log that could not be read', async () => {
+    const unreadable = (worker: Worker): Worker =>
+      new Proxy(worker, {
+        get(target, name) {
+          if (name === 'logs') return () => Promise.reject(new Error('EIO'))
+          const value = Reflect.get(target, name, target)
+          return typeof value === 'function' ? value.bind(target) : value
+        },
+      })
+    await using own = await startApp(
+      {},
+      {
+        wrapPorts: (ports) => {
+          const provision: WorkerBackend['provision'] = async (...args) =>
+            unreadable(await ports.backend.provision(...args))
+          const backend = new Proxy(ports.backend, {
+            get(target, name) {
+              if (name === 'provision') return provision
+              const value = Reflect.get(target, name, target)
+              return typeof value === 'function' ? value.bind(target) : value
+            },
+          })
+          return { ...ports, backend }
+        },
+      },
+    )
+    const base = await own.http.listen({ host: '127.0.0.1', port: 0 })
+    const printed = 'a long line '.repeat(20)
+    const task = await startPrinting(`${printed}\\n`, own)
+    const follower = follow(`${base}${task.url}?follow=true`)
+    await follower.until(`${printed}\n`)
+    await task.cancel()
+    await follower.ended
+    expect(follower.text()).toBe(
+      `${printed}\n[task-runner] The log could not be read\n${CANCELLED}`,
+    )
+  })
 })
 
 describe('bytes that are hard to stream', () => {

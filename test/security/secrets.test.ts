@@ -346,7 +346,20 @@ test.each([
   // What shells add of themselves aside.
   const ofShells = ['PWD', 'OLDPWD', 'SHLVL', '_', 'LC_CTYPE', '__CF_USER_TEXT_ENCODING']
   expect(names.filter((name) => !ofShells.includes(name)).sort()).toEqual(
-    ['HOME', 'LANG', 'MINE', 'PATH', 'TASK_FILE_NAME', 'TASK_ID', 'TMPDIR', 'WORKER_NAME'].sort(),
+    [
+      'HOME',
+      'LANG',
+      'MINE',
+      'PATH',
+      'PIP_BREAK_SYSTEM_PACKAGES',
+      ...(process.getuid?.() === 0 ? ['PIP_USER'] : []),
+      'PYTHONUNBUFFERED',
+      'TASK_FILE_NAME',
+      'TASK_ID',
+      'TASK_RUNNER_FOLDER',
+      'TMPDIR',
+      'WORKER_NAME',
+    ].sort(),
   )
   expect(JSON.parse(text)).toMatchObject({ TASK_ID: 'prints-all', MINE: 'yes' })
 })

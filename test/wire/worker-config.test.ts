@@ -306,7 +306,7 @@ describe('env_variables', () => {
   )
 
   test.each([
-    ...['TASK_ID', 'TASK_FILE_NAME', 'WORKER_NAME'],
+    ...['TASK_ID', 'TASK_FILE_NAME', 'TASK_RUNNER_FOLDER', 'WORKER_NAME'],
     ...['OPTIND', 'PPID', 'UID', 'EUID', 'SHELLOPTS', 'BASHOPTS', 'BASH_VERSINFO', '_'],
   ])('%s is refused as reserved: shells will not assign it, or it is ours', (name) => {
     expect(errorsOf({ env_variables: { [name]: 'x' } })).toEqual([

@@ -168,6 +168,27 @@ export function describeWorkerBackend(name: string, open: () => Promise<BackendH
       })
     })
 
+    describe('the first line of a script', () => {
+      test('its options count: a task that failed is not told as succeeded', async () => {
+        const { end, worker } = await run(spec('unused', { taskFileName: 'w-strict.sh' }))
+        expect(end).toMatchObject({ reason: 'exit_code', exitCode: 1 })
+        expect(await logOf(worker)).toBe('begun\n')
+      })
+
+      test('they count for a startup script as well', async () => {
+        const { end, worker } = await run(
+          spec('echo the task ran', { startupScript: '#!/bin/sh -e\nfalse\necho went on\n' }),
+        )
+        expect(end).toMatchObject({ reason: 'startup_failed', exitCode: 1 })
+        expect(await logOf(worker)).not.toMatch(/went on|the task ran/)
+      })
+
+      test('a startup script with Windows line ends is told of in the log', async () => {
+        const { worker } = await run(spec('echo task', { startupScript: 'true \r\n' }))
+        expect(await logOf(worker)).toMatch(/^\[task-runner\] the startup script .*CRLF/)
+      })
+    })
+
     describe('the startup script', () => {
       test('it runs before the task, in its home, and both write to the log', async () => {
         const { end, worker } = await run(
@@ -210,6 +231,8 @@ export function describeWorkerBackend(name: string, open: () => Promise<BackendH
     describe('the environment', () => {
       const ALLOWED = [
         ...['PATH', 'HOME', 'LANG', 'TZ', 'TMPDIR', 'TASK_ID', 'TASK_FILE_NAME', 'WORKER_NAME'],
+        // What Python and its pip do in a task; pip's on local workers alone.
+        ...['PYTHONUNBUFFERED', 'PIP_USER', 'PIP_BREAK_SYSTEM_PACKAGES', 'TASK_RUNNER_FOLDER'],
         // What shells add themselves.
         ...['PWD', 'OLDPWD', 'SHLVL', '_'],
         // What containers add.
@@ -257,6 +280,15 @@ export function describeWorkerBackend(name: string, open: () => Promise<BackendH
         expect(log).not.toContain('hunter2')
         const second = await run(spec('ls -A ~ $TMPDIR | grep kept; basename "$PWD"; umask'))
         expect(await logOf(second.worker)).toBe('tasks\n0022\n')
+      })
+
+      test('Python holds no output back, also when a script starts it; a request may set that otherwise', async () => {
+        const { worker } = await run(spec('echo "$PYTHONUNBUFFERED"'))
+        expect(await logOf(worker)).toBe('1\n')
+        const other = await run(
+          spec('echo "<$PYTHONUNBUFFERED>"', { environment: { PYTHONUNBUFFERED: '' } }),
+        )
+        expect(await logOf(other.worker)).toBe('<>\n')
       })
 
       test('values arrive byte for byte', async () => {
@@ -579,6 +611,8 @@ export function describeWorkerBackend(name: string, open: () => Promise<BackendH
         'a child in a session of its own': (mark: string) => `setsid sleep ${mark} & sleep 0.05`,
         'a grandchild in a session of its own, its parents gone': (mark: string) =>
           `setsid sh -c 'sh -c "exec sleep ${mark}" & exit 0'; sleep 0.05`,
+        'a child in a session of its own, at another place and home': (mark: string) =>
+          `cd /; HOME=/ PATH=/usr/bin:/bin setsid env -u PWD -u OLDPWD sleep ${mark} & sleep 0.05`,
         "a child in the task's group with an empty environment": (mark: string) =>
           `env -i /bin/sleep ${mark} & sleep 0.05`,
         'a child that the task stopped': (mark: string) => `sleep ${mark} & kill -STOP $!`,
@@ -593,7 +627,9 @@ export function describeWorkerBackend(name: string, open: () => Promise<BackendH
           const { end, worker } = await run(spec(`echo one; ${leave(mark)}; exit 6`))
           expect(end).toMatchObject({ reason: 'exit_code', exitCode: 6 })
           expect(await harness.processes(mark)).toEqual([])
-          expect(await logOf(worker)).toBe('one\n')
+          expect(await logOf(worker)).toMatch(
+            /^one\n(\[task-runner\] Ended \d+ process(es)? .*\n)?$/,
+          )
           expect((await run(spec('echo two'))).end.reason).toBe('completed')
         },
       )

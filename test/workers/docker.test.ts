@@ -1,8 +1,11 @@
 import { describe, test } from 'vitest'
 import { openDocker, whyNoDocker } from '../helpers/docker.ts'
+import { describeContained } from './contained.ts'
 import { describeWorkerBackend } from './contract.ts'
 
 const skipped = await whyNoDocker()
 
-if (skipped === undefined) describeWorkerBackend('DockerBackend', () => openDocker())
-else describe('DockerBackend', () => test.skip(skipped, () => {}))
+if (skipped === undefined) {
+  describeWorkerBackend('DockerBackend', () => openDocker())
+  describeContained('DockerBackend', () => openDocker({ terminationGraceMs: 20_000 }))
+} else describe('DockerBackend', () => test.skip(skipped, () => {}))

@@ -5,7 +5,7 @@ import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import fc from 'fast-check'
 import { afterEach, beforeEach, describe, expect, test } from 'vitest'
-import { type Job, jobText } from '../../src/workers/local/job.ts'
+import { type Job, jobText, SLOT_PIPE } from '../../src/workers/local/job.ts'
 import { quote } from '../../src/workers/quote.ts'
 
 const BOOTSTRAP = fileURLToPath(new URL('../../src/workers/bootstrap.sh', import.meta.url))
@@ -69,8 +69,10 @@ describe('jobText', () => {
 
   /** A shell that reads its commands as a slot does. */
   function slot(text: string) {
+    const [pipe, log] = [quote(join(root, 'pipe')), quote(join(job.folder, 'log'))]
+    const opening = `mkfifo ${pipe}; exec ${SLOT_PIPE}<>${pipe}; cat <${pipe} >>${log} ${SLOT_PIPE}>&- &`
     return spawnSync('/bin/sh', ['-s'], {
-      input: `. ${quote(BOOTSTRAP)}\n${text}`,
+      input: `${opening}\n. ${quote(BOOTSTRAP)}\n${text}`,
       env: {},
       cwd: '/',
       encoding: 'utf8',
@@ -101,7 +103,8 @@ describe('jobText', () => {
       const text = `. ${quote(BOOTSTRAP)}\n${whole.slice(0, length)}`
       writeFileSync(join(folder, String(length)), text)
     }
-    const loop = `for file in ${quote(folder)}/*; do
+    const loop = `mkfifo ${quote(root)}/any; exec ${SLOT_PIPE}<>${quote(root)}/any
+    for file in ${quote(folder)}/*; do
       /bin/sh -s <"$file" 2>/dev/null
       for made in exit ran log; do [ -e ${quote(job.folder)}/$made ] && echo "$file: $made"; done
     done; :`
@@ -109,6 +112,34 @@ describe('jobText', () => {
     expect(lengths.length).toBeGreaterThan(300)
     expect(slot(whole).stdout).toBe('task-a-name\n')
     expect(existsSync(join(job.folder, 'ran'))).toBe(true)
+  })
+
+  const write = (name: string, content: string) =>
+    writeFileSync(join(job.folder, 'tasks', name), content)
+
+  test('the first line of a script counts, and leaves nothing for the next job', () => {
+    write(
+      'strict.sh',
+      '#!/bin/bash -eu\n[ -o errexit ] && echo "$IFS|$VALUE"; echo *; false; echo on',
+    )
+    write('next.sh', `#!${process.execPath} --title=next\nconsole.log(process.title)`)
+    write('last.sh', '#!/nonexistent/interpreter\nenv | grep __tr_; echo *')
+    const environment = { IFS: '::', VALUE: 'a  *  b' }
+    const texts = ['strict.sh', 'next.sh', 'last.sh'].map((taskFileName) =>
+      jobText({ ...job, name: taskFileName, taskFileName, environment }, INTERPRETERS, BOOTSTRAP),
+    )
+    expect(
+      slot(`${texts.join('')}echo *\n`)
+        .stdout.split('\n')
+        .slice(0, 3),
+    ).toEqual(['strict.sh', 'next.sh', 'last.sh'])
+    const files = "it's a task.sh last.sh next.sh strict.sh"
+    expect(read('log')).toBe(
+      ` \t\n|a  *  b\n${files}\nnext\n` +
+        '[task-runner] "/nonexistent/interpreter", which the first line asks for, is not here: /bin/sh runs it instead\n' +
+        `${files}\n`,
+    )
+    expect(read('exit')).toBe('task 0\n')
   })
 
   test('jobs follow each other in one shell, and nothing of one reaches the next', () => {

@@ -34,7 +34,7 @@ const OPTIONS: JobOptions = {
   serviceAccount: 'task-worker',
   queue: undefined,
   provisioningTimeoutSeconds: 59,
-  terminationGraceSeconds: 10,
+  terminationGraceMs: 9_500,
   keptWorkerSeconds: 86_400,
   createdAt: 1_770_000_000_000,
 }
@@ -105,6 +105,12 @@ describe('the Job of a worker', () => {
       expect(pod?.activeDeadlineSeconds).toBeGreaterThan(SPEC.timeoutSeconds)
     },
   )
+
+  test("the grace period is the task's: the bootstrap has a moment after it", () => {
+    const pod = jobs.plain?.spec?.template.spec
+    expect(pod?.containers[0]?.command).toContain('9500')
+    expect(pod?.terminationGracePeriodSeconds).toBe(12)
+  })
 
   test('memory is asked for as it is limited, and the disk always is', () => {
     const { resources } = jobs['size-small']?.spec?.template.spec?.containers[0] ?? {}

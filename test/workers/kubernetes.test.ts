@@ -5,9 +5,14 @@ import { expect } from 'vitest'
 import { KubernetesBackend } from '../../src/workers/kubernetes/kubernetes-backend.ts'
 import { kubernetesSettings, openKubernetes } from '../helpers/kubernetes.ts'
 import { processesWith } from '../helpers/processes.ts'
+import { describeContained } from './contained.ts'
 import { type BackendHarness, describeWorkerBackend, marker } from './contract.ts'
 
 describeWorkerBackend('KubernetesBackend', () => openKubernetes({ fake: { runProcesses: true } }))
+
+describeContained('KubernetesBackend', () =>
+  openKubernetes({ fake: { runProcesses: true }, settings: { terminationGraceMs: 20_000 } }),
+)
 
 /**
  * A real cluster whose one node is this machine: tests and tasks share a folder and the process table. Its namespace

@@ -6,11 +6,14 @@ import { fileURLToPath } from 'node:url'
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest'
 import { UnavailableError } from '../../src/core/errors.ts'
 import type { Worker, WorkerSpec } from '../../src/core/ports.ts'
+import { workerNameFor } from '../../src/core/task.ts'
+import { localEnvironment } from '../../src/workers/local/environment.ts'
 import type { Contents, WorkerRecord } from '../../src/workers/local/folders.ts'
 import { identify, type ProcessIdentity } from '../../src/workers/local/processes.ts'
 import { WorkerFolders } from '../../src/workers/local/worker-folders.ts'
 import { FIXTURE_TASKS } from '../helpers/app.ts'
 import { kill, type LocalHarness, openDisposable, openLocal, slotShells } from '../helpers/local.ts'
+import { needs } from '../helpers/needs.ts'
 import { processesWith } from '../helpers/processes.ts'
 import {
   describeWorkerBackend,
@@ -208,11 +211,14 @@ describe('local workers', () => {
   test('ending what a task left behind costs little, however late its zombies are reaped', async () => {
     await run(spec('true'))
     const worker = await harness.backend.provision(
-      spec('sleep 1000 & setsid sleep 1000 & date +%s%3N'),
+      spec('sleep 1000 >/dev/null 2>&1 & setsid sleep 1000 >/dev/null 2>&1 & date +%s%3N'),
       NEVER,
     )
     await worker.completion(NEVER)
-    expect(Date.now() - Number(await logOf(worker))).toBeLessThan(1_000)
+    const [time, ended] = (await logOf(worker)).split('\n')
+    expect(Date.now() - Number(time)).toBeLessThan(1_000)
+    // One may have the name of what started it yet.
+    expect(ended).toMatch(/^\[task-runner\] Ended 2 processes that were still running: \w/)
   })
 
   test('a file whose interpreter is missing fails with a log that names it', async () => {
@@ -334,6 +340,7 @@ describe('local workers', () => {
     expect(modes).toEqual({
       ...{ home: '700', tmp: '700', tasks: '700' },
       ...{ 'worker.json': '600', log: '600', exit: '600', 'startup.sh': '600' },
+      'package.json': '600',
     })
   })
 
@@ -381,6 +388,119 @@ describe('local workers', () => {
     const wanted = spec('rm ../log')
     const worker = await run(wanted)
     await expect(worker.logs({ maxBytes: 10 })).rejects.toThrow('ENOENT')
+  })
+
+  test('the path of TMPDIR is short, however long those of the data folder and the task id are', async () => {
+    const workersDir = join(harness.sharedDir, marker(), 'a'.repeat(80), 'workers')
+    await using other = await openDisposable({ workersDir })
+    const wanted = spec('', {
+      taskFileName: 'w-tmpdir.sh',
+      name: workerNameFor(`a-task-${'0123456789'.repeat(5)}`),
+    })
+    const worker = await other.backend.provision(wanted, NEVER)
+    const end = await worker.completion(NEVER)
+    const log = await logOf(worker)
+    expect({ end, log }).toMatchObject({ end: { reason: 'completed' } })
+    const [path = '', kind, real, socket] = log.split('\n')
+    expect(path.length).toBeLessThanOrEqual(40)
+    expect([kind, real]).toEqual(['directory', join(workersDir, wanted.name, 'tmp')])
+    expect(socket).toBe('a socket works')
+    const root = dirname(dirname(path))
+    await worker.terminate()
+    expect(await readdir(root)).toEqual([])
+    await other.backend.close()
+    expect(await stat(root).catch((err) => err.code)).toBe('ENOENT')
+  })
+
+  test('how JavaScript runs is decided by the tasks folder, not by what lies above the data folder', async () => {
+    const root = join(harness.sharedDir, marker())
+    const tasksDir = join(root, 'tasks')
+    await mkdir(tasksDir, { recursive: true })
+    const write = (name: string, content: string) => writeFile(join(root, name), content)
+    await write('package.json', '{"type":"module"}')
+    const common = "const fs = require('fs'); console.log(typeof fs, require.main === module)\n"
+    const module = "import fs from 'node:fs'; console.log(typeof fs, typeof require)\n"
+    await write('tasks/common.js', common)
+    await write('tasks/common.cjs', common)
+    await write('tasks/module.js', module)
+    await write('tasks/module.ts', module)
+    await write('tasks/breaks.sh', 'echo "{\\"type\\":\\"module\\"}" >../package.json')
+    await using other = await openDisposable({ tasksDir, workersDir: join(root, 'data/workers') })
+    const log = async (taskFileName: string, more: Partial<WorkerSpec> = {}) => {
+      const worker = await other.backend.provision(spec('', { taskFileName, ...more }), NEVER)
+      await worker.completion(NEVER)
+      const log = await logOf(worker)
+      await worker.terminate()
+      return log
+    }
+    for (const more of [{}, { startupScript: 'true' }]) {
+      expect(await log('common.js', more)).toBe('object true\n')
+      expect(await log('common.cjs', more)).toBe('object true\n')
+      // And no warning that a "type" is missing.
+      expect(await log('module.js', more)).toBe('object undefined\n')
+      expect(await log('module.ts', more)).toBe('object undefined\n')
+      await log('breaks.sh', more)
+    }
+    await write('tasks/package.json', '{"type":"module"}')
+    expect(await log('common.js')).toContain('require is not defined')
+  })
+
+  describe('pip', () => {
+    const PROBE = 'task-runner-probe'
+    /** Makes a wheel with a module and a program: nothing is fetched, nothing built. */
+    const makeWheel = `import sys, zipfile
+info = 'task_runner_probe-1.0.dist-info/'
+with zipfile.ZipFile('task_runner_probe-1.0-py3-none-any.whl', 'w') as wheel:
+    wheel.writestr('task_runner_probe.py', 'def main(): print(__file__)')
+    wheel.writestr(info + 'METADATA', 'Metadata-Version: 2.1\\nName: ${PROBE}\\nVersion: 1.0\\n')
+    wheel.writestr(info + 'WHEEL', 'Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n')
+    wheel.writestr(info + 'entry_points.txt', '[console_scripts]\\n${PROBE} = task_runner_probe:main\\n')
+    wheel.writestr(info + 'RECORD', '')
+`
+
+    needs('python3-pip')(
+      'what a startup script installs lands in the home of its worker alone, and the task finds it',
+      async () => {
+        const install = `set -e\n/usr/bin/python3 - <<'END'\n${makeWheel}END\n/usr/bin/python3 -m pip install -q --no-index --disable-pip-version-check ./*.whl\n`
+        const wanted = spec(
+          `${PROBE}; /usr/bin/python3 -c 'import task_runner_probe as p; p.main()'`,
+          {
+            startupScript: install,
+          },
+        )
+        const worker = await run(wanted)
+        const end = await worker.completion(NEVER)
+        const log = await logOf(worker)
+        expect({ end, log }).toMatchObject({ end: { reason: 'completed' } })
+        const home = join(harness.settings.workersDir, wanted.name, 'home')
+        const lines = log.trim().split('\n').slice(-2)
+        for (const line of lines) {
+          expect(line.startsWith(join(home, '.local/lib/python'))).toBe(true)
+        }
+        const next = await run(spec(`! command -v ${PROBE}`))
+        expect(await next.completion(NEVER)).toMatchObject({ reason: 'completed' })
+        const other = await run(
+          spec('echo "$PIP_USER|$PIP_BREAK_SYSTEM_PACKAGES"', {
+            environment: { PIP_USER: '0', PIP_BREAK_SYSTEM_PACKAGES: '0' },
+          }),
+        )
+        expect(await logOf(other)).toBe('0|0\n')
+      },
+    )
+
+    test('only root is made to install there: with PIP_USER pip refuses to install into a venv', () => {
+      const base = { PATH: '/usr/bin:/bin', PIP_BREAK_SYSTEM_PACKAGES: '0' }
+      const places = { home: '/w/home', tmp: '/w/tmp' }
+      const common = {
+        PYTHONUNBUFFERED: '1',
+        PIP_BREAK_SYSTEM_PACKAGES: '0',
+        PATH: '/w/home/.local/bin:/usr/bin:/bin',
+        HOME: '/w/home',
+        TMPDIR: '/w/tmp',
+      }
+      expect(localEnvironment(base, places, false)).toEqual(common)
+      expect(localEnvironment(base, places, true)).toEqual({ ...common, PIP_USER: '1' })
+    })
   })
 
   describe('the copy of the tasks folder', () => {

@@ -2,7 +2,8 @@ import { setTimeout as pause } from 'node:timers/promises'
 import type { Completion, Logger } from '../../core/ports.ts'
 import { completionOf, lost, overLogLimit } from '../completion.ts'
 import { LogRing } from '../log-ring.ts'
-import { type Inspected, knownOf, LABELS, logLimitOf, waited } from './container.ts'
+import { BOOTSTRAP_END_MS } from '../worker-files.ts'
+import { type Inspected, isOver, knownOf, LABELS, logLimitOf, waited } from './container.ts'
 import { type Engine, EngineError, isGone, outputOf } from './engine.ts'
 import { readExitFile } from './exit-file.ts'
 import { LogRereader } from './log-rereader.ts'
@@ -86,14 +87,16 @@ export class ContainerWatch {
   }
 
   /**
-   * Sends TERM, and KILL after a grace period, or as soon as the log has twice the bytes of its
-   * limit. Settles with the task's end. Idempotent.
+   * Sends TERM, upon which the bootstrap ends the task within its grace period; and KILL to all of
+   * the container should it not, or as soon as the log has twice the bytes of its limit. Settles
+   * with the task's end. Idempotent.
    */
   async stop(): Promise<void> {
     if (this.#completion) return
     await this.#signal('SIGTERM')
     const inTime = new AbortController()
-    const grace = pause(this.#options.terminationGraceMs, undefined, { signal: inTime.signal })
+    const graceMs = this.#options.terminationGraceMs + BOOTSTRAP_END_MS
+    const grace = pause(graceMs, undefined, { signal: inTime.signal })
     await Promise.race([this.ended, grace.catch(() => {}), this.#flooded.promise])
     inTime.abort()
     if (!this.#completion) await this.#signal('SIGKILL')
@@ -196,7 +199,7 @@ export class ContainerWatch {
         if (!container) return lost(REMOVED)
         const { Status } = container.State
         if (Status === 'exited' || Status === 'dead') return this.#completionOf(container)
-        if (this.#keeps && (await hasEnded(engine, id))) return this.#completionOf(container)
+        if (this.#keeps && (await hasEnded(engine, container))) return this.#completionOf(container)
         // Of one that was not started, or that stays, waiting for its end would be of no use.
         if (Status === 'created' || this.#keeps) {
           await pause(KEPT_POLL_MS, undefined, { signal })
@@ -287,8 +290,9 @@ export class ContainerWatch {
 }
 
 /** Whether the task of a container that stays has ended. */
-export async function hasEnded(engine: Engine, id: string): Promise<boolean> {
-  return typeof (await readExitFile(engine, id)) !== 'string'
+export async function hasEnded(engine: Engine, container: Inspected): Promise<boolean> {
+  const exit = await readExitFile(engine, container.Id)
+  return typeof exit !== 'string' && isOver(container, exit)
 }
 
 /** Repeats a step until the engine gives a sensible answer. Rejects when `signal` aborts. */

@@ -1,6 +1,7 @@
 /** What the engine is asked for, and what it tells. Pure. */
 import { z } from 'zod'
 import type { WorkerSpec } from '../../core/ports.ts'
+import type { Exit } from '../completion.ts'
 import { WORKER_USER, workerCommand } from '../worker-files.ts'
 
 export const LABELS = {
@@ -15,6 +16,8 @@ export const LABELS = {
   keeps: 'task-runner.keeps',
 } as const
 
+/** Its bootstrap says in the exit file when the task is over. `yes`, of the version before: it does not. */
+const KEEPS = 'over'
 /** Processes and threads of one worker: what a fork bomb is stopped at. */
 const PIDS_MAX = 4096
 const NANO = 1e9
@@ -31,6 +34,8 @@ export interface ContainerOptions {
   cpusMax: number
   /** Docker's `local` driver keeps every byte; Podman has none of that name. */
   logDriver: 'local' | 'json-file'
+  /** Between TERM and KILL. */
+  terminationGraceMs: number
   createdAt: number
 }
 
@@ -39,7 +44,7 @@ export function containerRequest(spec: WorkerSpec, options: ContainerOptions): o
   const { resources } = spec
   return {
     Image: options.image,
-    Entrypoint: workerCommand(spec),
+    Entrypoint: workerCommand(spec, options),
     Cmd: [],
     User: `${WORKER_USER}:${WORKER_USER}`,
     WorkingDir: '/',
@@ -50,7 +55,7 @@ export function containerRequest(spec: WorkerSpec, options: ContainerOptions): o
       [LABELS.size]: spec.size ?? '',
       [LABELS.createdAt]: String(options.createdAt),
       [LABELS.maxLogBytes]: String(spec.maxLogBytes),
-      [LABELS.keeps]: spec.keepAfterwards ? 'yes' : '',
+      [LABELS.keeps]: spec.keepAfterwards ? KEEPS : '',
     },
     // An image's own check would only cost.
     Healthcheck: { Test: ['NONE'] },
@@ -153,6 +158,11 @@ export function knownOf(container: Inspected | Listed): Known {
     size: labels[LABELS.size] || null,
     createdAt: [createdAt, engineTime].find((time) => time > 0 && time < TIME_MAX) ?? 0,
   }
+}
+
+/** Whether the exit file of a container that stays says that its task is over. */
+export function isOver(container: Inspected, exit: Exit): boolean {
+  return exit.isOver || labelsOf(container)[LABELS.keeps] !== KEEPS
 }
 
 /** Maximum bytes that the container's task may log. Without a usable label there is no limit. */

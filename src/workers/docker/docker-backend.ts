@@ -205,8 +205,11 @@ export class DockerBackend implements WorkerBackend {
   async #create(spec: WorkerSpec, image: string, signal: AbortSignal): Promise<string> {
     const { cpus, isPodman } = await this.#machineOnce()
     const createdAt = this.#settings.now()
-    const { deployment, network, mounts } = this.#settings
-    const options = { deployment, image, network, mounts, cpusMax: cpus, createdAt }
+    const { deployment, network, mounts, terminationGraceMs } = this.#settings
+    const options = {
+      ...{ deployment, image, network, mounts, terminationGraceMs, createdAt },
+      cpusMax: cpus,
+    }
     const logDriver = isPodman ? 'json-file' : 'local'
     const body = containerRequest(spec, { ...options, logDriver })
     const made = z.object({ Id: z.string().min(1) })
@@ -318,7 +321,8 @@ export class DockerBackend implements WorkerBackend {
     if (!container || container.State.Status === 'removing') return 'Terminating'
     if (container.State.Status === 'created') return 'Provisioning'
     if (['exited', 'dead'].includes(container.State.Status)) return 'Completed'
-    const isOver = container.Config.Labels[LABELS.keeps] && (await hasEnded(this.#engine, id))
+    const isOver =
+      container.Config.Labels[LABELS.keeps] && (await hasEnded(this.#engine, container))
     return isOver ? 'Completed' : 'Running'
   }
 

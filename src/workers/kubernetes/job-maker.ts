@@ -155,7 +155,7 @@ export class JobMaker {
       image: imageFor(spec.image, settings.images),
       serviceAccount: settings.serviceAccount,
       provisioningTimeoutSeconds: Math.ceil(settings.provisioningTimeoutMs / 1000),
-      terminationGraceSeconds: Math.ceil(settings.terminationGraceMs / 1000),
+      terminationGraceMs: settings.terminationGraceMs,
       keptWorkerSeconds: Math.ceil(settings.keptWorkerMs / 1000),
       createdAt: settings.now(),
     }

@@ -12,6 +12,7 @@ import {
 import { SharedLook } from '../../core/shared-look.ts'
 import { assertTasksFolder } from '../../core/tasks-folder.ts'
 import { until } from '../../core/until.ts'
+import { BOOTSTRAP_END_MS } from '../worker-files.ts'
 import { KubernetesApi } from './api.ts'
 import { ClusterView, type Persistence } from './cluster-view.ts'
 import { ApiError, ApiUnavailableError, FAILURES } from './failures.ts'
@@ -324,7 +325,7 @@ export class KubernetesBackend implements WorkerBackend {
     const { name, uid } = watch
     await this.#remove(name, uid)
     const { waits = {}, terminationGraceMs } = this.#settings
-    const patienceMs = terminationGraceMs + (waits.goneMs ?? GONE_MS)
+    const patienceMs = terminationGraceMs + BOOTSTRAP_END_MS + (waits.goneMs ?? GONE_MS)
     using deadline = new Deadline(patienceMs, [this.#closing.signal, signal])
     const isThere = () => this.#view.job(uid) !== undefined || this.#view.pod(uid) !== undefined
     try {

@@ -8,7 +8,13 @@ import type {
   V1Secret,
 } from '@kubernetes/client-node'
 import type { WorkerSpec } from '../../core/ports.ts'
-import { ownFiles, WORKER_FOLDER, WORKER_USER, workerCommand } from '../worker-files.ts'
+import {
+  BOOTSTRAP_END_MS,
+  ownFiles,
+  WORKER_FOLDER,
+  WORKER_USER,
+  workerCommand,
+} from '../worker-files.ts'
 
 export const LABELS = {
   /** Which service it belongs to: several may share a namespace. */
@@ -48,7 +54,8 @@ export interface JobOptions {
   /** Kueue's; undefined: none. */
   queue: string | undefined
   provisioningTimeoutSeconds: number
-  terminationGraceSeconds: number
+  /** Between TERM and KILL. */
+  terminationGraceMs: number
   /** Workers kept for a look inside are removed after this, should we never come back. */
   keptWorkerSeconds: number
   createdAt: number
@@ -127,7 +134,8 @@ export function workerJob(spec: WorkerSpec, options: JobOptions): V1Job {
   }
   // The pod's own limit counts from its start; the Job's, which deletes pods and their logs, must never be first.
   const podSeconds = spec.timeoutSeconds + options.provisioningTimeoutSeconds
-  const jobSeconds = podSeconds + options.terminationGraceSeconds + JOB_DEADLINE_SLACK_SECONDS
+  const graceSeconds = Math.ceil((options.terminationGraceMs + BOOTSTRAP_END_MS) / 1000)
+  const jobSeconds = podSeconds + graceSeconds + JOB_DEADLINE_SLACK_SECONDS
   const container = {
     image: options.image,
     imagePullPolicy: spec.imageConfig?.pullPolicy ?? 'IfNotPresent',
@@ -179,7 +187,7 @@ export function workerJob(spec: WorkerSpec, options: JobOptions): V1Job {
         spec: {
           restartPolicy: 'Never',
           activeDeadlineSeconds: podSeconds,
-          terminationGracePeriodSeconds: options.terminationGraceSeconds,
+          terminationGracePeriodSeconds: graceSeconds,
           serviceAccountName: options.serviceAccount,
           automountServiceAccountToken: false,
           enableServiceLinks: false,
@@ -222,7 +230,10 @@ export function workerJob(spec: WorkerSpec, options: JobOptions): V1Job {
               ...container,
               name: TASK_CONTAINER,
               // For a worker that stays there is nothing to hold: pod and log stay as they are.
-              command: workerCommand({ ...spec, keepAfterwards: false }, MESSAGE_FILE),
+              command: workerCommand(
+                { ...spec, keepAfterwards: false },
+                { terminationGraceMs: options.terminationGraceMs, messageFile: MESSAGE_FILE },
+              ),
               terminationMessagePath: MESSAGE_FILE,
               volumeMounts: [worker, temporary],
             },

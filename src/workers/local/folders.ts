@@ -26,6 +26,10 @@ export interface WorkerRecord {
   createdAt: number
   maxLogBytes: number
   slot: ProcessIdentity
+  /** What goes on with the log once the service has died. The task of a record without it writes the log itself. */
+  reader?: ProcessIdentity
+  /** Of the shell. */
+  cgroup?: string
   /** Which folder it was written into. Records of the release before have none. */
   folder?: string
 }
@@ -38,7 +42,6 @@ export interface Contents {
   notes: string[]
 }
 
-const CRLF_LOOK_BYTES = 4096
 /** Of `exit` and `worker.json`. More than that, the service never wrote. */
 const READ_BYTES_MAX = 16 * 1024
 /**
@@ -54,19 +57,27 @@ const NO_EXIT = `${' '.repeat(EXIT_LENGTH)}\n`
 /** Empty when a task begins. */
 export const DIRECTORIES: readonly string[] = ['home', 'tmp']
 /** Written anew for each task: empty until then. */
-export const REWRITTEN: readonly string[] = ['exit', 'worker.json']
+export const REWRITTEN: readonly string[] = ['exit', 'worker.json', 'package.json']
+/** What is left of a folder whose space was freed. */
+export const OUTCOME: readonly string[] = ['exit', 'worker.json', 'log']
+
+/**
+ * Node looks upwards for what kind of modules `.js` files are: what lies above the data folder, such as the service's own
+ * package.json, is no matter of the task's. The search for packages goes on beyond it; nothing ends that one.
+ */
+const PACKAGE = '{}\n'
 
 /** Puts all that a task needs into a folder that has its directories and the tasks. */
 export function fill(folder: string, contents: Contents): void {
   for (const { name, content } of contents.files) {
     writeFileSync(join(folder, name), content, { mode: 0o600 })
   }
-  const notes = [...contents.notes, ...hints(folder, contents.taskFile)]
-  const lines = notes.map((note) => `[task-runner] ${note}\n`).join('')
+  const lines = contents.notes.map((note) => `[task-runner] ${note}\n`).join('')
   writeFileSync(join(folder, 'log'), lines, { mode: 0o600 })
   // Made here for its mode, and with room for what the shell writes over it: a disk may be full by then.
   write(join(folder, 'exit'), NO_EXIT)
   write(join(folder, 'worker.json'), JSON.stringify(contents.record))
+  write(join(folder, 'package.json'), PACKAGE)
 }
 
 /** Into an empty file, or a new one. */
@@ -115,19 +126,22 @@ function parseRecord(json: string): WorkerRecord | undefined {
   }
   // Holds: each field is looked at before it is used.
   const record = Object(value) as Partial<Record<keyof WorkerRecord, unknown>>
-  const slot = Object(record.slot) as Partial<Record<keyof ProcessIdentity, unknown>>
   const isWhole =
     typeof record.name === 'string' &&
     typeof record.taskId === 'string' &&
     (record.size === null || typeof record.size === 'string') &&
     Number.isFinite(record.createdAt) &&
     Number.isFinite(record.maxLogBytes) &&
-    ['string', 'undefined'].includes(typeof record.folder) &&
-    // Signals to lower ones go to more than a group.
-    Number.isInteger(slot.pid) &&
-    (slot.pid as number) > 1 &&
-    typeof slot.startedAt === 'string'
+    [record.folder, record.cgroup].every((path) => ['string', 'undefined'].includes(typeof path)) &&
+    isIdentity(record.slot) &&
+    (record.reader === undefined || isIdentity(record.reader))
   return isWhole ? (record as unknown as WorkerRecord) : undefined
+}
+
+function isIdentity(value: unknown): boolean {
+  const { pid, startedAt } = Object(value) as Partial<Record<keyof ProcessIdentity, unknown>>
+  // Signals to lower ones go to more than a group.
+  return Number.isInteger(pid) && (pid as number) > 1 && typeof startedAt === 'string'
 }
 
 /**
@@ -179,23 +193,6 @@ export function cutLog(folder: string, keptBytes: number): void {
       at += writeSync(file, tail, at, read - at, size - keptBytes + at)
     }
   })
-}
-
-/** What a user would otherwise search for long. */
-function hints(folder: string, taskFile: string): string[] {
-  if (!taskFile.endsWith('.sh')) return []
-  const path = join(folder, 'tasks', taskFile)
-  const start = Buffer.alloc(CRLF_LOOK_BYTES)
-  const file = openSync(path, 'r')
-  try {
-    const read = readSync(file, start)
-    if (!start.subarray(0, read).includes('\r\n')) return []
-  } finally {
-    closeSync(file)
-  }
-  return [
-    'this script has Windows line ends (CRLF), which shells do not understand; save it with LF',
-  ]
 }
 
 /** In place, so that a full disk has room for it. */

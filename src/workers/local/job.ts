@@ -2,6 +2,11 @@
 import type { WorkerSpec } from '../../core/ports.ts'
 import { quote } from '../quote.ts'
 
+/** Descriptor of the pipe in a slot shell. */
+export const SLOT_PIPE = 3
+/** The package.json of a worker's folder names no type on purpose: Node finds it out for each file, and need not advise one. */
+const NODE_OPTION = '--disable-warning=MODULE_TYPELESS_PACKAGE_JSON'
+
 export interface Interpreters {
   python: string
   shell: string
@@ -25,16 +30,22 @@ export interface Job {
  */
 export function jobText(job: Job, interpreters: Interpreters, bootstrap: string): string {
   const folder = quote(job.folder)
-  const file = quote(job.taskFileName)
+  const file = quote(`./${job.taskFileName}`)
   const { python, shell, node } = interpreters
   const commands = `${quote(python)} ${quote(shell)} ${quote(node)}`
   const environment = Object.entries(job.environment)
     .map(([name, value]) => `${name}=${quote(value)} `)
     .join('')
-  const redirects = `</dev/null >>${folder}/log 2>&1`
+  // Opened anew, for writing alone.
+  const redirects = `</dev/null >/proc/self/fd/${SLOT_PIPE} 2>&1 ${SLOT_PIPE}>&-`
   const command = job.needsPreparing
-    ? `/bin/sh ${quote(bootstrap)} run ${folder} ${quote(job.taskFolder)} ${file} ${commands}`
-    : `"$__tr_interpreter" $__tr_option ${quote(`./${job.taskFileName}`)}`
+    ? `/bin/sh ${quote(bootstrap)} run ${folder} ${quote(job.taskFolder)} ${quote(job.taskFileName)} ${commands} ${NODE_OPTION}`
+    : `"$__tr_interpreter" $__tr_options ${file}`
+  const path = quote(job.environment.PATH ?? '')
+  const chooseInterpreter = [
+    `choose_interpreter ${file} ${commands} ${path} ${NODE_OPTION}`,
+    `[ -z "$__tr_notes" ] || printf %s "$__tr_notes" ${redirects}`,
+  ].join('\n')
   // What the task made of these is neither followed nor waited for: the service takes it for lost.
   const isWritable = `[ ! -h ${folder} ] && [ ! -h ${folder}/exit ] && { [ -f ${folder}/exit ] || [ ! -e ${folder}/exit ]; }`
   // The bootstrap has written why a task did not run.
@@ -43,9 +54,10 @@ export function jobText(job: Job, interpreters: Interpreters, bootstrap: string)
   return [
     '{',
     `cd ${folder}/tasks && echo begun 1<>${folder}/exit && {`,
-    `choose_interpreter ${file} ${commands}`,
+    ...(job.needsPreparing ? [] : [chooseInterpreter]),
     `${environment}${command} ${redirects}`,
     '__tr_code=$?',
+    'restore_words',
     `${isWritable} && { ${finish}; }`,
     '}',
     'cd /',

@@ -125,6 +125,7 @@ export class LocalBackend implements WorkerBackend {
         return completion
       },
       stop: () => this.#call('stop', name),
+      hasEnded: () => this.#call('hasEnded', name),
       logs: async ({ maxBytes }) =>
         lastBytes(wholeLog ?? (await this.#call('tail', name, maxBytes)), maxBytes),
       follow: ({ from, signal }) =>

@@ -1,16 +1,39 @@
-import { lstatSync, mkdirSync, readdirSync } from 'node:fs'
+import { randomUUID } from 'node:crypto'
+import {
+  closeSync,
+  fstatSync,
+  lstatSync,
+  mkdirSync,
+  readdirSync,
+  type Stats,
+  statSync,
+} from 'node:fs'
 import { join } from 'node:path'
 import { setTimeout as pause } from 'node:timers/promises'
 import type { Completion, LogTail, WorkerSpec, WorkerStatus } from '../../core/ports.ts'
 import { isWorkerName } from '../../core/task.ts'
 import { completionOf, lost, overLogLimit } from '../completion.ts'
 import { repositoryFiles } from '../repositories.ts'
-import { FAULT_OF, isOurs, LocalFailure, sorted, sortedAs } from './failures.ts'
+import { SlotCgroups, WorkerProcesses } from './cgroup.ts'
+import { localEnvironment } from './environment.ts'
+import { codeOf, FAULT_OF, isOurs, LocalFailure, sorted, sortedAs } from './failures.ts'
 import * as folders from './folders.ts'
 import { type Interpreters, jobText } from './job.ts'
-import { identify, isAlive, kill, LeftoverFinder, type ProcessIdentity } from './processes.ts'
+import {
+  groupOf,
+  identify,
+  isAlive,
+  kill,
+  killIfSame,
+  LeftoverFinder,
+  nameOf,
+  type ProcessIdentity,
+  TASK_RUNNER_FOLDER,
+  writersOf,
+} from './processes.ts'
 import type { OnUnremovable } from './removal.ts'
-import { SlotShell } from './slot-shell.ts'
+import { openPipeOf, SlotShell } from './slot-shell.ts'
+import { TaskLog } from './task-log.ts'
 import { WorkerFolders } from './worker-folders.ts'
 
 export interface LocalSettings {
@@ -23,6 +46,8 @@ export interface LocalSettings {
   environment: Record<string, string>
   /** Of the tasks; the service's own is stricter. */
   umask: number
+  /** Of the tasks; undefined: the service's own. */
+  openFiles?: number | undefined
   terminationGraceMs: number
   /** What `freeSpace` leaves of a log. */
   logBytesKept: number
@@ -41,6 +66,17 @@ export interface WorkerInfo {
 const WATCH_MS = 100
 /** How often a log over its limit is measured: a task may write gigabytes a second. */
 const OVER_LIMIT_WATCH_MS = 5
+/** How often pipes are looked into: by turns of the loop while there is much, then ever more seldom. */
+const TAKE_MS = 4
+const TAKE_MAX_MS = 50
+/** Taken from a pipe in one turn. */
+const TAKE_BYTES = 1024 * 1024
+/** How long what a task leaves behind may still write into its log: filters such as `exec > >(tee …)`. */
+const LAST_WORDS_MS = 2_000
+/** As long as a process takes to end, once it has closed its files. */
+const ENDING_MS = 20
+/** Of those that were ended with the task, as far as the log names them. */
+const NAMES_MAX = 5
 const KILL_ROUND_MS = 5
 const KILL_ROUNDS_MAX = 400
 const BEGIN_ROUNDS_MAX = 200
@@ -74,13 +110,21 @@ interface Live {
   record: folders.WorkerRecord
   /** Undefined: a shell that an earlier process started. */
   slot: SlotShell | undefined
+  /** Undefined: what took it over from an earlier process writes it. */
+  log: TaskLog | undefined
+  /** The pipe of a shell of an earlier process, when nothing else reads from it any more. */
+  pipe: number | undefined
   /** What its shell was told to run; undefined when an earlier process did. */
   job: string | undefined
   /** Its shell could not start it. */
   waitsForSlot: boolean
   ended: PromiseWithResolvers<Completion>
   settling: boolean
+  /** Before anybody stopped it. */
+  endedByItself: boolean
   overLogLimit: boolean
+  /** Until when what a stopped task has started may go on, by `performance.now()`. Undefined: nobody stops it. */
+  graceUntil: number | undefined
 }
 
 /**
@@ -101,8 +145,14 @@ export class LocalWorkers {
   /** Workers whose task has ended here. True: with nothing left behind, and nothing can come after that. */
   readonly #ended = new Map<string, boolean>()
   readonly #leftovers: LeftoverFinder
+  readonly #cgroups: SlotCgroups | undefined
+  readonly #processes: WorkerProcesses
+  /** Of shells that have ended, in which something may still live. */
+  #oldCgroups: string[] = []
   /** Workers of an earlier process that made away with their folders, and whose processes run. */
   readonly #homeless = new Set<string>()
+  #taking: NodeJS.Timeout | undefined
+  #takeMs = TAKE_MS
   readonly #watch: NodeJS.Timeout
   readonly #sweep: NodeJS.Timeout
   #isClosed = false
@@ -113,6 +163,8 @@ export class LocalWorkers {
     mkdirSync(settings.workersDir, { recursive: true, mode: 0o700 })
     this.#folders = new WorkerFolders(settings.workersDir, onUnremovable)
     this.#leftovers = new LeftoverFinder(settings.workersDir)
+    this.#cgroups = SlotCgroups.open(settings.workersDir)
+    this.#processes = new WorkerProcesses(this.#leftovers, this.#cgroups)
     for (const name of readdirSync(settings.workersDir)) void this.#endIfHalfMade(name)
     for (const name of this.#leftovers.workers()) {
       const isThere = lstatSync(this.#folder(name), { throwIfNoEntry: false }) !== undefined
@@ -121,6 +173,7 @@ export class LocalWorkers {
     this.#watch = setInterval(() => this.#look(), WATCH_MS)
     this.#sweep = setInterval(() => {
       this.#leftovers.forget()
+      this.#removeCgroups()
       this.#folders.retry()
     }, SWEEP_MS)
   }
@@ -159,6 +212,7 @@ export class LocalWorkers {
       createdAt: Date.now(),
       maxLogBytes: spec.maxLogBytes,
       slot: slot.identity,
+      ...slot.traces,
     }
     try {
       // Whoever waited for it has given up meanwhile: it must not run later.
@@ -173,6 +227,14 @@ export class LocalWorkers {
       this.#giveBack(slot)
       throw err
     }
+    let log: TaskLog
+    try {
+      log = new TaskLog(folder, 2 * spec.maxLogBytes)
+    } catch (err) {
+      this.#giveBack(slot)
+      await this.#folders.release(folder)
+      throw err
+    }
     const job = jobText(
       {
         name: spec.name,
@@ -180,10 +242,13 @@ export class LocalWorkers {
         taskFolder: spec.taskFolder,
         taskFileName: spec.taskFileName,
         environment: {
-          ...this.#settings.environment,
-          HOME: join(folder, 'home'),
-          TMPDIR: join(folder, 'tmp'),
+          ...localEnvironment(
+            this.#settings.environment,
+            { home: join(folder, 'home'), tmp: this.#folders.tmpOf(folder) },
+            process.getuid?.() === 0,
+          ),
           ...spec.environment,
+          [TASK_RUNNER_FOLDER]: folder,
         },
         needsPreparing: files.length > 0,
       },
@@ -191,15 +256,20 @@ export class LocalWorkers {
       this.#settings.bootstrap,
     )
     this.#records.set(spec.name, record)
-    this.#live.set(spec.name, newLive(folder, record, slot, job))
-    slot.run(job)
+    this.#live.set(spec.name, newLive(folder, record, { slot, job, log }))
+    slot.run(spec.name, job)
+    this.#takeSoon(TAKE_MS)
     return this.#info(record)
   }
 
   find(name: string): WorkerInfo | undefined {
     try {
       const record = this.#record(name)
-      return record && this.#info(record)
+      if (record) return this.#info(record)
+      // One that nobody waits for any more has to be terminated as well.
+      const making = this.#making.get(name)
+      const status = 'Provisioning' as const
+      return making && { name, taskId: making.taskId, size: null, createdAt: Date.now(), status }
     } catch (err) {
       if (!isLoss(err)) throw err
       return this.#lostInfo(name, '')
@@ -247,8 +317,14 @@ export class LocalWorkers {
     const ended = live.ended.promise
     if (!live.waitsForSlot) {
       const { slot } = live.record
+      live.graceUntil ??= performance.now() + this.#settings.terminationGraceMs
       // By now it may be another worker's.
-      if (!live.settling && isAlive(slot)) kill(-slot.pid, 'SIGTERM')
+      if (this.#live.get(name) === live && isAlive(slot)) {
+        kill(-slot.pid, 'SIGTERM')
+        for (const identity of this.#leftOf(name)) {
+          if (groupOf(identity) !== slot.pid) killIfSame(identity, 'SIGTERM')
+        }
+      }
       const inTime = new AbortController()
       void ended.then(() => inTime.abort())
       const grace = pause(this.#settings.terminationGraceMs, undefined, { signal: inTime.signal })
@@ -256,6 +332,12 @@ export class LocalWorkers {
     }
     await this.#kill(live)
     await ended
+  }
+
+  /** True once the task itself has ended of its own accord, also while something of it may still write into its log. */
+  hasEnded(name: string): boolean {
+    const live = this.#live.get(name)
+    return live ? live.endedByItself : this.#ended.has(name)
   }
 
   /** Repeating it is safe. Rejects while processes of the worker are left. */
@@ -295,10 +377,13 @@ export class LocalWorkers {
   close(): void {
     this.#isClosed = true
     clearInterval(this.#watch)
+    clearTimeout(this.#taking)
     clearInterval(this.#sweep)
     this.#folders.close()
     for (const slot of this.#idleSlots) slot.retire()
     for (const { slot } of this.#live.values()) slot?.retire()
+    this.#removeCgroups()
+    this.#cgroups?.close()
   }
 
   /** What is known about the worker of a name; undefined when nothing was started. Throws like `folders.readRecord`. */
@@ -380,28 +465,54 @@ export class LocalWorkers {
       return undefined
     }
     const whole = { ...record, slot }
-    const live = newLive(folder, whole, undefined, undefined)
+    const live = newLive(folder, whole)
+    this.#takeOver(live)
     this.#records.set(name, whole)
     this.#live.set(name, live)
     return live
   }
 
   #startSlot(): Promise<SlotShell> {
+    const cgroup = this.#makeCgroup()
     return SlotShell.start({
+      cgroup,
       bootstrap: this.#settings.bootstrap,
       umask: this.#settings.umask,
+      workersDir: this.#settings.workersDir,
+      pipesDir: this.#folders.pipesDir,
+      openFiles: this.#settings.openFiles,
       onTaskEnd: (slot, name) => {
         const live = this.#live.get(name)
         if (live?.slot === slot) void this.#settle(live)
       },
       onExit: (slot, hasFailed) => {
+        if (cgroup !== undefined) this.#oldCgroups.push(cgroup)
+        this.#removeCgroups()
         const idle = this.#idleSlots.indexOf(slot)
-        if (idle >= 0) this.#idleSlots.splice(idle, 1)
+        if (idle >= 0) {
+          this.#idleSlots.splice(idle, 1)
+          slot.retire()
+        }
         for (const live of this.#live.values()) {
           if (live.slot === slot) void this.#endOrRunAgain(live, hasFailed)
         }
       },
     })
+  }
+
+  /** Undefined where none can be made. */
+  #makeCgroup(): string | undefined {
+    try {
+      return this.#cgroups?.make(`slot-${randomUUID()}`)
+    } catch (err) {
+      // There may be as many as there can be: then the marks that processes carry have to do.
+      if (codeOf(err) === undefined) throw err
+      return undefined
+    }
+  }
+
+  #removeCgroups(): void {
+    this.#oldCgroups = this.#oldCgroups.filter((path) => this.#cgroups?.remove(path) === false)
   }
 
   #giveBack(slot: SlotShell): void {
@@ -422,10 +533,11 @@ export class LocalWorkers {
       if (live.settling) continue
       try {
         const { maxLogBytes, slot } = live.record
-        if (!live.overLogLimit && folders.logBytes(live.folder) > maxLogBytes) {
+        if (!live.overLogLimit && logBytesOf(live) > maxLogBytes) {
           void this.#endAtLogLimit(live)
         }
         if (live.slot || live.waitsForSlot) continue
+        if (!live.log) this.#takeOver(live)
         if (this.#hasExit(live) || !isAlive(slot)) void this.#settle(live)
       } catch (err) {
         // Looked at again in a moment.
@@ -434,12 +546,49 @@ export class LocalWorkers {
     }
   }
 
+  #takeSoon(ms: number): void {
+    if (this.#isClosed || (this.#taking && ms >= this.#takeMs)) return
+    clearTimeout(this.#taking)
+    this.#takeMs = ms
+    this.#taking = setTimeout(() => {
+      this.#taking = undefined
+      let taken = 0
+      for (const live of this.#live.values()) taken = Math.max(taken, this.#take(live))
+      if (this.#live.size === 0) return
+      const isMore = taken >= TAKE_BYTES
+      this.#takeSoon(isMore ? 0 : taken > 0 ? TAKE_MS : Math.min(2 * ms || 1, TAKE_MAX_MS))
+    }, ms)
+  }
+
+  /** Moves what the task has written into its log. Returns how much that was. */
+  #take({ log, slot, pipe = slot?.pipe }: Live): number {
+    return log && pipe !== undefined ? log.take(pipe, TAKE_BYTES) : 0
+  }
+
+  /** Where nothing reads any more what the task of an earlier process writes, we do. */
+  #takeOver(live: Live): void {
+    const { reader, slot } = live.record
+    if (!reader || isAlive(reader)) return
+    try {
+      const log = new TaskLog(live.folder, 2 * live.record.maxLogBytes)
+      const pipe = openPipeOf(slot, this.#folders.pipesDir)
+      if (pipe === undefined) log.close()
+      else {
+        Object.assign(live, { log, pipe })
+        this.#takeSoon(TAKE_MS)
+      }
+    } catch (err) {
+      // The task broke its log, and what it wrote is gone; or we look again in a moment.
+      if (!isLoss(err) && !isOurs(err)) throw err
+    }
+  }
+
   /** TERM, and KILL at twice the limit: on a fast disk a task that ignores TERM writes ten times that in its grace period. */
   async #endAtLogLimit(live: Live): Promise<void> {
     live.overLogLimit = true
     const { name, maxLogBytes } = live.record
     const stopping = this.#persistently(() => this.stop(name))
-    const isFarOver = async () => folders.logBytes(live.folder) > 2 * maxLogBytes
+    const isFarOver = async () => logBytesOf(live) >= 2 * maxLogBytes
     while (!live.settling) {
       if (await this.#persistently(isFarOver)) await this.#kill(live)
       else await pause(OVER_LIMIT_WATCH_MS)
@@ -448,6 +597,7 @@ export class LocalWorkers {
   }
 
   async #kill(live: Live): Promise<void> {
+    live.graceUntil = 0
     await this.#persistently(async () => {
       if (live.settling || live.waitsForSlot || !isAlive(live.record.slot)) return
       if (live.slot) live.slot.kill()
@@ -474,7 +624,11 @@ export class LocalWorkers {
       this.#giveBack(slot)
       return
     }
-    const record = { ...live.record, slot: slot.identity }
+    const record = {
+      ...live.record,
+      slot: slot.identity,
+      ...slot.traces,
+    }
     try {
       await this.#persistently(async () => folders.rewrite(live.folder, record), isOver)
     } catch (err) {
@@ -489,15 +643,20 @@ export class LocalWorkers {
     }
     Object.assign(live, { record, slot, waitsForSlot: false })
     this.#records.set(record.name, record)
-    slot.run(live.job ?? '')
+    slot.run(record.name, live.job ?? '')
+    this.#takeSoon(TAKE_MS)
   }
 
   /** The task has ended: end what it left behind, free its slot, tell how it went. Never rejects. */
   async #settle(live: Live): Promise<void> {
     if (live.settling) return
     live.settling = true
+    live.endedByItself = live.graceUntil === undefined
     const { name, maxLogBytes } = live.record
-    const clean = await this.#persistently(() => this.#endLeftovers(name))
+    const isEmpty = await this.#persistently(() => this.#letFinish(live))
+    const ended: string[] = []
+    const clean = isEmpty || (await this.#persistently(() => this.#endLeftovers(name, ended)))
+    await this.#endLog(live, ended)
     const completion = await this.#persistently(async () => this.#completionIn(name))
     this.#live.delete(name)
     this.#ended.set(name, clean === true)
@@ -505,30 +664,95 @@ export class LocalWorkers {
       // Without an exit nothing would tell after a restart that the shell is this worker's no more.
       if (clean && completion?.reason !== 'worker_lost') this.#giveBack(live.slot)
       else live.slot.retire()
-    }
+    } else live.slot?.retire()
     live.ended.resolve(
       live.overLogLimit ? overLogLimit(maxLogBytes) : (completion ?? lost(NO_EXIT)),
     )
   }
 
   /**
+   * Waits for what the task has started: until it has ended, or the grace of a stopped task is over, or, of any other task, until
+   * it cannot write into the log any more, two seconds at most. Returns whether nothing is left.
+   */
+  async #letFinish(live: Live): Promise<boolean> {
+    const lastWordsUntil = performance.now() + LAST_WORDS_MS
+    let isQuiet = false
+    for (let waitMs = 1; ; waitMs = Math.min(2 * waitMs, TAKE_MAX_MS)) {
+      this.#take(live)
+      const left = this.#leftOf(live.record.name)
+      if (left.length === 0) return true
+      const isStopped = live.graceUntil !== undefined
+      if (performance.now() >= (live.graceUntil ?? lastWordsUntil)) return false
+      const pipe = this.#pipeOf(live)
+      if (!isStopped && (!pipe || writersOf(pipe, left).length === 0)) {
+        // One that is ending has closed its files before it is gone.
+        if (isQuiet) return false
+        isQuiet = true
+        await pause(ENDING_MS)
+      } else await pause(waitMs)
+    }
+  }
+
+  #pipeOf({ slot, pipe = slot?.pipe, record }: Live): Stats | undefined {
+    try {
+      if (pipe !== undefined) return fstatSync(pipe)
+      return record.reader && statSync(`/proc/${record.reader.pid}/fd/0`)
+    } catch {
+      return undefined
+    }
+  }
+
+  /** Nothing of the task is left that could write: what it wrote is in its log when this settles. */
+  async #endLog(live: Live, ended: readonly string[]): Promise<void> {
+    const { log, pipe, record } = live
+    const { reader } = record
+    if (log) {
+      // More than a pipe holds.
+      this.#take(live)
+    } else if (reader) {
+      for (let round = 0; round < KILL_ROUNDS_MAX && isAlive(reader); round += 1) {
+        await pause(KILL_ROUND_MS)
+      }
+    }
+    if (pipe !== undefined) closeSync(pipe)
+    try {
+      const whole = log ?? (ended.length > 0 ? new TaskLog(live.folder, Infinity) : undefined)
+      if (ended.length > 0) whole?.add([wordsOfEnded(ended)])
+      whole?.close()
+    } catch (err) {
+      // The task made something else of its log.
+      if (!isLoss(err)) throw err
+    }
+  }
+
+  /**
    * Ends whatever carries the worker's name or is in the group of its shell, besides the shell. False: some
    * cannot be ended (another user's, or stuck in the kernel).
    */
-  async #endLeftovers(name: string): Promise<boolean> {
-    const live = this.#live.get(name)
-    const { slot } = live?.record ?? this.#recordIfWhole(name) ?? {}
-    // The group counts while the shell is this worker's, and after it has gone. A shell that serves another
-    // worker by now, or a process that got its number, has a group of others.
-    const isOwn = slot && (live || identify(slot.pid) === undefined)
-    const group = isOwn ? slot.pid : undefined
+  async #endLeftovers(name: string, ended?: string[]): Promise<boolean> {
     for (let round = 0; round < KILL_ROUNDS_MAX; round += 1) {
-      const pids = this.#leftovers.find(name, group)
-      if (pids.length === 0) return true
-      for (const pid of pids) kill(pid)
+      const found = this.#leftOf(name)
+      if (found.length === 0) return true
+      if (round === 0) ended?.push(...found.flatMap((identity) => nameOf(identity) ?? []))
+      for (const identity of found) killIfSame(identity)
       await pause(KILL_ROUND_MS)
     }
     return false
+  }
+
+  /** Processes of a worker, besides its shell and what writes its log. */
+  #leftOf(name: string): ProcessIdentity[] {
+    const live = this.#live.get(name)
+    const { slot, reader, cgroup } = live?.record ?? this.#recordIfWhole(name) ?? {}
+    // The group counts while the shell is this worker's, and after it has gone. A shell that serves another
+    // worker by now, or a process that got its number, has a group of others.
+    const isOwn = slot && (live || identify(slot.pid) === undefined)
+    const found = this.#processes.find({
+      ...{ worker: name, shell: slot },
+      ...(isOwn && { group: slot.pid, cgroup }),
+      log: live && this.#pipeOf(live),
+    })
+    return found.filter(({ pid }) => pid !== reader?.pid)
   }
 
   /**
@@ -640,13 +864,26 @@ function shortLog(folder: string): LogTail | undefined {
   }
 }
 
+/** As far as it is known here: what took the log over from an earlier process writes into the file alone. */
+function logBytesOf({ log, folder }: Live): number {
+  return log ? log.seenBytes : folders.logBytes(folder)
+}
+
+function wordsOfEnded(names: readonly string[]): string {
+  const shown = [...new Set(names)].slice(0, NAMES_MAX)
+  const more = new Set(names).size - shown.length
+  const list = shown.join(', ') + (more > 0 ? ` and ${more} more` : '')
+  return names.length === 1
+    ? `Ended 1 process that was still running: ${list}`
+    : `Ended ${names.length} processes that were still running: ${list}`
+}
+
 function newLive(
   folder: string,
   record: folders.WorkerRecord,
-  slot: SlotShell | undefined,
-  job: string | undefined,
+  { slot, job, log }: Partial<Pick<Live, 'slot' | 'job' | 'log'>> = {},
 ): Live {
   const ended = Promise.withResolvers<Completion>()
-  const flags = { waitsForSlot: false, settling: false, overLogLimit: false }
-  return { folder, record, slot, job, ended, ...flags }
+  const flags = { waitsForSlot: false, settling: false, endedByItself: false, overLogLimit: false }
+  return { folder, record, slot, job, log, pipe: undefined, graceUntil: undefined, ended, ...flags }
 }

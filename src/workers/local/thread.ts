@@ -15,6 +15,7 @@ export type Methods = Pick<
   | 'completion'
   | 'tail'
   | 'stop'
+  | 'hasEnded'
   | 'terminate'
   | 'freeSpace'
   | 'check'

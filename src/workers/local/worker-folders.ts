@@ -20,10 +20,12 @@ import {
   DIRECTORIES,
   empty,
   fill,
+  OUTCOME,
   REWRITTEN,
   type WorkerRecord,
 } from './folders.ts'
 import { type OnUnremovable, Removal, removedAtOnce } from './removal.ts'
+import { ShortPaths } from './short-paths.ts'
 import { assertCopied, copyTasks, isUntouched, type TasksCopy } from './tasks-copy.ts'
 
 /** More than run at a time on most machines. */
@@ -55,22 +57,28 @@ export class WorkerFolders {
   readonly #realDir: string
   /** Beside the folder of the workers: what is in there is no worker. */
   readonly #sparesDir: string
+  /** For the pipes of slot shells. It may not be there. */
+  readonly pipesDir: string
   readonly #spares: Spare[] = []
   /** Of the workers that got their folder here. */
   readonly #prints = new Map<string, Prints>()
   /** They may lie in the tasks folder. */
   readonly #notCopied: readonly string[]
   readonly #removal: Removal
+  readonly #shortPaths: ShortPaths
 
   /** `workersDir` must be there. */
   constructor(workersDir: string, onUnremovable: OnUnremovable = () => {}) {
     this.#realDir = realpathSync.native(workersDir)
     this.#inode = lstatSync(this.#realDir).ino
     this.#sparesDir = `${workersDir}-spare`
+    this.pipesDir = `${workersDir}-pipes`
     this.#removal = new Removal(this.#sparesDir, onUnremovable)
     this.#removeLeft()
+    this.#shortPaths = new ShortPaths(workersDir)
     const around = realpathSync.native(dirname(workersDir))
-    this.#notCopied = [this.#realDir, join(around, basename(this.#sparesDir))]
+    const beside = [this.#sparesDir, this.pipesDir].map((path) => join(around, basename(path)))
+    this.#notCopied = [this.#realDir, ...beside]
   }
 
   /**
@@ -104,6 +112,11 @@ export class WorkerFolders {
     }
   }
 
+  /** Returns a short path to the folder's `tmp`, if there can be one. */
+  tmpOf(folder: string): string {
+    return join(this.#shortPaths.to(folder), 'tmp')
+  }
+
   /** What a record is of: a copy of the folder is another one. */
   identityOf(inode: number, name: string): string {
     return `${inode} ${join(this.#realDir, name)}`
@@ -120,6 +133,7 @@ export class WorkerFolders {
 
   /** The worker has ended, and nothing of it runs. Its folder is out of the way when this settles, if it can be moved or removed. */
   async release(folder: string): Promise<void> {
+    this.#shortPaths.remove(folder)
     const prints = this.#prints.get(folder)
     let spare: string | undefined
     try {
@@ -154,7 +168,7 @@ export class WorkerFolders {
     this.#prints.delete(folder)
     const spares = this.#spares.splice(0).map((spare) => this.#removal.add(spare.folder))
     if (lstatSync(folder, { throwIfNoEntry: false })?.isDirectory()) {
-      await this.#removal.empty(folder, ['log', ...REWRITTEN])
+      await this.#removal.empty(folder, OUTCOME)
       cutLog(folder, logBytesKept)
     }
     await Promise.all(spares)
@@ -201,10 +215,12 @@ export class WorkerFolders {
   close(): void {
     for (const { folder } of this.#spares.splice(0)) void this.#removal.add(folder)
     this.#removal.close()
+    this.#shortPaths.close()
   }
 
   /** Removes what an earlier process, which was killed, had spared, and tries again what it could not remove. */
   #removeLeft(): void {
+    void this.#removal.add(this.pipesDir)
     let left: string[]
     try {
       left = readdirSync(this.#sparesDir)

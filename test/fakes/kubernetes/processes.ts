@@ -83,8 +83,12 @@ export function runPod({ cluster, logs, handle, root }: RunOptions): PodProcesse
     // The image's own entrypoint is not known here.
     if (!program) return failStart('no command specified')
     const isThere = (await commandPath(program)) !== undefined
-    // A process namespace of its own, as containers have: what signals all it sees must not see this machine.
-    const isolated = ['--pid', '--fork', '--kill-child=KILL', '--', program, ...args]
+    // Process and mount namespaces of its own, as containers have: what signals or lists all it sees must not
+    // see this machine.
+    const isolated = [
+      ...['--pid', '--fork', '--kill-child=KILL', '--mount-proc', '--'],
+      ...[program, ...args],
+    ]
     const child = spawn(isThere ? 'unshare' : program, isThere ? isolated : args, {
       cwd,
       detached: true,
