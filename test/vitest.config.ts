@@ -2,6 +2,9 @@ import { defineConfig } from 'vitest/config'
 
 /** Suites that start browsers, interpreters and many services; `npm run test:slow` runs them. */
 export const SLOW = [
+  'callbacks/hostile-receivers.test.ts',
+  'cli.test.ts',
+  'client/client.test.ts',
   'conformance/**/*.test.ts',
   'examples/**/*.test.ts',
   'package.test.ts',
@@ -12,6 +15,7 @@ export const SLOW = [
   'security/secrets.test.ts',
   'web/page.test.ts',
   'workers/bootstrap-contain.test.ts',
+  'workers/docker.test.ts',
   'workers/docker-containers.test.ts',
   'workers/docker-failures.test.ts',
   'workers/docker-restart.test.ts',

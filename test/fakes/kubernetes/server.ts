@@ -89,6 +89,7 @@ export interface FakeKubernetes extends AsyncDisposable {
   denied: Set<string>
   /** Refuses and breaks connections, until `up`. */
   down(): Promise<void>
+  /** Does nothing while it is up. */
   up(): Promise<void>
 }
 
@@ -230,7 +231,9 @@ export async function startFakeKubernetes(
     admission,
     denied: routes.denied,
     down,
-    up: () => listen(port),
+    async up() {
+      if (!server.listening) await listen(port)
+    },
     async [Symbol.asyncDispose]() {
       controllers.pause()
       if (server.listening) await down()
