@@ -133,14 +133,11 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
       : ''
   }
 
-  /**
-   * The worker, and the task as it is now, unless it has ended. In this order: a task that is read once its
-   * worker is there knows all that must be masked.
-   */
+  /** The worker of a task that runs, and the task as it is now, which knows all that must be masked. */
   async function runningNow(task: Task): Promise<{ worker: Worker; task: Task } | undefined> {
-    const worker = await backend.find(task.workerName)
-    const now = worker && (await tasks.get(task.taskId))
-    return worker && now && !isFinal(now.status) ? { worker, task: now } : undefined
+    const now = await tasks.get(task.taskId)
+    const worker = now?.status === 'running' ? await backend.find(task.workerName) : undefined
+    return worker && now && { worker, task: now }
   }
 
   /** What a worker gives; undefined when it went away because its task has ended, and the log is stored. */
