@@ -433,9 +433,16 @@ except OSError as err:
         spec('unused', { taskFileName: 'w-eval.py', environment: { SCRIPT: bomb } }),
       )
       expect(end.reason).toBe('completed')
-      const [, count] = /^(\d+) Resource temporarily unavailable\n$/.exec(await logOf(worker)) ?? []
+      const [first, last, ...rest] = (await logOf(worker)).split('\n')
+      const [, count] = /^(\d+) Resource temporarily unavailable$/.exec(first ?? '') ?? []
       expect(Number(count)).toBeGreaterThan(4000)
       expect(Number(count)).toBeLessThan(4096)
+      expect([last, ...rest]).toEqual([
+        expect.stringMatching(
+          `^\\[task-runner\\] Ended ${count} processes that were still running: python3, .* and ${Number(count) - 5} more$`,
+        ),
+        '',
+      ])
       expect((await run(spec('exit 3'))).end).toMatchObject({ exitCode: 3 })
     })
 
