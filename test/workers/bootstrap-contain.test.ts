@@ -173,7 +173,7 @@ describe.each(SHELLS.map((shell) => ({ shell, name: shell.join(' ') })))(
         const named = (name: string) =>
           `${PYTHON} -c 'import time; open("/proc/self/comm", "w").write(${name}); print(flush=True); time.sleep(300)' >>named &`
         const { output } = await runOf(
-          `${named('"a\\n[x] \\033[2J"')} ${named('"é, %s*"')}
+          `: >named; ${named('"a\\n[x] \\033[2J"')} ${named('"é, %s*"')}
           until [ "$(wc -l <named)" = 2 ]; do sleep 0.02; done`,
         )
         expect(output).toMatch(
