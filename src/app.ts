@@ -44,7 +44,7 @@ import { openStorage } from './storage-from-config.ts'
 import { VERSION } from './version.ts'
 import { fieldErrors } from './wire/fields.ts'
 import { parseWorkerFile } from './wire/worker-config.ts'
-import { newWorkerSetup, openBackend } from './workers-from-config.ts'
+import { backendRules, newWorkerSetup, openBackend } from './workers-from-config.ts'
 
 const BODY_BYTES_MAX = 4 * 1024 * 1024
 const PARAM_LENGTH_MAX = 4096
@@ -197,9 +197,8 @@ export async function buildApp(options: AppOptions): Promise<App> {
       const values = [task.callbackUrlToken, ...task.secretValues, ...config.apiTokens]
       return maskers.get(JSON.stringify(values), () => new Masker(values))
     }
-    const files = new TaskFiles(config.tasksDir, (json) =>
-      parseWorkerFile(json, config.workerSizes),
-    )
+    const rules = backendRules(config)
+    const files = new TaskFiles(config.tasksDir, (content) => parseWorkerFile(content, rules))
     const setup = newWorkerSetup(config, files, gitGuard)
     const runner = new TaskRunner({
       store: tasks,
@@ -299,7 +298,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
             submissions,
             files,
             timeoutSecondsMax: config.taskTimeoutSeconds,
-            workerSizes: config.workerSizes,
+            rules,
             basePath,
             samplesAreOff: !config.sampleCallbacks,
           })

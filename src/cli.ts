@@ -3,13 +3,14 @@
 import { randomUUID } from 'node:crypto'
 import { readFile } from 'node:fs/promises'
 import { basename, dirname } from 'node:path'
-import { text as textOf } from 'node:stream/consumers'
+import { buffer } from 'node:stream/consumers'
 import { type ParseArgsOptionsConfig, parseArgs, styleText } from 'node:util'
 import { TaskRunnerApiError, TaskRunnerClient } from './client/client.ts'
 import { loadClientConfig } from './config.ts'
 import { TaskRunnerError } from './core/errors.ts'
 import { WorkerError } from './core/ports.ts'
 import { runTask } from './run-task.ts'
+import { parseFile } from './wire/worker-config.ts'
 import { decodeWorkerFile, encodeWorkerFile, type WorkerConfigInput } from './wire/worker-file.ts'
 
 const HELP = `task-runner: runs scripts on workers
@@ -292,17 +293,16 @@ function fromOptions(values: Values, under: WorkerConfigInput): WorkerConfigInpu
 
 /** `file` undefined: from stdin. */
 async function jsonFrom(file: string | undefined): Promise<WorkerConfigInput> {
-  const reading = file === undefined ? textOf(process.stdin) : readFile(file, 'utf8')
-  const text = await reading.catch((err: NodeJS.ErrnoException) => {
+  const reading = file === undefined ? buffer(process.stdin) : readFile(file)
+  const content = await reading.catch((err: NodeJS.ErrnoException) => {
     throw new UsageError(`${file} cannot be read (${err.code})`)
   })
   try {
-    const value: unknown = JSON.parse(text)
-    if (value !== null && typeof value === 'object') return value
-  } catch {
-    // Said below; the parser's own words would repeat a piece of the file.
+    return parseFile(content)
+  } catch (err) {
+    // Holds: what is thrown there are errors for people.
+    throw new UsageError(`${file ?? 'stdin'} cannot be read: ${(err as Error).message}`)
   }
-  throw new UsageError(`${file ?? 'stdin'} does not hold a JSON object`)
 }
 
 /** Where there is one: `run` alone works without. */

@@ -1,7 +1,11 @@
 import fastifySwagger from '@fastify/swagger'
 import fastifySwaggerUi from '@fastify/swagger-ui'
 import type { FastifyInstance } from 'fastify'
-import { jsonSchemaTransform, jsonSchemaTransformObject } from 'fastify-type-provider-zod'
+import {
+  createJsonSchemaTransform,
+  createJsonSchemaTransformObject,
+} from 'fastify-type-provider-zod'
+import { z } from 'zod'
 import { secureContent } from './content-security.ts'
 import { VERSION } from './version.ts'
 
@@ -9,6 +13,23 @@ const DESCRIPTION = `Runs scripts on on-demand workers and calls back with the o
 
 **Try it:** open *Run a task* below, press *Try it out*, then *Execute*. Then look at the task, its log, and its worker.
 Where the service wants a bearer token, press *Authorize* first.`
+
+/** How zod's schemas are told. */
+const zodToJsonConfig = {
+  override({
+    zodSchema,
+    jsonSchema,
+  }: {
+    zodSchema: z.core.$ZodType
+    jsonSchema: { examples?: unknown[] }
+  }) {
+    // zod leaves them out where anything inside takes other spellings of a value, such as "" for null.
+    const { examples } = z.globalRegistry.get(zodSchema) ?? {}
+    if (Array.isArray(examples)) jsonSchema.examples ??= examples
+  },
+}
+const jsonSchemaTransform = createJsonSchemaTransform({ zodToJsonConfig })
+const jsonSchemaTransformObject = createJsonSchemaTransformObject({ zodToJsonConfig })
 
 type Document = ReturnType<typeof jsonSchemaTransformObject>
 

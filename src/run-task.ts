@@ -18,7 +18,7 @@ import { taskFileName } from './wire/task-request.ts'
 import { parseWorkerFile, toWorkerConfig, workerConfigSchema } from './wire/worker-config.ts'
 import type { WorkerConfigInput } from './wire/worker-file.ts'
 import { removeTree } from './workers/local/removal.ts'
-import { newWorkerSetup, openLocal } from './workers-from-config.ts'
+import { backendRules, newWorkerSetup, openLocal } from './workers-from-config.ts'
 
 export interface RunTaskOptions {
   /** The script, relative to `filesPath`; or of a repository of `workerConfig`: `<repository>/path/task.py`. */
@@ -99,13 +99,11 @@ async function prepare(
 ) {
   const fileName = posix.normalize(parseWith(taskFileName, options.fileName, ['fileName']))
   const path = ['workerConfig']
+  const rules = backendRules(config)
   const given = parseWith(workerConfigSchema, options.workerConfig ?? {}, path)
-  const files = new TaskFiles(config.tasksDir, (json) => parseWorkerFile(json, config.workerSizes))
+  const files = new TaskFiles(config.tasksDir, (content) => parseWorkerFile(content, rules))
   const defaults = await files.defaultsFor(fileName)
-  const workerConfig = mergeWorkerConfigs(
-    defaults,
-    toWorkerConfig(given, { path, sizes: config.workerSizes }),
-  )
+  const workerConfig = mergeWorkerConfigs(defaults, toWorkerConfig(given, { path, rules }))
   const isKnown =
     (await files.has(fileName)) || locateInRepository(fileName, workerConfig.gitConfigs)
   if (!isKnown) {

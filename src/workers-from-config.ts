@@ -10,6 +10,7 @@ import type { TaskFiles } from './core/task-files.ts'
 import { LOG_BYTES_KEPT } from './core/task-runner.ts'
 import { WorkerSetup } from './core/worker-setup.ts'
 import { FileSecretSource } from './secrets/source.ts'
+import type { BackendRules } from './wire/worker-config.ts'
 import { LocalBackend } from './workers/local/local-backend.ts'
 import { openFilesAtStart } from './workers/local/open-files.ts'
 
@@ -29,6 +30,11 @@ export function newWorkerSetup(
     sizes: config.workerSizes,
     maxLogBytes: config.maxLogBytes,
   })
+}
+
+/** What the configured backend makes of a `worker_config`. */
+export function backendRules(config: Config): BackendRules {
+  return { backend: config.workerBackend, sizes: config.workerSizes }
 }
 
 /** The backend that the configuration names; what it needs is loaded only then. */

@@ -112,8 +112,8 @@ describe('runTask', () => {
       code: 'task_file_not_found',
     })
     await expect(runTask({ ...here, fileName: '../a.sh' })).rejects.toThrow(InvalidRequestError)
-    const wrong = { worker_size: 'Giant' }
-    await expect(running('', { workerConfig: wrong })).rejects.toThrow('workerConfig.worker_size')
+    const wrong = { log_level: 'a\nb' }
+    await expect(running('', { workerConfig: wrong })).rejects.toThrow('workerConfig.log_level')
     const missing = { personal_secrets: ['NOT_THERE'] }
     await expect(running('', { workerConfig: missing })).rejects.toThrow('"NOT_THERE"')
     expect(await readdir(temporary)).toEqual([])

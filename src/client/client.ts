@@ -65,6 +65,11 @@ const MEGABYTE = 1024 * 1024
 const LOG_BYTES_KEPT = 5 * MEGABYTE
 const CUT_LINE = /^\[task-runner\] \d+ bytes of log before this line were cut\n/
 
+/** Whole numbers of any size, digit for digit. */
+function exactly(_name: string, value: unknown): unknown {
+  return typeof value === 'bigint' ? JSON.rawJSON(String(value)) : value
+}
+
 interface Call {
   method?: 'GET' | 'POST' | 'DELETE'
   body?: unknown
@@ -280,7 +285,7 @@ export class TaskRunnerClient {
           ...(token === '' ? {} : { authorization: `Bearer ${token}` }),
           ...(body === undefined ? {} : { 'content-type': 'application/json' }),
         },
-        body: body === undefined ? null : JSON.stringify(body),
+        body: body === undefined ? null : JSON.stringify(body, exactly),
         signal: AbortSignal.any(signals),
       })
       return stream && response.ok ? { response } : { response, text: await response.text() }

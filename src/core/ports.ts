@@ -49,6 +49,8 @@ export interface WorkerResources {
 export interface ImageConfig {
   pullPolicy?: 'Always' | 'IfNotPresent' | 'Never'
   credential?: { username: string; password: string }
+  /** Kubernetes: a pull secret that is there already. */
+  pullSecretName?: string
 }
 
 export interface WorkerSpec {

@@ -30,7 +30,7 @@ const UNREADABLE_KNOWN_MS = 60_000
 /** The tasks folder: which files may run, and the worker defaults that lie beside them. */
 export class TaskFiles {
   readonly #folder: string
-  readonly #parseDefaults: (json: string) => WorkerConfig
+  readonly #parseDefaults: (content: Buffer) => WorkerConfig
   readonly #looks = new SharedLook(async (name) => {
     const defaults = this.defaultsFor(name)
     // Awaited second: that a file cannot be read says more than what is wrong with its defaults.
@@ -41,7 +41,7 @@ export class TaskFiles {
   readonly #warnings = new SharedLook(() => this.#lookForWarnings())
   #unreadable: { files: readonly LeftOut[]; until: number } | undefined
 
-  constructor(folder: string, parseDefaults: (json: string) => WorkerConfig) {
+  constructor(folder: string, parseDefaults: (content: Buffer) => WorkerConfig) {
     this.#folder = folder
     this.#parseDefaults = parseDefaults
   }
@@ -171,8 +171,8 @@ export class TaskFiles {
 
   async #defaults(name: string): Promise<WorkerConfig> {
     try {
-      const json = await this.#read(name)
-      return json === undefined ? {} : this.#parseDefaults(json)
+      const content = await this.#read(name)
+      return content === undefined ? {} : this.#parseDefaults(content)
     } catch (err) {
       if (err instanceof UnavailableError) throw err
       const why = err instanceof Error ? err.message : String(err)
@@ -185,7 +185,7 @@ export class TaskFiles {
   }
 
   /** Undefined: there is no such file. Throws what is wrong with it, or `UnavailableError`. */
-  async #read(name: string): Promise<string | undefined> {
+  async #read(name: string): Promise<Buffer | undefined> {
     const file = await open(join(this.#folder, name), READ).catch(async (err: unknown) => {
       const code = codeOf(err)
       if (READ_FAULTS[code] === 'gone') return undefined
@@ -199,7 +199,7 @@ export class TaskFiles {
       if (!stats.isFile()) throw new Error('it is not a plain file')
       if (stats.size > DEFAULTS_BYTES_MAX) throw new Error('it is larger than 1 MB')
       const { buffer, bytesRead } = await file.read(Buffer.alloc(stats.size), 0, stats.size, 0)
-      return buffer.toString('utf8', 0, bytesRead)
+      return buffer.subarray(0, bytesRead)
     } finally {
       await file.close()
     }

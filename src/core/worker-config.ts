@@ -4,6 +4,7 @@ export interface WorkerConfig {
   workerSize?: string
   /** Passed to the task as they are. */
   envVariables?: Record<string, string>
+  /** As requests name them: see `secretReference`. */
   personalSecrets?: string[]
   sharedSecrets?: string[]
   gitConfigs?: GitConfig[]
@@ -11,7 +12,11 @@ export interface WorkerConfig {
   imageConfig?: {
     pullPolicy?: 'Always' | 'IfNotPresent' | 'Never'
     username?: string
+    password?: string
+    /** Of the secret that is the password. */
     secretName?: string
+    /** Of a secret of the cluster. */
+    pullSecretName?: string
   }
   logLevel?: string
   modulesLogLevel?: string
@@ -28,6 +33,17 @@ export interface GitConfig {
   branch?: string
   sparseCheckoutFolders?: string[]
   fetchDepth?: number
+}
+
+/**
+ * What `NAME` or `NAME:VARIABLE` means: the secret's name, and the variable that it becomes. Without one, that is the
+ * name with `_` for other characters than letters and digits.
+ */
+export function secretReference(reference: string): { name: string; variable: string } {
+  const at = reference.lastIndexOf(':')
+  if (at > 0) return { name: reference.slice(0, at), variable: reference.slice(at + 1) }
+  const variable = reference.replace(/[^A-Za-z0-9_]/gu, '_').replace(/^(?=[0-9])/, '_')
+  return { name: reference, variable }
 }
 
 /** Where a repository goes, below the worker's home. */
@@ -66,11 +82,12 @@ export function taskEnvironment(task: {
   traceparent?: string | null
 }): Record<string, string> {
   const { workerConfig } = task
+  // The Practicus SDK reads its own names in a task.
+  const underBothNames = (name: string, value: string | undefined) =>
+    value === undefined ? {} : { [name]: value, [`PRT_${name}`]: value }
   return {
-    ...(workerConfig.logLevel === undefined ? {} : { LOG_LEVEL: workerConfig.logLevel }),
-    ...(workerConfig.modulesLogLevel === undefined
-      ? {}
-      : { MODULES_LOG_LEVEL: workerConfig.modulesLogLevel }),
+    ...underBothNames('LOG_LEVEL', workerConfig.logLevel),
+    ...underBothNames('MODULES_LOG_LEVEL', workerConfig.modulesLogLevel),
     ...(task.traceparent == null ? {} : { TRACEPARENT: task.traceparent }),
     ...workerConfig.envVariables,
     TASK_ID: task.taskId,

@@ -15,6 +15,7 @@ import {
   directoryOf,
   type GitConfig,
   repositoryName,
+  secretReference,
   taskEnvironment,
   type WorkerConfig,
 } from './worker-config.ts'
@@ -61,7 +62,7 @@ export class WorkerSetup {
       const path = `worker_config.git_configs.${index}.remote_url`
       return message === undefined ? [] : [{ path, message }]
     })
-    const errors = [...missing.flat(), ...refused]
+    const errors = [...missing.flat(), ...variableClashes(config), ...refused]
     if (errors.length > 0) throw new InvalidRequestError(errors)
   }
 
@@ -84,8 +85,13 @@ export class WorkerSetup {
     const { workerConfig } = task
     const gitConfigs = workerConfig.gitConfigs ?? []
     const values = await this.#secretValues(workerConfig)
-    const given = (names: readonly string[] = []) =>
-      Object.fromEntries(names.map((name) => [name, values.get(name) ?? '']))
+    const given = (references: readonly string[] = []) =>
+      Object.fromEntries(
+        references
+          .map(secretReference)
+          .map(({ name, variable }) => [variable, values.get(name) ?? '']),
+      )
+    const { password } = workerConfig.imageConfig ?? {}
     const repositories = await Promise.all(
       gitConfigs.map((config) => this.#repository(config, values)),
     )
@@ -117,7 +123,7 @@ export class WorkerSetup {
         maxLogBytes: this.#options.maxLogBytes,
         notes: (workerConfig.withoutEffect ?? []).map((field) => `${field} has no effect here`),
       },
-      secretValues: [...new Set([...values.values(), ...encoded])],
+      secretValues: [...new Set([...values.values(), ...encoded, ...(password ? [password] : [])])],
     }
   }
 
@@ -182,11 +188,13 @@ function imageConfigOf(
   secrets: Map<string, string>,
 ): ImageConfig | undefined {
   if (!imageConfig) return undefined
-  const { pullPolicy, username = '', secretName } = imageConfig
-  const password = secretName === undefined ? undefined : secrets.get(secretName)
+  const { pullPolicy, username = '', secretName, pullSecretName } = imageConfig
+  const named = secretName === undefined ? undefined : secrets.get(secretName)
+  const password = imageConfig.password ?? named
   return {
     ...(pullPolicy === undefined ? {} : { pullPolicy }),
     ...(password === undefined ? {} : { credential: { username, password } }),
+    ...(pullSecretName === undefined ? {} : { pullSecretName }),
   }
 }
 
@@ -200,8 +208,10 @@ export function encodedForGit(text: string): string {
 }
 
 function namedSecrets(config: WorkerConfig): Array<{ path: string; name: string }> {
-  const listed = (field: string, names: readonly string[] = []) =>
-    names.map((name, index) => ({ path: `worker_config.${field}.${index}`, name }))
+  const listed = (field: string, references: readonly string[] = []) =>
+    references.map((reference, index) => {
+      return { path: `worker_config.${field}.${index}`, name: secretReference(reference).name }
+    })
   const optional = (path: string, name: string | undefined) =>
     name === undefined ? [] : [{ path: `worker_config.${path}.secret_name`, name }]
   return [
@@ -211,6 +221,24 @@ function namedSecrets(config: WorkerConfig): Array<{ path: string; name: string 
       optional(`git_configs.${index}`, secretName),
     ),
     ...optional('image_config', config.imageConfig?.secretName),
+  ]
+}
+
+/** Secrets that would be the same variable: the task could not tell which it got. */
+function variableClashes(config: WorkerConfig): FieldError[] {
+  const names = new Map<string, string>()
+  const clashes = (field: string, references: readonly string[] = []) =>
+    references.flatMap((reference, index): FieldError[] => {
+      const { name, variable } = secretReference(reference)
+      const other = names.get(variable) ?? name
+      names.set(variable, other)
+      if (other === name) return []
+      const message = `is the variable "${variable}", as the secret "${other}" is; give it another: NAME:VARIABLE`
+      return [{ path: `worker_config.${field}.${index}`, message }]
+    })
+  return [
+    ...clashes('personal_secrets', config.personalSecrets),
+    ...clashes('shared_secrets', config.sharedSecrets),
   ]
 }
 

@@ -1,30 +1,19 @@
-import type { FastifyInstance } from 'fastify'
+import type { FastifyInstance, FastifyRequest } from 'fastify'
 import { InvalidRequestError, TaskRunnerError } from '../core/errors.ts'
-import { limitJson } from '../wire/json.ts'
-
-const utf8 = new TextDecoder('utf-8', { fatal: true })
+import { parseJson } from '../wire/json.ts'
 
 /**
  * JSON in UTF-8 alone; an empty body counts as none, since many clients send the header with every
  * request.
  */
 export function installBodyParser(app: FastifyInstance): void {
-  const parse = app.getDefaultJsonParser('error', 'error')
   app.removeAllContentTypeParsers()
   app.addContentTypeParser<Buffer>(
     'application/json',
     { parseAs: 'buffer' },
-    (request, body, done) => {
-      try {
-        refuseEncodings(request.headers)
-        if (body.length === 0) return done(null, undefined)
-        const text = fromUtf8(body)
-        limitJson(body)
-        return parse(request, text, done)
-      } catch (err) {
-        // Holds: what is thrown here are errors of ours.
-        return done(err as Error)
-      }
+    async (request: FastifyRequest, body: Buffer) => {
+      refuseEncodings(request.headers)
+      return body.length === 0 ? undefined : parsed(body)
     },
   )
 }
@@ -43,10 +32,11 @@ function refuseEncodings(headers: Record<string, string | string[] | undefined>)
   }
 }
 
-function fromUtf8(body: Buffer): string {
+function parsed(body: Buffer): unknown {
   try {
-    return utf8.decode(body)
-  } catch {
-    throw new InvalidRequestError([{ path: '', message: 'The body is not UTF-8' }])
+    return parseJson(body)
+  } catch (err) {
+    if (!(err instanceof SyntaxError)) throw err
+    throw new InvalidRequestError([{ path: '', message: `The body ${err.message}` }])
   }
 }

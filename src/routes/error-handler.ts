@@ -115,9 +115,6 @@ function asTaskRunnerError(err: FastifyError | TaskRunnerError): TaskRunnerError
   const framework = FRAMEWORK_ERRORS[err.code]
   if (framework?.[0] === 'invalid_request') return invalid(framework[1])
   if (framework) return new TaskRunnerError(...framework)
-  if (err instanceof SyntaxError && err.statusCode === 400) {
-    return invalid(`The body is not valid JSON: ${err.message}`)
-  }
   if (err.statusCode !== undefined && err.statusCode < 500) return invalid(err.message)
   return new TaskRunnerError('internal_error', 'The service failed; its log says why')
 }

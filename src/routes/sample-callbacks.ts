@@ -4,7 +4,8 @@ import { z } from 'zod'
 import { InvalidRequestError, TaskRunnerError } from '../core/errors.ts'
 import { isLoopbackName } from '../core/loopback.ts'
 import { callbackSchema } from '../wire/callback.ts'
-import { limitJson } from '../wire/json.ts'
+import { isObject } from '../wire/fields.ts'
+import { parseJson } from '../wire/json.ts'
 import { doneSchema } from '../wire/responses.ts'
 import { answer, errorResponses } from './responses.ts'
 
@@ -108,12 +109,12 @@ export function sampleRefusal(
 }
 
 function parseObject(json: string): object {
-  limitJson(Buffer.from(json))
   try {
-    const value: unknown = JSON.parse(json)
-    if (value !== null && typeof value === 'object' && !Array.isArray(value)) return value
-  } catch {
+    const value = parseJson(Buffer.from(json))
+    if (isObject(value)) return value
+  } catch (err) {
     // Answered like any other value that is not an object.
+    if (!(err instanceof SyntaxError)) throw err
   }
   throw new InvalidRequestError([{ path: '', message: 'the string does not hold a JSON object' }])
 }

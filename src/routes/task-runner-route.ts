@@ -2,10 +2,10 @@ import type { FastifyPluginAsyncZod } from 'fastify-type-provider-zod'
 import { z } from 'zod'
 import type { Submissions } from '../core/submissions.ts'
 import type { TaskFiles } from '../core/task-files.ts'
-import type { WorkerSizes } from '../core/worker-sizes.ts'
 import { acceptedSchema, taskFilesSchema } from '../wire/responses.ts'
 import { taskRequestSchema, toTaskRequest } from '../wire/task-request.ts'
 import { traceparentOf } from '../wire/traceparent.ts'
+import type { BackendRules } from '../wire/worker-config.ts'
 import { answer, errorResponses } from './responses.ts'
 import { sampleRefusal } from './sample-callbacks.ts'
 
@@ -14,12 +14,12 @@ export const taskRunnerRoute: FastifyPluginAsyncZod<{
   submissions: Submissions
   files: TaskFiles
   timeoutSecondsMax: number
-  workerSizes: WorkerSizes
+  rules: BackendRules
   basePath: string
   /** Callbacks to the sample receivers would be 404s. */
   samplesAreOff: boolean
 }> = async (app, options) => {
-  const { submissions, files, timeoutSecondsMax, workerSizes, basePath, samplesAreOff } = options
+  const { submissions, files, timeoutSecondsMax, rules, basePath, samplesAreOff } = options
 
   app.post(
     '/task-runner',
@@ -47,7 +47,7 @@ export const taskRunnerRoute: FastifyPluginAsyncZod<{
     },
     async (request) => {
       const { body, headers } = request
-      const submitted = await submissions.submit(toTaskRequest(body, workerSizes), {
+      const submitted = await submissions.submit(toTaskRequest(body, rules), {
         traceparent: traceparentOf(headers.traceparent) ?? null,
         callbackRefusal: samplesAreOff
           ? sampleRefusal(body.callback_url, request, basePath)

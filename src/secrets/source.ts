@@ -28,8 +28,6 @@ export class FileSecretSource implements SecretSource {
   }
 
   async read(name: string): Promise<string | undefined> {
-    // A name that could lead out of the folder is no name of a secret.
-    if (!/^[A-Za-z0-9_][A-Za-z0-9._-]*$/.test(name)) return undefined
     const value = (await this.#fromFile(name)) ?? this.#fromVariable(name)
     if (value === undefined) await this.#checkFolder()
     if (value?.includes('\0')) throw new UnusableSecretError('holds a NUL character')
@@ -37,7 +35,8 @@ export class FileSecretSource implements SecretSource {
   }
 
   async #fromFile(name: string): Promise<string | undefined> {
-    if (this.#folder === undefined) return undefined
+    // A name that could lead out of the folder is none of its files, nor is what mounts keep there for themselves.
+    if (this.#folder === undefined || /^\.|[/\0]/.test(name)) return undefined
     const path = join(this.#folder, name)
     try {
       const file = await stat(path)
@@ -71,7 +70,7 @@ export class FileSecretSource implements SecretSource {
   }
 
   #fromVariable(name: string): string | undefined {
-    const spelled = name.toUpperCase().replace(/[.-]/g, '_')
+    const spelled = name.toUpperCase().replace(/[^A-Z0-9_]/gu, '_')
     const key = [name, spelled].find((each) => Object.hasOwn(this.#variables, each))
     return key === undefined ? undefined : this.#variables[key]
   }

@@ -41,11 +41,16 @@ export type SummaryRow = Pick<
 
 /** Values of variables and secrets have served: the log is masked by now. The token may be needed for a delivery on request. */
 export function withoutSpentSecrets(task: Task): Task {
-  const { envVariables, ...config } = task.workerConfig
+  const { envVariables, imageConfig, ...config } = task.workerConfig
   const names = Object.keys(envVariables ?? {})
-  const workerConfig = envVariables
-    ? { ...config, envVariables: Object.fromEntries(names.map((name) => [name, ''])) }
-    : config
+  const { password, ...image } = imageConfig ?? {}
+  const workerConfig = {
+    ...config,
+    ...(envVariables && { envVariables: Object.fromEntries(names.map((name) => [name, ''])) }),
+    ...(imageConfig && {
+      imageConfig: password === undefined ? image : { ...image, password: '' },
+    }),
+  }
   const callbackUrlToken = task.callbackUrl === null ? null : task.callbackUrlToken
   return { ...task, workerConfig, callbackUrlToken, secretValues: [] }
 }

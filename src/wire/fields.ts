@@ -23,26 +23,79 @@ export function text(max: number) {
     .refine((value) => value.isWellFormed(), 'must be well-formed Unicode')
 }
 
-/** As files of `SECRETS_DIR` and variables can be called. */
-export const secretName = line(255).regex(
-  /^[A-Za-z0-9_][A-Za-z0-9._-]*$/,
-  'is not the name of a secret: letters, digits, _ - . only',
-)
+/** Any text: what there is decides. */
+export const secretName = line(255)
 
-/** zod's issues in the API's shape: each wrong field by its path. Messages never repeat the value. */
+/**
+ * An object in whose fields null, `""` and `"None"` count as absent: so the Practicus SDK and Airflow write a field that
+ * was not set. What is in lists and maps stays as it is.
+ */
+export function sparse<T extends z.ZodObject>(schema: T) {
+  return z.preprocess((value: z.input<T>) => withoutAbsent(value), schema)
+}
+
+function withoutAbsent<T>(value: T): unknown {
+  if (!isObject(value)) return value
+  const isThere = ([, child]: [string, unknown]) =>
+    child !== null && child !== '' && child !== 'None'
+  return Object.fromEntries(Object.entries(value).filter(isThere))
+}
+
+/** zod's issues in the API's shape and our words: one for each wrong field, by its path. Messages never repeat the value. */
 export function fieldErrors(error: z.core.$ZodError, prefix: PropertyKey[] = []): FieldError[] {
-  return error.issues.flatMap((issue) => {
+  const errors = new Map<string, string>()
+  for (const issue of error.issues) {
     const path = [...prefix, ...issue.path]
-    if (issue.code === 'unrecognized_keys') {
-      return issue.keys.map((key) => ({ path: joined([...path, key]), message: 'unknown field' }))
+    const paths =
+      issue.code === 'unrecognized_keys' ? issue.keys.map((key) => [...path, key]) : [path]
+    for (const one of paths.map(joined)) {
+      if (!errors.has(one)) errors.set(one, wordsOf(issue))
     }
-    if (issue.code === 'invalid_key') {
-      const message = issue.issues[0]?.message ?? 'invalid name'
-      return [{ path: joined(path), message }]
-    }
-    const missing = issue.code === 'invalid_type' && issue.message.endsWith('received undefined')
-    return [{ path: joined(path), message: missing ? 'is required' : issue.message }]
-  })
+  }
+  return Array.from(errors, ([path, message]) => ({ path, message }))
+}
+
+/** What is expected, as people say it. */
+const KINDS: Readonly<Record<string, string>> = {
+  string: 'a string',
+  number: 'a number',
+  int: 'a whole number',
+  boolean: 'true or false',
+  array: 'a list',
+  object: 'an object',
+  record: 'an object',
+}
+
+function wordsOf(issue: z.core.$ZodIssue): string {
+  switch (issue.code) {
+    case 'unrecognized_keys':
+      return 'unknown field'
+    case 'invalid_key':
+      return issue.issues[0]?.message ?? 'is not a valid name'
+    case 'invalid_type':
+      if (issue.message.endsWith('received undefined')) return 'is required'
+      return `must be ${KINDS[issue.expected] ?? issue.expected}`
+    case 'too_small':
+      return isLength(issue.origin) && issue.minimum === 1
+        ? 'must not be empty'
+        : `must be ${bound(issue.origin, issue.inclusive === false ? 'more than' : 'at least', issue.minimum)}`
+    case 'too_big':
+      return `must be ${bound(issue.origin, 'at most', issue.maximum)}`
+    case 'invalid_value':
+      return `must be one of ${issue.values.map(String).join(', ')}`
+    default:
+      // Of these, each schema says what is wrong.
+      return issue.message
+  }
+}
+
+function isLength(origin: string): boolean {
+  return origin === 'string' || origin === 'array'
+}
+
+function bound(origin: string, limit: string, value: number | bigint): string {
+  if (origin === 'string') return `${limit} ${value} characters long`
+  return origin === 'array' ? `a list of ${limit} ${value}` : `${limit} ${value}`
 }
 
 /** Parses or throws `invalid_request` with each wrong field named. */
@@ -60,6 +113,17 @@ export function parseWith<T extends z.ZodType>(
 export function joined(path: PropertyKey[]): string {
   const whole = path.map(String).join('.')
   return whole.length > 200 ? `${whole.slice(0, 200)}…` : whole
+}
+
+/** The name of an unknown field in a line of text: cut, and without control characters. */
+export function shownName(name: string): string {
+  const line = name.replace(new RegExp(CONTROL_CHARACTERS, 'g'), '?').toWellFormed()
+  return line.length > 100 ? `${line.slice(0, 100)}…` : line
+}
+
+/** Whether it is a JSON object: no list, and not null. */
+export function isObject(value: unknown): value is Record<string, unknown> {
+  return value !== null && typeof value === 'object' && !Array.isArray(value)
 }
 
 /** Without the fields that are null or undefined. */

@@ -2,9 +2,8 @@ import { posix } from 'node:path'
 import { z } from 'zod'
 import type { TaskRequest } from '../core/task.ts'
 import { TASK_FILE_EXTENSIONS } from '../core/task-files.ts'
-import type { WorkerSizes } from '../core/worker-sizes.ts'
 import { line } from './fields.ts'
-import { toWorkerConfig, workerConfigSchema } from './worker-config.ts'
+import { type BackendRules, toWorkerConfig, workerConfigSchema } from './worker-config.ts'
 
 /** A task file, by its path below the tasks folder or a repository. */
 export const taskFileName = line(512)
@@ -96,15 +95,15 @@ function withoutFragment(callbackUrl: string): string {
   return url.href
 }
 
-/** Throws `invalid_request` when `additional_params` holds something wrong, or the size is none of these. */
+/** Throws `invalid_request` when `additional_params` holds something wrong, or the backend cannot do what is asked. */
 export function toTaskRequest(
   wire: z.output<ReturnType<typeof taskRequestSchema>>,
-  sizes: WorkerSizes,
+  rules: BackendRules,
 ): TaskRequest {
   return {
     taskId: wire.task_id,
     taskFileName: posix.normalize(wire.task_file_name),
-    workerConfig: toWorkerConfig(wire.worker_config, { path: ['worker_config'], sizes }),
+    workerConfig: toWorkerConfig(wire.worker_config, { path: ['worker_config'], rules }),
     callbackUrl: wire.callback_url == null ? null : withoutFragment(wire.callback_url),
     callbackUrlToken: wire.callback_url_token ?? null,
     terminateOnCompletion: wire.terminate_on_completion ?? true,

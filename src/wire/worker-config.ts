@@ -1,15 +1,27 @@
 import { z } from 'zod'
-import { InvalidRequestError } from '../core/errors.ts'
-import { mergeWorkerConfigs, type WorkerConfig } from '../core/worker-config.ts'
+import { type FieldError, InvalidRequestError } from '../core/errors.ts'
+import { mergeWorkerConfigs, secretReference, type WorkerConfig } from '../core/worker-config.ts'
 import { DEFAULT_WORKER_SIZES, knownSize, type WorkerSizes } from '../core/worker-sizes.ts'
-import { line, parseWith, present, secretName, text } from './fields.ts'
+import {
+  isObject,
+  joined,
+  line,
+  parseWith,
+  present,
+  secretName,
+  shownName,
+  sparse,
+  text,
+} from './fields.ts'
 import { fromGitConfig, gitConfigSchema, toWireGitConfig } from './git-config.ts'
-import { JSON_NAMES_MAX, limitJson } from './json.ts'
+import { JSON_NAMES_MAX, parseJson, type RawJson } from './json.ts'
 
 /** Linux takes no single `NAME=value` longer than this (MAX_ARG_STRLEN, include/uapi/linux/binfmts.h). */
 const VARIABLE_BYTES_MAX = 131_071
 /** All variables together; the kernel's limit for arguments and environment is 2 MB on common systems. */
 const VARIABLES_BYTES_MAX = 1_000_000
+/** Unknown fields that are noted one by one. */
+const NOTED_MAX = 20
 /** Set by the service, or read-only or numeric in shells, which would refuse to start the task. */
 const RESERVED_VARIABLES = new Set([
   ...['TASK_ID', 'TASK_FILE_NAME', 'TASK_RUNNER_FOLDER', 'WORKER_NAME'],
@@ -22,72 +34,98 @@ const variableName = z
   .regex(/^[A-Za-z_][A-Za-z0-9_]*$/, 'is not a variable name: letters, digits and _ only')
   .refine((name) => !RESERVED_VARIABLES.has(name), 'is reserved')
 
-const envVariables = z
-  .record(
-    variableName,
-    z.union(
-      [text(VARIABLE_BYTES_MAX), z.number(), z.boolean()],
-      'must be a string, number or boolean',
-    ),
-  )
-  .superRefine((variables, context) => {
-    let total = 0
-    for (const [name, value] of Object.entries(variables)) {
-      const bytes = Buffer.byteLength(`${name}=${value}`)
-      total += bytes + 1
-      if (bytes > VARIABLE_BYTES_MAX) {
-        const message = `is too long: at most ${VARIABLE_BYTES_MAX} bytes with its name`
-        context.addIssue({ code: 'custom', path: [name], message })
-      }
-    }
-    if (total > VARIABLES_BYTES_MAX) {
-      const message = `are too long: at most ${VARIABLES_BYTES_MAX} bytes together`
-      context.addIssue({ code: 'custom', message })
-    }
-  })
+/** Reaches the task digit for digit, so a number may come as the text of its JSON. */
+const variableValue = z.preprocess(
+  (value: string | number | boolean | bigint | RawJson) =>
+    JSON.isRawJSON(value) ? value.rawJSON : typeof value === 'bigint' ? String(value) : value,
+  z.union(
+    [text(VARIABLE_BYTES_MAX), z.number(), z.boolean()],
+    'must be a string, number or boolean',
+  ),
+)
 
-/** Put in the environment, so it is a name for variables as well. */
-const secretVariable = line(255).pipe(variableName)
-
-const imageConfig = z.looseObject({
-  pull_policy: z
-    .enum(['Always', 'IfNotPresent', 'Never'])
-    .nullish()
-    .describe('When the image is pulled; default `IfNotPresent`'),
-  username: line(255).nullish().describe('For the registry'),
-  secret_name: secretName.nullish().describe('Name of the secret that is the password'),
+const envVariables = z.record(variableName, variableValue).superRefine((variables, context) => {
+  let total = 0
+  for (const [name, value] of Object.entries(variables)) {
+    const bytes = Buffer.byteLength(`${name}=${value}`)
+    total += bytes + 1
+    if (bytes > VARIABLE_BYTES_MAX) {
+      const message = `is too long: at most ${VARIABLE_BYTES_MAX} bytes with its name`
+      context.addIssue({ code: 'custom', path: [name], message })
+    }
+  }
+  if (total > VARIABLES_BYTES_MAX) {
+    const message = `are too long: at most ${VARIABLES_BYTES_MAX} bytes together`
+    context.addIssue({ code: 'custom', message })
+  }
 })
+
+const secretReferences = z
+  .array(
+    secretName.superRefine((reference, context) => {
+      const { variable } = secretReference(reference)
+      const { error } = variableName.safeParse(variable)
+      if (!error) return
+      const message = `gives the variable "${variable}", which ${error.issues[0]?.message}`
+      context.addIssue({ code: 'custom', message })
+    }),
+  )
+  .max(1000)
+
+const pullPolicy = z.enum(['Always', 'IfNotPresent', 'Never'])
+
+/** Fields of `image_config` that mean something here; those of a builder of images do not. */
+const imageFields = {
+  pull_policy: pullPolicy.nullish().describe('When the image is pulled; default `IfNotPresent`'),
+  repo_username: line(255).nullish().describe('User name for the registry'),
+  repo_password: text(65_536)
+    .nullish()
+    .describe('Password for the registry; sealed, and never shown again'),
+  repo_secret_name: line(253)
+    .nullish()
+    .describe('Kubernetes: name of a pull secret in the namespace of the workers'),
+  username: line(255).nullish().describe('The same as `repo_username`'),
+  secret_name: secretName
+    .nullish()
+    .describe('Name of the secret that is the password, instead of `repo_password`'),
+}
+
+const imageConfig = sparse(
+  z.looseObject(imageFields).meta({
+    id: 'ImageConfig',
+    description: 'How the image of a worker is pulled',
+    examples: [{ repo_username: 'robot', secret_name: 'registry_password' }],
+  }),
+)
 
 const fields = {
   worker_image: line(512).nullish().describe('Container image; local workers do not use it'),
   worker_size: line(100)
     .nullish()
     .describe(
-      `One of ${Object.keys(DEFAULT_WORKER_SIZES).join(', ')}, or of the operator's own table, in any case; local workers do not enforce it`,
+      `One of ${Object.keys(DEFAULT_WORKER_SIZES).join(', ')}, or of the operator's own table, in any case; local workers do not enforce it, and take any`,
     ),
   env_variables: envVariables
     .nullish()
     .describe(
-      `Environment of the task, at most ${JSON_NAMES_MAX} variables; numbers and booleans are passed as text`,
+      `Environment of the task, at most ${JSON_NAMES_MAX} variables; numbers and booleans are passed as text, as they are written`,
     ),
-  personal_secrets: z
-    .array(secretVariable)
-    .max(1000)
+  personal_secrets: secretReferences
     .nullish()
-    .describe('Names of secrets; each reaches the task as the variable of that name'),
-  shared_secrets: z
-    .array(secretVariable)
-    .max(1000)
-    .nullish()
-    .describe('As personal_secrets, which win over these'),
-  git_configs: z.array(gitConfigSchema).max(100).nullish(),
+    .describe(
+      'Names of secrets. Each reaches the task as the variable of that name, with `_` for other characters than letters and digits; `NAME:VARIABLE` names the variable',
+    ),
+  shared_secrets: secretReferences.nullish().describe('As personal_secrets, which win over these'),
+  git_configs: z.array(sparse(gitConfigSchema)).max(100).nullish(),
   startup_script: text(1_000_000).nullish().describe('Shell script run before the task'),
-  image_config: imageConfig.nullish().describe('How the image is had; local workers have none'),
-  log_level: line(50).nullish().describe('Reaches the task as `LOG_LEVEL`'),
+  image_config: imageConfig.nullish(),
+  log_level: line(50).nullish().describe('Reaches the task as `LOG_LEVEL` and `PRT_LOG_LEVEL`'),
   modules_log_level: z
     .union([line(10_000), z.record(z.string(), z.string())])
     .nullish()
-    .describe('Reaches the task as `MODULES_LOG_LEVEL`; an object as JSON'),
+    .describe(
+      'Reaches the task as `MODULES_LOG_LEVEL` and `PRT_MODULES_LOG_LEVEL`; an object as JSON',
+    ),
   service_type: z.enum(['cloud_worker', 'workspace']).nullish(),
   network_protocol: z.enum(['http', 'https']).nullish(),
   interactive: z.boolean().nullish(),
@@ -97,6 +135,7 @@ const fields = {
   refresh_token: text(65_536).nullish(),
   distributed_config: z
     .unknown()
+    .refine((value) => !isSet(value), 'not supported')
     .optional()
     .describe('Not supported: any value but null is refused'),
 }
@@ -111,12 +150,38 @@ const WITHOUT_EFFECT = [
   'email',
   'refresh_token',
 ] as const
-const NOT_SUPPORTED = ['distributed_config'] as const
 
-/** What base64 `additional_params` may hold: the same fields, but not itself again. */
-const additionalSchema = z.strictObject(fields)
+const scriptInBase64 = z
+  .string()
+  .max(2_000_000)
+  .transform((base64, context) => {
+    try {
+      const bytes = fromBase64(base64)
+      if (bytes) return new TextDecoder('utf-8', { fatal: true }).decode(bytes)
+    } catch {
+      // Said below.
+    }
+    context.addIssue({ code: 'custom', message: 'is not base64 of UTF-8 text' })
+    return z.NEVER
+  })
+  .pipe(text(1_000_000))
 
-export const workerConfigSchema = z
+/** What base64 `additional_params` may hold: the same fields under both names, and what newer SDKs write. */
+const additionalSchema = sparse(
+  z.looseObject({
+    ...fields,
+    distributed_conf_dict: fields.distributed_config,
+    image_conf_dict: fields.image_config,
+    PRT_LOG_LEVEL: fields.log_level,
+    PRT_MODULES_LOG_LEVEL: fields.modules_log_level,
+    PRT_INTERACTIVE: fields.interactive,
+    startup_script_b64: scriptInBase64.nullish(),
+    /** Of older SDKs. */
+    image_pull_policy: pullPolicy.nullish(),
+  }),
+)
+
+const outrightSchema = z
   .strictObject({
     ...fields,
     additional_params: z
@@ -129,111 +194,160 @@ export const workerConfigSchema = z
   })
   .meta({
     id: 'WorkerConfig',
-    description: 'What kind of worker runs the task. Every field may be left out or null.',
+    description:
+      'What kind of worker runs the task. Every field may be left out, null, empty or "None", which all mean the same.',
     examples: [{ worker_size: 'Small', env_variables: { MY_FIRST_PARAM: 'VALUE1' } }],
   })
 
-type WireFields = z.output<typeof additionalSchema>
+export const workerConfigSchema = sparse(outrightSchema)
+
+/** Names of all fields, as requests spell them. */
+export const WORKER_CONFIG_FIELDS = Object.keys(outrightSchema.shape)
+
+export type WorkerConfigInput = z.input<typeof outrightSchema>
+type WireFields = Omit<z.output<typeof outrightSchema>, 'additional_params'>
+
+/** What the backend makes of a configuration. */
+export interface BackendRules {
+  backend: 'local' | 'docker' | 'kubernetes'
+  sizes: WorkerSizes
+}
 
 /**
- * Wire -> domain, with `additional_params` decoded and laid under the fields given outright.
- * Throws `invalid_request` naming the field below `path`.
+ * Wire -> domain, with `additional_params` decoded and laid under the fields given outright. Without `rules` any size
+ * passes. Throws `invalid_request` naming the field below `path`.
  */
 export function toWorkerConfig(
   { additional_params, ...outright }: z.output<typeof workerConfigSchema>,
-  options: {
-    path: string[]
-    /** The names that `worker_size` may be; undefined: any. */
-    sizes?: WorkerSizes | undefined
-    prepare?: (fields: object) => object
-  },
+  { path, rules }: { path: string[]; rules?: BackendRules | undefined },
 ): WorkerConfig {
-  const { path, sizes, prepare = (fields) => fields } = options
-  const given = fromFields(outright, path, sizes)
-  if (additional_params == null || additional_params === '') return given
-  const hidden = [...path, 'additional_params']
+  const given = fromFields(outright, path, rules)
+  if (additional_params == null) return given
+  const below = [...path, 'additional_params']
+  const { wire, unknown } = hiddenFields(additional_params, below)
+  const hidden = fromFields(wire, below, rules)
+  const withoutEffect = [...(hidden.withoutEffect ?? []), ...noted('additional_params', unknown)]
   return mergeWorkerConfigs(
-    fromFields(
-      parseWith(additionalSchema, prepare(decodeParams(additional_params, hidden)), hidden),
-      hidden,
-      sizes,
-    ),
+    { ...hidden, ...(withoutEffect.length > 0 && { withoutEffect }) },
     given,
   )
 }
 
-/** A worker defaults file: in it `null`, `""` and `"None"` count as absent. */
-export function parseWorkerFile(json: string, sizes?: WorkerSizes): WorkerConfig {
+/**
+ * The fields that `additional_params` holds, under their plain names, the names of those that nobody knows, and the JSON
+ * itself. Throws `invalid_request` naming the field below `path`.
+ */
+export function hiddenFields(base64: string, path: string[]) {
+  const json = decodeParams(base64, path)
+  const {
+    startup_script_b64,
+    image_pull_policy,
+    image_conf_dict,
+    distributed_conf_dict: _refused,
+    PRT_LOG_LEVEL,
+    PRT_MODULES_LOG_LEVEL,
+    PRT_INTERACTIVE,
+    ...plain
+  } = parseWith(additionalSchema, json, path)
+  const image = image_conf_dict ?? plain.image_config
+  const known = Object.entries(plain).filter(([name]) => Object.hasOwn(fields, name))
+  const wire: WireFields = {
+    // Holds: these alone are left, as they were parsed.
+    ...(Object.fromEntries(known) as WireFields),
+    image_config: image_pull_policy ? { pull_policy: image_pull_policy, ...image } : image,
+    startup_script: startup_script_b64 ?? plain.startup_script,
+    log_level: PRT_LOG_LEVEL ?? plain.log_level,
+    modules_log_level: PRT_MODULES_LOG_LEVEL ?? plain.modules_log_level,
+    interactive: PRT_INTERACTIVE ?? plain.interactive,
+  }
+  const unknown = Object.keys(plain).filter((name) => !Object.hasOwn(fields, name))
+  return { wire: present(wire), unknown, json }
+}
+
+/** Parses a file that is to hold a JSON object. Throws an error that repeats nothing of it: "it is not valid JSON". */
+export function parseFile(content: Buffer): Record<string, unknown> {
   let whole: unknown
   try {
-    whole = JSON.parse(json)
-  } catch {
-    // The parser's own words would repeat a piece of the file.
-    throw new Error('it is not valid JSON')
+    whole = parseJson(content)
+  } catch (err) {
+    if (!(err instanceof SyntaxError)) throw err
+    throw new Error(`it ${err.message}`)
   }
-  if (whole === null || typeof whole !== 'object' || Array.isArray(whole)) {
-    throw new Error('it does not hold a JSON object')
-  }
-  const fields = parseWith(workerConfigSchema, withoutAbsent(whole))
-  return toWorkerConfig(fields, { path: [], sizes, prepare: withoutAbsent })
+  if (!isObject(whole)) throw new Error('it does not hold a JSON object')
+  return whole
 }
 
-function withoutAbsent(fields: object): object {
-  const present = Object.entries(fields).filter(
-    ([, value]) => value !== null && value !== '' && value !== 'None',
-  )
-  return Object.fromEntries(present)
+/** A worker defaults file, parsed as the `worker_config` of a request. Throws what is wrong with it. */
+export function parseWorkerFile(content: Buffer, rules?: BackendRules): WorkerConfig {
+  const fields = parseWith(workerConfigSchema, parseFile(content))
+  return toWorkerConfig(fields, { path: [], rules })
 }
 
-/** Domain -> wire for answers: values of variables are masked, secrets are not there at all. */
+/** Domain -> wire for answers: values of variables and the password are masked, other secrets are not there at all. */
 export function maskedWorkerConfig(config: WorkerConfig): Record<string, unknown> {
-  const masked = {
+  const { imageConfig } = config
+  return present({
     worker_image: config.workerImage,
     worker_size: config.workerSize,
     env_variables:
       config.envVariables &&
       Object.fromEntries(Object.keys(config.envVariables).map((name) => [name, '***'])),
-    image_config: config.imageConfig && {
-      pull_policy: config.imageConfig.pullPolicy,
-      username: config.imageConfig.username,
-      secret_name: config.imageConfig.secretName,
-    },
+    image_config:
+      imageConfig &&
+      present({
+        pull_policy: imageConfig.pullPolicy,
+        repo_username: imageConfig.username,
+        repo_password: imageConfig.password === undefined ? undefined : '***',
+        repo_secret_name: imageConfig.pullSecretName,
+        secret_name: imageConfig.secretName,
+      }),
     personal_secrets: config.personalSecrets,
     shared_secrets: config.sharedSecrets,
     git_configs: config.gitConfigs?.map(toWireGitConfig),
     startup_script: config.startupScript,
     log_level: config.logLevel,
     modules_log_level: config.modulesLogLevel,
-  }
-  return Object.fromEntries(Object.entries(masked).filter(([, value]) => value !== undefined))
+  })
 }
 
 function fromFields(
   wire: WireFields,
   path: string[],
-  sizes: WorkerSizes | undefined,
+  rules: BackendRules | undefined,
 ): WorkerConfig {
-  const refused = NOT_SUPPORTED.filter((field) => isSet(wire[field])).map((field) => ({
-    path: [...path, field].join('.'),
-    message: 'not supported',
-  }))
-  const size = wire.worker_size && sizes ? knownSize(wire.worker_size, sizes) : wire.worker_size
-  if (wire.worker_size && size === undefined && sizes) {
-    const message = `must be one of ${Object.keys(sizes).join(', ')}`
-    refused.push({ path: [...path, 'worker_size'].join('.'), message })
+  const refused: FieldError[] = []
+  const refuse = (field: string, message: string) =>
+    refused.push({ path: joined([...path, field]), message })
+  const size = wire.worker_size && rules ? knownSize(wire.worker_size, rules.sizes) : undefined
+  if (wire.worker_size && rules && rules.backend !== 'local' && size === undefined) {
+    refuse('worker_size', `must be one of ${Object.keys(rules.sizes).join(', ')}`)
+  }
+  const image = wire.image_config ?? {}
+  if (image.repo_secret_name && rules?.backend === 'docker') {
+    const message = 'names a secret of Kubernetes; use repo_username with repo_password'
+    refuse('image_config.repo_secret_name', message)
   }
   if (refused.length > 0) throw new InvalidRequestError(refused)
-  const { pull_policy, username, secret_name, ...unknown } = wire.image_config ?? {}
   const withoutEffect = [
     ...WITHOUT_EFFECT.filter((field) => isSet(wire[field])),
-    ...Object.keys(unknown).map((field) => `image_config.${field}`),
+    ...noted(
+      'image_config',
+      Object.keys(image).filter((name) => !Object.hasOwn(imageFields, name)),
+    ),
   ]
   const modules = wire.modules_log_level
   return present({
     workerImage: wire.worker_image,
-    workerSize: size,
+    workerSize: size ?? wire.worker_size,
     imageConfig:
-      wire.image_config && present({ pullPolicy: pull_policy, username, secretName: secret_name }),
+      wire.image_config &&
+      present({
+        pullPolicy: image.pull_policy,
+        username: image.repo_username ?? image.username,
+        password: image.repo_password,
+        pullSecretName: image.repo_secret_name,
+        secretName: image.secret_name,
+      }),
     envVariables:
       wire.env_variables &&
       Object.fromEntries(
@@ -243,33 +357,38 @@ function fromFields(
     sharedSecrets: wire.shared_secrets,
     startupScript: wire.startup_script,
     logLevel: wire.log_level,
-    modulesLogLevel:
-      typeof modules === 'object' && modules !== null ? JSON.stringify(modules) : modules,
+    modulesLogLevel: typeof modules === 'object' && modules ? JSON.stringify(modules) : modules,
     gitConfigs: wire.git_configs?.map(fromGitConfig),
     withoutEffect: withoutEffect.length > 0 ? withoutEffect : undefined,
   })
 }
 
-function decodeParams(base64: string, path: string[]): object {
-  const wrong = (message: string) => new InvalidRequestError([{ path: path.join('.'), message }])
-  if (!/^[A-Za-z0-9+/\s]*={0,2}\s*$/.test(base64)) throw wrong('is not base64')
-  const bytes = Buffer.from(base64, 'base64')
-  limitJson(bytes, path)
+/** Names of fields that mean nothing here, as the task's log tells them: anything may be in them. */
+function noted(parent: string, names: readonly string[]): string[] {
+  const more = names.length - NOTED_MAX
+  return [
+    ...names.slice(0, NOTED_MAX).map((name) => `${parent}.${shownName(name)}`),
+    ...(more > 0 ? [`${parent} (${more} more fields)`] : []),
+  ]
+}
+
+function decodeParams(base64: string, path: string[]): Record<string, unknown> {
+  const wrong = (message: string) => new InvalidRequestError([{ path: joined(path), message }])
+  const bytes = fromBase64(base64)
+  if (!bytes) throw wrong('is not base64')
   let whole: unknown
   try {
-    const json = new TextDecoder('utf-8', { fatal: true }).decode(bytes)
-    whole = JSON.parse(json, (key, value) => {
-      // The HTTP body's parser refuses this name as well: it would set a prototype.
-      if (key === '__proto__') throw new SyntaxError('forbidden name')
-      return value
-    })
-  } catch {
-    throw wrong('does not hold JSON')
+    whole = parseJson(bytes, path)
+  } catch (err) {
+    if (!(err instanceof SyntaxError)) throw err
+    throw wrong(`its content ${err.message}`)
   }
-  if (whole === null || typeof whole !== 'object' || Array.isArray(whole)) {
-    throw wrong('does not hold a JSON object')
-  }
+  if (!isObject(whole)) throw wrong('does not hold a JSON object')
   return whole
+}
+
+function fromBase64(text: string): Buffer | undefined {
+  return /^[A-Za-z0-9+/\s]*={0,2}\s*$/.test(text) ? Buffer.from(text, 'base64') : undefined
 }
 
 function isSet(value: unknown): boolean {

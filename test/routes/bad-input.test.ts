@@ -124,7 +124,7 @@ describe('requests', () => {
       task_file_name: expect.stringContaining('string'),
       worker_config: expect.stringContaining('object'),
       callback_url: expect.stringContaining('string'),
-      terminate_on_completion: expect.stringContaining('boolean'),
+      terminate_on_completion: 'must be true or false',
       timeout_seconds: expect.stringMatching(/number|int/),
     })
   })
@@ -144,7 +144,7 @@ describe('requests', () => {
 
   test('deep nesting is refused or ignored by every route that takes JSON, never a failure of ours', async () => {
     const deep = `${'['.repeat(500_000)}${']'.repeat(500_000)}`
-    const objects = `${'{"a":'.repeat(100_000)}1${'}'.repeat(100_000)}`
+    const objects = `${'{"a":'.repeat(40_000)}1${'}'.repeat(40_000)}`
     const { task_id } = taskRequest()
     const bodies = [
       deep,
@@ -332,7 +332,7 @@ describe('requests', () => {
     const answer = await post(body)
     expect(performance.now() - startedAt).toBeLessThan(5 * 50)
     expect(answer).toMatchObject({ status: 422, body: ONE_SHAPE })
-    expect(answer.body.message).toContain('200000 values')
+    expect(answer.body.message).toContain('50000 values')
   })
 
   test.each([

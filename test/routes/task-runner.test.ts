@@ -518,12 +518,12 @@ describe('defaults files', () => {
   test('readiness warns of broken files of single tasks too, also in folders', async () => {
     const own = join(folder, 'nested-tasks')
     await mkdir(join(own, 'sub'), { recursive: true })
-    await writeFile(join(own, 'sub/a_worker.json'), '{"worker_size": "Gigantic"}')
+    await writeFile(join(own, 'sub/a_worker.json'), '{"service_type": "other"}')
     await writeFile(join(own, 'good_worker.json'), '{"worker_size": "Small"}')
     await writeFile(join(own, 'unrelated.json'), '{')
     await using other = await startApp({ TASKS_DIR: own })
     expect((await other.get('/health/ready')).body.warnings).toEqual([
-      expect.stringMatching(/"sub\/a_worker\.json".*worker_size: must be one of/),
+      expect.stringMatching(/"sub\/a_worker\.json".*service_type: must be one of/),
     ])
   })
 

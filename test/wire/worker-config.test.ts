@@ -3,25 +3,30 @@ import { type FieldError, InvalidRequestError } from '../../src/core/errors.ts'
 import { DEFAULT_WORKER_SIZES } from '../../src/core/worker-sizes.ts'
 import { fieldErrors, parseWith } from '../../src/wire/fields.ts'
 import { gitConfigSchema } from '../../src/wire/git-config.ts'
+import { parseJson } from '../../src/wire/json.ts'
 import {
+  type BackendRules,
   maskedWorkerConfig,
   parseWorkerFile,
   toWorkerConfig,
+  WORKER_CONFIG_FIELDS,
   workerConfigSchema,
 } from '../../src/wire/worker-config.ts'
 
 /** As the route does it. */
-function parse(config: unknown) {
+function parse(config: unknown, backend: BackendRules['backend'] = 'kubernetes') {
   const path = ['worker_config']
-  return toWorkerConfig(parseWith(workerConfigSchema, config, path), {
-    path,
-    sizes: DEFAULT_WORKER_SIZES,
-  })
+  const fields = parseWith(workerConfigSchema, config, path)
+  return toWorkerConfig(fields, { path, rules: { backend, sizes: DEFAULT_WORKER_SIZES } })
 }
 
-function errorsOf(config: unknown): readonly FieldError[] {
+function parseFile(json: string) {
+  return parseWorkerFile(Buffer.from(json), { backend: 'docker', sizes: DEFAULT_WORKER_SIZES })
+}
+
+function errorsOf(config: unknown, backend?: BackendRules['backend']): readonly FieldError[] {
   try {
-    parse(config)
+    parse(config, backend)
   } catch (err) {
     if (err instanceof InvalidRequestError) return err.errors
     throw err
@@ -30,7 +35,11 @@ function errorsOf(config: unknown): readonly FieldError[] {
 }
 
 function base64(value: unknown): string {
-  return Buffer.from(typeof value === 'string' ? value : JSON.stringify(value)).toString('base64')
+  const bytes =
+    value instanceof Buffer
+      ? value
+      : Buffer.from(typeof value === 'string' ? value : JSON.stringify(value))
+  return bytes.toString('base64')
 }
 
 const REPOSITORY = 'https://github.com/example/repo.git'
@@ -38,8 +47,8 @@ const REPOSITORY = 'https://github.com/example/repo.git'
 describe('fields', () => {
   /** For each field: values that must be refused, with what the user is told to look at. */
   const refused: Record<string, unknown[]> = {
-    worker_image: [1, true, {}, [], '', 'two\nlines', 'nul\0', 'x'.repeat(513), '\ud800'],
-    worker_size: [1, true, {}, [], '', 'Gigantic', 'Small ', 'x'.repeat(101)],
+    worker_image: [1, true, {}, [], 'two\nlines', 'nul\0', 'x'.repeat(513), '\ud800'],
+    worker_size: [1, true, {}, [], 'Gigantic', 'Small ', 'x'.repeat(101)],
     env_variables: ['A=1', 1, true, [], [['A', '1']]],
     personal_secrets: [
       'git_secret',
@@ -48,8 +57,9 @@ describe('fields', () => {
       [1],
       [null],
       [''],
-      ['a-b'],
-      ['../a'],
+      ['a:b-c'],
+      ['a:'],
+      ['a:TASK_ID'],
       ['TASK_ID'],
       ['a\0'],
       Array(1001).fill('a'),
@@ -58,21 +68,21 @@ describe('fields', () => {
     git_configs: [{}, 'https://x', [{}], [null], [1], Array(101).fill({ remote_url: REPOSITORY })],
     startup_script: [1, true, {}, ['echo'], 'nul\0', 'x'.repeat(1_000_001), '\udc00'],
     image_config: [1, true, 'always', []],
-    log_level: [1, true, {}, [], '', 'IN\nFO', 'x'.repeat(51)],
-    modules_log_level: [1, true, [], '', { urllib3: 1 }, { urllib3: null }],
-    service_type: [1, {}, '', 'cloud', 'Workspace '],
-    network_protocol: [1, {}, '', 'ftp', 'HTTPS '],
-    interactive: [1, 0, 'true', '', {}, []],
-    bypass_ssl_verification: [1, 0, 'false', '', {}, []],
-    service_url: [1, {}, [], '', 'a\nb', 'x'.repeat(2049)],
-    email: [1, {}, [], '', 'a\nb', 'x'.repeat(321)],
+    log_level: [1, true, {}, [], 'IN\nFO', 'x'.repeat(51)],
+    modules_log_level: [1, true, [], { urllib3: 1 }, { urllib3: null }],
+    service_type: [1, {}, 'cloud', 'Workspace '],
+    network_protocol: [1, {}, 'ftp', 'HTTPS '],
+    interactive: [1, 0, 'true', {}, []],
+    bypass_ssl_verification: [1, 0, 'false', {}, []],
+    service_url: [1, {}, [], 'a\nb', 'x'.repeat(2049)],
+    email: [1, {}, [], 'a\nb', 'x'.repeat(321)],
     refresh_token: [1, {}, [], 'nul\0', 'x'.repeat(65_537)],
     additional_params: [1, {}, [], true, 'x'.repeat(2_000_001)],
     distributed_config: [{}, { job_type: 'spark' }, 'spark', 1, true],
   }
 
   test('the table covers every field of WorkerConfig', () => {
-    expect(Object.keys(refused).sort()).toEqual(Object.keys(workerConfigSchema.shape).sort())
+    expect(Object.keys(refused).sort()).toEqual(WORKER_CONFIG_FIELDS.toSorted())
   })
 
   test.each(
@@ -89,7 +99,7 @@ describe('fields', () => {
   })
 
   test('every field may be null, and counts as absent then', () => {
-    const fields = Object.keys(workerConfigSchema.shape)
+    const fields = WORKER_CONFIG_FIELDS
     expect(parse(Object.fromEntries(fields.map((field) => [field, null])))).toEqual({})
     expect(parse({})).toEqual({})
   })
@@ -210,15 +220,15 @@ describe('GitConfig', () => {
         ...['https://host/repo.git?a=b', 'https://host/repo.git#main', 'https://host/%ff'],
       ],
     ],
-    secret_name: [1, {}, [], '', 'a\nb', '../a', 'a/b', '.a', 'x'.repeat(256)],
+    secret_name: [1, {}, [], 'a\nb', 'x'.repeat(256)],
     // Without a secret there is nothing to save.
     save_secret: [1, 'true', {}, [], true],
-    username: [1, {}, [], '', 'a\nb', 'x'.repeat(256)],
+    username: [1, {}, [], 'a\nb', 'x'.repeat(256)],
     local_path: [
-      ...[1, {}, [], '', 'a\0b', 'x'.repeat(1025), '/srv/repo', '~root/repo', '~', '~/', '.'],
+      ...[1, {}, [], 'a\0b', 'x'.repeat(1025), '/srv/repo', '~root/repo', '~', '~/', '.'],
       ...['..', '../repo', '~/../repo', 'a/../../repo', '~//', './.'],
     ],
-    branch: [1, {}, [], '', 'a\nb', '--upload-pack=id', 'x'.repeat(256)],
+    branch: [1, {}, [], 'a\nb', '--upload-pack=id', 'x'.repeat(256)],
     sparse_checkout_folders: [
       ...['src', 1, {}, [1], [''], [null], ['--stdin'], ['../a'], Array(1001).fill('a')],
     ],
@@ -254,6 +264,116 @@ describe('GitConfig', () => {
   })
 })
 
+describe('what counts as absent', () => {
+  test.each(['', 'None', null])(
+    '%j in any optional field, and in what is nested in it',
+    (absent) => {
+      const outright = Object.fromEntries(WORKER_CONFIG_FIELDS.map((field) => [field, absent]))
+      expect(parse(outright)).toEqual({})
+      const git = Object.fromEntries(
+        Object.keys(gitConfigSchema.shape).map((field) => [field, absent]),
+      )
+      expect(
+        parse({
+          git_configs: [{ ...git, remote_url: REPOSITORY }],
+          image_config: { pull_policy: absent, repo_username: absent, builder: absent },
+          additional_params: base64({
+            ...{ startup_script_b64: absent, PRT_LOG_LEVEL: absent, PRT_INTERACTIVE: absent },
+            ...{ distributed_conf_dict: absent, image_pull_policy: absent, worker_size: absent },
+          }),
+        }),
+      ).toEqual({ gitConfigs: [{ remoteUrl: REPOSITORY }], imageConfig: {} })
+    },
+  )
+
+  test('but not among variables, nor in lists', () => {
+    const env_variables = { EMPTY: '', NONE: 'None' }
+    expect(parse({ env_variables })).toEqual({ envVariables: env_variables })
+    expect(parse({ personal_secrets: ['None'] })).toEqual({ personalSecrets: ['None'] })
+    expect(errorsOf({ shared_secrets: [''] })).toEqual([
+      { path: 'worker_config.shared_secrets.0', message: 'must not be empty' },
+    ])
+  })
+
+  test('a repository without its URL is told so', () => {
+    expect(errorsOf({ git_configs: [{ remote_url: '' }] })).toEqual([
+      { path: 'worker_config.git_configs.0.remote_url', message: 'is required' },
+    ])
+  })
+})
+
+describe('image_config', () => {
+  const image_config = {
+    ...{ repo_username: 'robot', repo_password: 'pass-word', repo_secret_name: 'regcred' },
+    ...{ pull_policy: 'Always', builder: true, builder_capacity: 75 },
+  }
+
+  test('has the names of the SDK; what builds images has no effect', () => {
+    for (const config of [
+      { image_config },
+      { additional_params: base64({ image_conf_dict: image_config }) },
+    ]) {
+      expect(parse(config)).toEqual({
+        imageConfig: {
+          ...{ username: 'robot', password: 'pass-word', pullSecretName: 'regcred' },
+          pullPolicy: 'Always',
+        },
+        withoutEffect: ['image_config.builder', 'image_config.builder_capacity'],
+      })
+    }
+  })
+
+  test('takes our older names as well; those of the SDK win', () => {
+    expect(parse({ image_config: { username: 'a', secret_name: 'b' } })).toEqual({
+      imageConfig: { username: 'a', secretName: 'b' },
+    })
+    expect(parse({ image_config: { username: 'a', repo_username: 'c' } })).toEqual({
+      imageConfig: { username: 'c' },
+    })
+  })
+
+  test('takes the pull policy of older SDKs', () => {
+    const additional_params = base64({ image_pull_policy: 'Never' })
+    expect(parse({ additional_params })).toEqual({ imageConfig: { pullPolicy: 'Never' } })
+  })
+
+  test('repo_secret_name is a secret of Kubernetes, and refused on Docker', () => {
+    const config = { image_config: { repo_secret_name: 'regcred' } }
+    expect(errorsOf(config, 'docker')).toEqual([
+      {
+        path: 'worker_config.image_config.repo_secret_name',
+        message: expect.stringContaining('Kubernetes'),
+      },
+    ])
+    expect(parse(config, 'local')).toEqual({ imageConfig: { pullSecretName: 'regcred' } })
+  })
+})
+
+describe('fields that nobody knows', () => {
+  test('inside additional_params they are noted: a newer SDK must not break', () => {
+    const additional_params = base64({ timezone: 'UTC', constructor: { prototype: {} } })
+    expect(parse({ additional_params })).toEqual({
+      withoutEffect: ['additional_params.timezone', 'additional_params.constructor'],
+    })
+  })
+
+  test('their names are shown in one line each, and some of them alone', () => {
+    const names = [
+      'a\nb\u001b[31m',
+      'x'.repeat(1000),
+      ...Array.from({ length: 30 }, (_, n) => `n${n}`),
+    ]
+    const additional_params = base64(Object.fromEntries(names.map((name) => [name, 1])))
+    const noted = parse({ additional_params }).withoutEffect ?? []
+    expect(noted).toHaveLength(21)
+    expect(noted.slice(0, 2)).toEqual([
+      'additional_params.a?b?[31m',
+      `additional_params.${'x'.repeat(100)}…`,
+    ])
+    expect(noted.at(-1)).toBe('additional_params (12 more fields)')
+  })
+})
+
 describe('what this version cannot do is refused, not dropped', () => {
   test('distributed_config is refused with "not supported"', () => {
     const config = { distributed_config: { job_type: 'spark', initial_count: 2 } }
@@ -277,6 +397,11 @@ describe('worker_size', () => {
     for (const written of [size, size.toLowerCase(), size.toUpperCase()]) {
       expect(parse({ worker_size: written })).toEqual({ workerSize: size })
     }
+  })
+
+  test('local workers take any: they do not enforce it', () => {
+    expect(parse({ worker_size: 'L-GPU' }, 'local')).toEqual({ workerSize: 'L-GPU' })
+    expect(parse({ worker_size: 'small' }, 'local')).toEqual({ workerSize: 'Small' })
   })
 
   test('an unknown one is answered with those there are', () => {
@@ -360,6 +485,79 @@ describe('env_variables', () => {
   })
 })
 
+describe('numbers among variables', () => {
+  const json =
+    '{"A": 12345678901234567890, "B": 1.0, "C": 1e+21, "D": 1E5, "E": -0, "F": 0.10, "G": 7, "H": [1.0]}'
+  const exact = {
+    ...{ A: '12345678901234567890', B: '1.0', C: '1e+21', D: '1E5', E: '-0', F: '0.10', G: '7' },
+  }
+  const variables = json.replace(', "H": [1.0]', '')
+
+  test('keep their digits, in requests, in additional_params and in worker files', () => {
+    const request = parseJson(Buffer.from(`{"env_variables": ${variables}}`))
+    expect(parse(request).envVariables).toEqual(exact)
+    const additional_params = base64(`{"env_variables": ${variables}}`)
+    expect(parse({ additional_params }).envVariables).toEqual(exact)
+    expect(parseFile(`\ufeff{"env_variables": ${variables}}`).envVariables).toEqual(exact)
+  })
+
+  test('are numbers wherever else they stand', () => {
+    const text =
+      '{"a": [1.0, {"b": 2e0}], "env_variables_": {"c": 3.00}, "d": 4.0, "env_variables": {"e": 5.0}}'
+    expect(parseJson(Buffer.from(text))).toEqual({
+      ...{ a: [1, { b: 2 }], env_variables_: { c: 3 }, d: 4 },
+      env_variables: { e: JSON.rawJSON('5.0') },
+    })
+  })
+
+  test('in a list they are refused as any list', () => {
+    expect(errorsOf(parseJson(Buffer.from(`{"env_variables": ${json}}`)))).toEqual([
+      {
+        path: 'worker_config.env_variables.H',
+        message: 'must be a string, number or boolean',
+      },
+    ])
+  })
+
+  test('that are no JSON are told by their word and their place', () => {
+    const additional_params = base64('{"env_variables": {"X": NaN}}')
+    expect(errorsOf({ additional_params })).toEqual([
+      {
+        path: 'worker_config.additional_params.env_variables.X',
+        message: 'NaN is not valid JSON: send null or a string',
+      },
+    ])
+  })
+})
+
+describe('messages', () => {
+  test('there is one for each fault, in words of ours', () => {
+    const errors = errorsOf({
+      ...{ worker_size: 5, interactive: 'yes', service_type: 'x', email: 'x'.repeat(321) },
+      ...{
+        env_variables: [],
+        personal_secrets: 'a',
+        git_configs: [{ remote_url: REPOSITORY, fetch_depth: 0 }],
+      },
+      ...{ shared_secrets: Array(1001).fill('a'), log_level: 'a\n\ud800' },
+    })
+    expect(
+      Object.fromEntries(errors.map(({ path, message }) => [path.slice(14), message])),
+    ).toEqual({
+      worker_size: 'must be a string',
+      interactive: 'must be true or false',
+      service_type: 'must be one of cloud_worker, workspace',
+      email: 'must be at most 320 characters long',
+      env_variables: 'must be an object',
+      personal_secrets: 'must be a list',
+      shared_secrets: 'must be a list of at most 1000',
+      'git_configs.0.fetch_depth': 'must be more than 0',
+      log_level: 'must not contain control characters',
+    })
+    expect(errors).toHaveLength(9)
+  })
+})
+
 describe('additional_params', () => {
   test('is decoded, as the Practicus SDK writes it', () => {
     const additional_params = base64({
@@ -412,14 +610,14 @@ describe('additional_params', () => {
     ['too short for a byte', 'a', /base64|JSON/],
     ['text that is not JSON', base64('worker_size: Small'), /JSON/],
     ['JSON cut short', base64('{"worker_size":"Sm'), /JSON/],
-    ['bytes that are not UTF-8', Buffer.from([0x22, 0xff, 0x22]).toString('base64'), /JSON/],
+    ['bytes that are not UTF-8', Buffer.from([0x22, 0xff, 0x22]).toString('base64'), /UTF-8/],
     ['null', base64('null'), /JSON object/],
     ['a list', base64([]), /JSON object/],
     ['a string', base64('"{}"'), /JSON object/],
     ['a number', base64('1'), /JSON object/],
-    ['nesting without end', base64('['.repeat(100_000)), /JSON/],
-    ['nesting that closes', base64(`${'['.repeat(100_000)}${']'.repeat(100_000)}`), /JSON/],
-    ['nesting of more', base64(`${'['.repeat(200_001)}${']'.repeat(200_001)}`), /200000 values/],
+    ['nesting without end', base64('['.repeat(40_000)), /JSON/],
+    ['nesting that closes', base64(`${'['.repeat(40_000)}${']'.repeat(40_000)}`), /JSON/],
+    ['nesting of more', base64(`${'['.repeat(50_001)}${']'.repeat(50_001)}`), /50000 values/],
   ])('%s: refused by path, without repeating it', (_name, additional_params, message) => {
     expect(errorsOf({ additional_params })).toEqual([
       { path: 'worker_config.additional_params', message: expect.stringMatching(message) },
@@ -440,11 +638,22 @@ describe('additional_params', () => {
   })
 
   test.each([
-    [{ worker_sise: 'Small' }, 'worker_sise', 'unknown field'],
-    [{ additional_params: 'e30=' }, 'additional_params', 'unknown field'],
-    [{ constructor: { prototype: {} } }, 'constructor', 'unknown field'],
+    [
+      { git_configs: [{ remote_url: REPOSITORY, brunch: 'a' }] },
+      'git_configs.0.brunch',
+      'unknown field',
+    ],
+    [{ PRT_INTERACTIVE: 1 }, 'PRT_INTERACTIVE', 'must be true or false'],
+    [{ startup_script_b64: '%' }, 'startup_script_b64', 'is not base64 of UTF-8 text'],
+    [
+      { startup_script_b64: base64(Buffer.from([0xff])) },
+      'startup_script_b64',
+      'is not base64 of UTF-8 text',
+    ],
+    [{ image_pull_policy: 'Sometimes' }, 'image_pull_policy', /Always/],
+    [{ distributed_conf_dict: { job_type: 'spark' } }, 'distributed_conf_dict', 'not supported'],
     [{ worker_size: 'Gigantic' }, 'worker_size', /must be one of/],
-    [{ interactive: 'yes' }, 'interactive', /boolean/],
+    [{ interactive: 'yes' }, 'interactive', 'must be true or false'],
     [{ env_variables: { 'A=B': 'x' } }, 'env_variables.A=B', /not a variable name/],
     [{ env_variables: { TASK_ID: 'x' } }, 'env_variables.TASK_ID', 'is reserved'],
     [{ git_configs: [{}] }, 'git_configs.0.remote_url', 'is required'],
@@ -475,8 +684,8 @@ describe('additional_params', () => {
 describe('parseWorkerFile', () => {
   test('null, "" and "None" count as absent, in every field', () => {
     for (const absent of [null, '', 'None']) {
-      const fields = Object.keys(workerConfigSchema.shape).map((field) => [field, absent])
-      expect(parseWorkerFile(JSON.stringify(Object.fromEntries(fields)))).toEqual({})
+      const fields = WORKER_CONFIG_FIELDS.map((field) => [field, absent])
+      expect(parseFile(JSON.stringify(Object.fromEntries(fields)))).toEqual({})
     }
   })
 
@@ -486,7 +695,7 @@ describe('parseWorkerFile', () => {
       startup_script: null,
       env_variables: { A: '1' },
     })
-    expect(parseWorkerFile(JSON.stringify({ worker_image: 'None', additional_params }))).toEqual({
+    expect(parseFile(JSON.stringify({ worker_image: 'None', additional_params }))).toEqual({
       envVariables: { A: '1' },
     })
   })
@@ -497,7 +706,7 @@ describe('parseWorkerFile', () => {
       log_level: 'None',
       additional_params: base64({ env_variables: { A: 1 } }),
     }
-    expect(parseWorkerFile(JSON.stringify(file), DEFAULT_WORKER_SIZES)).toEqual({
+    expect(parseFile(JSON.stringify(file))).toEqual({
       workerSize: 'Small',
       envVariables: { A: '1' },
     })
@@ -506,21 +715,21 @@ describe('parseWorkerFile', () => {
   test.each(['', '{', '[]', 'null', '"text"', '1', '{"a":1}', '{"worker_size":"x"}'])(
     'the content %j is refused',
     (json) => {
-      expect(() => parseWorkerFile(json, DEFAULT_WORKER_SIZES)).toThrow()
+      expect(() => parseFile(json)).toThrow()
     },
   )
 
   test('a wrong field is named by its path in the file', () => {
-    expect(() => parseWorkerFile('{"worker_sise": "Small"}')).toThrow('worker_sise: unknown field')
+    expect(() => parseFile('{"worker_sise": "Small"}')).toThrow('worker_sise: unknown field')
     expect(() =>
-      parseWorkerFile(JSON.stringify({ additional_params: base64({ worker_sise: 'Small' }) })),
-    ).toThrow('additional_params.worker_sise: unknown field')
+      parseFile(JSON.stringify({ additional_params: base64({ worker_size: 'Gigantic' }) })),
+    ).toThrow('additional_params.worker_size: must be one of')
   })
 
   test('a syntax error repeats nothing of the file, which may hold a token', () => {
     let message = ''
     try {
-      parseWorkerFile('{"refresh_token": a-secret}')
+      parseFile('{"refresh_token": a-secret}')
     } catch (err) {
       message = String(err)
     }
@@ -530,6 +739,13 @@ describe('parseWorkerFile', () => {
 })
 
 describe('maskedWorkerConfig', () => {
+  test('a password is masked', () => {
+    const config = parse({ image_config: { repo_username: 'robot', repo_password: 'pass-word' } })
+    expect(maskedWorkerConfig(config)).toEqual({
+      image_config: { repo_username: 'robot', repo_password: '***' },
+    })
+  })
+
   test('values of variables are masked, names stay', () => {
     const config = parse({ worker_size: 'small', env_variables: { A: 'a-secret', B: 1 } })
     expect(maskedWorkerConfig(config)).toEqual({

@@ -26,7 +26,7 @@ describe('encodeWorkerFile', () => {
     expect(encodeWorkerFile({ ...CONFIG, ...nulls })).toBe(WRITTEN)
   })
 
-  test('moves the fields with structure, and leaves nulls out inside them as well', () => {
+  test('moves most fields, and leaves nulls out inside them as well', () => {
     const file = encodeWorkerFile({
       worker_size: 'Small',
       personal_secrets: ['git_secret'],
@@ -34,17 +34,35 @@ describe('encodeWorkerFile', () => {
       interactive: false,
     })
     expect(JSON.parse(file)).toEqual({
-      ...{ worker_size: 'Small', interactive: false },
+      worker_size: 'Small',
       additional_params: expect.any(String),
     })
+    // The SDK refuses a repository without a secret's name, which may be empty.
     expect(additional(file)).toBe(
-      '{"personal_secrets": ["git_secret"], "git_configs": [{"remote_url": "https://example.com/a.git"}]}',
+      '{"git_configs": [{"remote_url": "https://example.com/a.git", "secret_name": ""}], "PRT_INTERACTIVE": false, "personal_secrets": ["git_secret"]}',
     )
   })
 
-  test('without such fields there is no additional_params', () => {
-    expect(encodeWorkerFile({ worker_size: 'Small' })).toBe('{"worker_size":"Small"}')
-    expect(encodeWorkerFile({})).toBe('{}')
+  test('without such fields additional_params are empty, as the SDK writes them', () => {
+    expect(encodeWorkerFile({ worker_size: 'Small' })).toBe(
+      '{"worker_size":"Small","additional_params":"e30="}',
+    )
+    expect(encodeWorkerFile({})).toBe('{"additional_params":"e30="}')
+  })
+
+  test('names of ours become those of the SDK', () => {
+    const file = encodeWorkerFile({
+      image_config: { pull_policy: 'Always', username: 'robot', secret_name: 'registry' },
+      modules_log_level: { urllib3: 'ERROR' },
+      startup_script: '\necho hi\n',
+    })
+    expect(additional(file)).toBe(
+      '{"image_conf_dict": {"repo_username": "robot", "pull_policy": "Always", "secret_name": "registry"}, "startup_script_b64": "ZWNobyBoaQ==", "PRT_MODULES_LOG_LEVEL": "{\\"urllib3\\":\\"ERROR\\"}"}',
+    )
+    expect(decodeWorkerFile(JSON.parse(file))).toMatchObject({
+      image_config: { pull_policy: 'Always', repo_username: 'robot', secret_name: 'registry' },
+      startup_script: 'echo hi',
+    })
   })
 
   test('a file that was written before stays as it is', () => {

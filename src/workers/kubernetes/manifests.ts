@@ -125,6 +125,11 @@ function pullSecretName(workerName: string): string {
 /** One attempt, whose verdict stays readable after its pod has gone; nothing secret is in it. */
 export function workerJob(spec: WorkerSpec, options: JobOptions): V1Job {
   const labels = labelsOf(options.deployment)
+  const { credential, pullSecretName: existing } = spec.imageConfig ?? {}
+  const pullSecrets = [
+    ...(credential ? [{ name: pullSecretName(spec.name) }] : []),
+    ...(existing === undefined ? [] : [{ name: existing }]),
+  ]
   const annotations = {
     [ANNOTATIONS.taskId]: spec.taskId,
     [ANNOTATIONS.size]: spec.size ?? '',
@@ -191,9 +196,7 @@ export function workerJob(spec: WorkerSpec, options: JobOptions): V1Job {
           serviceAccountName: options.serviceAccount,
           automountServiceAccountToken: false,
           enableServiceLinks: false,
-          ...(spec.imageConfig?.credential
-            ? { imagePullSecrets: [{ name: pullSecretName(spec.name) }] }
-            : {}),
+          ...(pullSecrets.length > 0 && { imagePullSecrets: pullSecrets }),
           tolerations: ['not-ready', 'unreachable'].map((condition) => ({
             key: `node.kubernetes.io/${condition}`,
             operator: 'Exists',
