@@ -196,10 +196,12 @@ describe('with a service', () => {
   test('a wrong token, a wrong field and an unknown task are said plainly', async () => {
     const stranger = start(['tasks', '--url', service.url], { env: { TASK_RUNNER_TOKEN: 'wrong' } })
     expect(await stranger.ended).toMatchObject({ code: 1, stdout: '' })
-    const { code, stderr } = await there('run', 'echo.sh', '--size', 'Giant').ended
+    const { code, stderr } = await there('run', 'echo.sh', '--size', 'two\nlines').ended
     expect({ code, stderr }).toEqual({
       code: 1,
-      stderr: expect.stringContaining('worker_config.worker_size: must be one of'),
+      stderr: expect.stringContaining(
+        'worker_config.worker_size: must not contain control characters',
+      ),
     })
     expect(await there('logs', 'nothing').ended).toMatchObject({
       ...{ code: 1, stderr: 'task-runner: There is no task "nothing"\n' },

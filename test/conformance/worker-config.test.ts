@@ -28,33 +28,38 @@ const noSecret = () => `NO_SECRET_${newTaskId().replaceAll('-', '_')}`
 const encoded = (value: unknown) => Buffer.from(JSON.stringify(value)).toString('base64')
 
 const ACCEPTED: Record<string, unknown[]> = {
-  worker_image: ['practicus', 'ghcr.io/example/image:1.2.3'],
+  worker_image: ['', 'None', 'practicus', 'ghcr.io/example/image:1.2.3'],
   worker_size: ['X-Small', 'Small', 'Medium', 'Large', 'X-Large', '2X-Large', 'small', 'X-SMALL'],
   env_variables: [{}, { A: 'text', B: '' }, { NUMBER: 1.5, FLAG: false }],
   personal_secrets: [[]],
   shared_secrets: [[]],
   git_configs: [[]],
   startup_script: ['true', 'echo one\necho two\n'],
-  image_config: [{}],
-  log_level: ['DEBUG', 'INFO'],
+  image_config: [{}, '', { pull_policy: '' }, { pull_policy: 'Always', builder: true }],
+  log_level: ['DEBUG', 'INFO', ''],
   modules_log_level: ['urllib3:ERROR,asyncio:WARNING'],
-  additional_params: [encoded({}), encoded({ worker_size: 'Small' })],
-  service_type: ['cloud_worker', 'workspace'],
-  network_protocol: ['http', 'https'],
+  additional_params: [
+    '',
+    encoded({}),
+    encoded({ worker_size: 'Small' }),
+    encoded({ timezone: 'UTC' }),
+  ],
+  service_type: ['', 'cloud_worker', 'workspace'],
+  network_protocol: ['', 'http', 'https'],
   interactive: [true, false],
   bypass_ssl_verification: [true, false],
-  service_url: ['https://service.example.com'],
-  email: ['someone@example.com'],
+  service_url: ['', 'https://service.example.com'],
+  email: ['', 'someone@example.com'],
   refresh_token: ['a-token'],
   distributed_config: [],
 }
 
 const REFUSED: Record<string, unknown[]> = {
   worker_image: [1, {}],
-  worker_size: ['Gigantic', '', 1, {}],
+  worker_size: ['two\nlines', 1, {}],
   env_variables: ['A=1', ['A=1'], { A: null }, { A: {} }, { A: ['1'] }],
-  personal_secrets: ['secret', [1], {}],
-  shared_secrets: ['secret', [1], {}],
+  personal_secrets: ['secret', [1], [''], ['A:B-C'], {}],
+  shared_secrets: ['secret', [1], [''], {}],
   git_configs: [{}, 'https://example.com/repo.git', [1]],
   startup_script: [1, ['true'], {}],
   image_config: ['always', [], 1],
@@ -131,6 +136,15 @@ describe('env_variables', () => {
     const { log } = await runParameters({ env_variables })
     expect(log).toContain(`MY_FIRST_PARAM=${printed}\nMY_SECOND_PARAM=second\n`)
   })
+
+  test.each(['12345678901234567890', '1.0', '1e+21'])(
+    'a number keeps its digits: %s',
+    async (digits) => {
+      const env_variables = { MY_FIRST_PARAM: JSON.rawJSON(digits), MY_SECOND_PARAM: 'second' }
+      const { log } = await runParameters({ env_variables })
+      expect(log).toContain(`MY_FIRST_PARAM=${digits}\n`)
+    },
+  )
 })
 
 describe('additional_params', () => {
@@ -165,6 +179,24 @@ describe('additional_params', () => {
     expect(log).not.toContain('hidden')
   })
 
+  test('are read under the names that the Practicus SDK gives them there', async () => {
+    const { task, log } = await runParameters({
+      additional_params: encoded({
+        image_conf_dict: { pull_policy: 'IfNotPresent' },
+        startup_script_b64: Buffer.from('echo "prepared at $PRT_LOG_LEVEL"').toString('base64'),
+        ...{ PRT_LOG_LEVEL: 'DEBUG', PRT_MODULES_LOG_LEVEL: '', PRT_INTERACTIVE: false },
+      }),
+    })
+    expect(task).toMatchObject({ status: 'succeeded' })
+    expect(log).toContain('prepared at DEBUG\n')
+    expect(log).toContain('interactive')
+  })
+
+  test('with fields that nobody knows are noted, for a newer SDK must not break', async () => {
+    const { log } = await runParameters({ additional_params: encoded({ timezone: 'UTC' }) })
+    expect(log).toContain('additional_params.timezone')
+  })
+
   test.each<[string, string]>([
     ['no base64', '*** no base64 ***'],
     ['no JSON', Buffer.from('{"worker_size":').toString('base64')],
@@ -176,8 +208,10 @@ describe('additional_params', () => {
   })
 
   test.each<[string, unknown]>([
-    ['worker_sise', 'Small'],
-    ['worker_size', 'Gigantic'],
+    ['worker_size', 1],
+    ['startup_script_b64', '%'],
+    ['PRT_INTERACTIVE', 'yes'],
+    ['distributed_conf_dict', { job_type: 'python' }],
     ['env_variables', { A: {} }],
     ['interactive', 'yes'],
     ['distributed_config', { job_type: 'python' }],
@@ -187,13 +221,14 @@ describe('additional_params', () => {
 })
 
 describe('log_level and modules_log_level', () => {
-  test('reach the worker as LOG_LEVEL and MODULES_LOG_LEVEL', async () => {
+  test('reach the worker, also under the names that the Practicus SDK reads', async () => {
     const { log } = await runParameters({
-      startup_script: 'echo "levels: $LOG_LEVEL, $MODULES_LOG_LEVEL"',
+      startup_script:
+        'echo "levels: $LOG_LEVEL, $MODULES_LOG_LEVEL, $PRT_LOG_LEVEL, $PRT_MODULES_LOG_LEVEL"',
       log_level: 'DEBUG',
       modules_log_level: 'urllib3:ERROR',
     })
-    expect(log).toContain('levels: DEBUG, urllib3:ERROR\n')
+    expect(log).toContain('levels: DEBUG, urllib3:ERROR, DEBUG, urllib3:ERROR\n')
   })
 })
 

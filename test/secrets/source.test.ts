@@ -26,6 +26,8 @@ describe('FileSecretSource', () => {
     await writeFile(join(folder, 'line'), 'value\n')
     await writeFile(join(folder, 'windows'), 'value\r\n')
     await writeFile(join(folder, 'key'), 'one\ntwo\n\n')
+    await writeFile(join(folder, 'my key: ü'), 'odd')
+    expect(await source().read('my key: ü')).toBe('odd')
     expect(await source().read('plain')).toBe('value')
     expect(await source().read('line')).toBe('value')
     expect(await source().read('windows')).toBe('value')
@@ -42,6 +44,8 @@ describe('FileSecretSource', () => {
     expect(await source().read('lower')).toBe('a')
     expect(await source().read('two-parts')).toBe('b')
     expect(await source().read('TWO_PARTS')).toBe('b')
+    expect(await source().read('two parts')).toBe('b')
+    expect(await source().read('../two:parts')).toBeUndefined()
     await writeFile(join(folder, 'TWO_PARTS'), 'from file')
     expect(await source().read('TWO_PARTS')).toBe('from file')
   })
@@ -190,6 +194,46 @@ describe('secrets of a task', () => {
     expect(await app.text(`/tasks/${request.task_id}/logs`)).toBe(log)
     expect(task.worker_config).toMatchObject(config)
     expect(JSON.stringify(task)).not.toContain('canary')
+  })
+
+  test('may have any name, and be given another', async () => {
+    const { app, dir } = await withSecrets()
+    await using _ = app
+    for (const name of ['git-secret', '2nd.key', 'plain']) {
+      await writeFile(join(dir, name), `canary of ${name}`)
+    }
+    const request = printing(
+      { personal_secrets: ['git-secret', '2nd.key'], shared_secrets: ['plain:RENAMED'] },
+      'git_secret _2nd_key RENAMED plain',
+    )
+    expect(await app.submit(request)).toMatchObject({ status: 200 })
+    await app.finished(request.task_id)
+    expect(await app.text(`/tasks/${request.task_id}/logs`)).toBe(
+      'git_secret *** 20\n_2nd_key *** 17\nRENAMED *** 15\nplain  0\n',
+    )
+  })
+
+  test('that would be the same variable are refused, unless they are the same secret', async () => {
+    const { app, dir } = await withSecrets()
+    await using _ = app
+    for (const name of ['a-b', 'a.b']) await writeFile(join(dir, name), 'canary')
+    const submit = (worker_config: object) => app.submit(taskRequest({ worker_config }))
+    expect(
+      await submit({ personal_secrets: ['a-b'], shared_secrets: ['both', 'a.b'] }),
+    ).toMatchObject({
+      status: 422,
+      body: {
+        errors: [
+          {
+            path: 'worker_config.shared_secrets.1',
+            message:
+              'is the variable "a_b", as the secret "a-b" is; give it another: NAME:VARIABLE',
+          },
+        ],
+      },
+    })
+    const twice = { personal_secrets: ['both', 'both'], shared_secrets: ['both:both', 'a.b:OTHER'] }
+    expect(await submit(twice)).toMatchObject({ status: 200 })
   })
 
   test('are masked in the logs of a running task, also when followed, and after a restart of the service', async () => {

@@ -31,6 +31,7 @@ const CANARIES = {
   variable: 'canary-variable-value-c8f0',
   hiddenVariable: 'canary-hidden-variable-1e2d',
   namedSecret: 'canary-named-secret-6f0b',
+  imagePassword: 'canary-image-password-2b7e',
   gitSecret: 'canary-git/secret@5d17',
 }
 
@@ -59,6 +60,7 @@ describe('secrets', () => {
     const secretConfig = {
       refresh_token: CANARIES.refreshToken,
       personal_secrets: ['NAMED'],
+      image_config: { repo_username: 'robot', repo_password: CANARIES.imagePassword },
       env_variables: { CANARY: CANARIES.variable, GATE: story.gate, SHOW: 'TASK_ID' },
       additional_params: base64({
         env_variables: { HIDDEN: CANARIES.hiddenVariable },
@@ -472,7 +474,7 @@ async function refusals(
     { timeout_seconds: token },
     { worker_config: token },
     { worker_config: [token] },
-    { worker_config: { worker_size: token } },
+    { worker_config: { worker_size: `${token}\n` } },
     { worker_config: { env_variables: token } },
     { worker_config: { env_variables: { A: [token] } } },
     { worker_config: { env_variables: { A: `${token}\0` } } },

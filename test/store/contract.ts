@@ -409,12 +409,18 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
 
       test('the values of variables, which have served, are forgotten; their names are not', async () => {
         const taskId = await finished({
-          workerConfig: { envVariables: { NAME: 'secret' }, startupScript: 'echo' },
+          workerConfig: {
+            ...{ envVariables: { NAME: 'secret' }, startupScript: 'echo' },
+            imageConfig: { username: 'robot', password: 'secret' },
+          },
           callbackUrl: `${ORIGIN}/hook`,
           callbackUrlToken: 'token',
         })
         expect(await store.get(taskId)).toMatchObject({
-          workerConfig: { envVariables: { NAME: '' }, startupScript: 'echo' },
+          workerConfig: {
+            ...{ envVariables: { NAME: '' }, startupScript: 'echo' },
+            imageConfig: { username: 'robot', password: '' },
+          },
           ...{ callbackUrl: `${ORIGIN}/hook`, callbackUrlToken: 'token' },
         })
       })

@@ -145,6 +145,16 @@ describe('what goes with it', () => {
     })
   })
 
+  test('pull secrets are the one made for a password, and the one that is named', () => {
+    const named = (imageConfig: WorkerSpec['imageConfig']) =>
+      workerJob({ ...SPEC, imageConfig }, OPTIONS).spec?.template.spec?.imagePullSecrets
+    const credential = { username: 'me', password: SECRET }
+    const [own, theirs] = [{ name: `${SPEC.name}-pull` }, { name: 'regcred' }]
+    expect(named({})).toBeUndefined()
+    expect(named({ pullSecretName: 'regcred' })).toEqual([theirs])
+    expect(named({ credential, pullSecretName: 'regcred' })).toEqual([own, theirs])
+  })
+
   test('registry credentials are a Secret of their own, for the registry of the image', () => {
     expect(pullSecret(SPEC, OPTIONS, 'uid-1')).toBeUndefined()
     const imageConfig = { credential: { username: 'me', password: SECRET } }
