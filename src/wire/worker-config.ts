@@ -328,11 +328,14 @@ function fromFields(
     refuse('image_config.repo_secret_name', message)
   }
   if (refused.length > 0) throw new InvalidRequestError(refused)
+  const hasPassword = image.repo_password ?? image.secret_name
+  const meansSomething = (name: string) =>
+    Object.hasOwn(imageFields, name) && (hasPassword || !name.endsWith('username'))
   const withoutEffect = [
     ...WITHOUT_EFFECT.filter((field) => isSet(wire[field])),
     ...noted(
       'image_config',
-      Object.keys(image).filter((name) => !Object.hasOwn(imageFields, name)),
+      Object.keys(image).filter((name) => !meansSomething(name)),
     ),
   ]
   const modules = wire.modules_log_level

@@ -314,6 +314,7 @@ describe('idempotency', () => {
       { task_file_name: 'count.sh' },
       { worker_config: {} },
       { worker_config: { env_variables: { A: '2' } } },
+      { worker_config: { env_variables: { A: JSON.rawJSON('1.0') } } },
       { callback_url: null },
       { callback_url: 'http://127.0.0.1:1/other' },
       { callback_url_token: 'another-token' },

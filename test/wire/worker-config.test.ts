@@ -327,8 +327,16 @@ describe('image_config', () => {
     expect(parse({ image_config: { username: 'a', secret_name: 'b' } })).toEqual({
       imageConfig: { username: 'a', secretName: 'b' },
     })
-    expect(parse({ image_config: { username: 'a', repo_username: 'c' } })).toEqual({
-      imageConfig: { username: 'c' },
+    const both = { username: 'a', repo_username: 'c', repo_password: 'd', secret_name: 'b' }
+    expect(parse({ image_config: both })).toEqual({
+      imageConfig: { username: 'c', password: 'd', secretName: 'b' },
+    })
+  })
+
+  test('a user name without a password is noted', () => {
+    expect(parse({ image_config: { repo_username: 'a' } })).toEqual({
+      imageConfig: { username: 'a' },
+      withoutEffect: ['image_config.repo_username'],
     })
   })
 
