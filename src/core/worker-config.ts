@@ -46,10 +46,11 @@ export function secretReference(reference: string): { name: string; variable: st
   return { name: reference, variable }
 }
 
-/** Where a repository goes, below the worker's home. */
-export function directoryOf(config: GitConfig): string {
-  const given = config.localPath?.replace(/^~\/+/, '').replace(/\/+$/, '')
-  return given ?? `projects/${repositoryName(config.remoteUrl)}`
+/** Returns where a repository goes, below the worker's home: `/home/ubuntu` on the workers of Practicus AI. */
+export function directoryOf({ remoteUrl, localPath }: GitConfig): string {
+  if (localPath === undefined) return `projects/${repositoryName(remoteUrl)}`
+  const parts = localPath.replace(/^(~|\/home\/ubuntu)\/+/, '').split('/')
+  return parts.filter((part) => part !== '' && part !== '.').join('/')
 }
 
 /** `repo` of `https://host/group/repo.git`; empty when the URL has no path. */

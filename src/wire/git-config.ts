@@ -1,15 +1,19 @@
 import { z } from 'zod'
-import type { GitConfig } from '../core/worker-config.ts'
+import { directoryOf, type GitConfig } from '../core/worker-config.ts'
 import { line, present, secretName } from './fields.ts'
 
 /** Of ssh URLs, whose hosts no parser looks at, as of others. */
 const HOST = /^([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])$/
-const gitRemote = line(2048).superRefine((value, context) => {
+/** `user@host:path`, which git takes as ssh. */
+const SCP_LIKE = /^([^\s/:@]+@([^\s/:@[\]]+|\[[^\s/@\]]*\])):\/?/
+const asUrl = (remote: string) => remote.replace(SCP_LIKE, 'ssh://$1/')
+const gitRemote = line(2048).superRefine((remote, context) => {
   const wrong = (message: string) => context.addIssue({ code: 'custom', message })
+  const value = asUrl(remote)
   const url = URL.parse(value)
   // A backslash is a slash to some readers, and part of the host to others.
   if (!url || !/^(https?|ssh):\/\/[^\s\\]+$/.test(value) || !HOST.test(url.hostname)) {
-    wrong('must be an http(s) or ssh URL, such as ssh://git@host/path.git')
+    wrong('must be an http(s) or ssh URL, such as https://host/path.git or git@host:path.git')
   } else if (url.password !== '' || (url.username !== '' && url.protocol !== 'ssh:')) {
     wrong('must not contain a user name or password; use username and secret_name')
   } else if (url.search !== '' || url.hash !== '') {
@@ -36,24 +40,22 @@ function decoded(encoded: string): string | undefined {
 
 const isInside = (path: string) => !path.split('/').includes('..')
 const localPath = line(1024)
+  .refine((path) => isInside(path) && /^((~|\/home\/ubuntu)\/+)?[^/~]/.test(path), {
+    error: 'must be a path below the home of the worker, such as ~/projects/name',
+    abort: true,
+  })
+  .refine((path) => directoryBelowHome(path) !== '', 'must name a folder of its own')
   .refine(
-    (path) => isInside(path) && /^(~\/+)?[^/~]/.test(path),
-    'must be a path below the home of the worker, such as ~/projects/name',
+    (path) => !`${directoryBelowHome(path)}/`.startsWith('practicus/task/'),
+    'is the folder of the task; use another, such as ~/projects/name',
   )
-  .refine(
-    (path) =>
-      path
-        .replace(/^~\/+/, '')
-        .split('/')
-        .some((part) => part !== '' && part !== '.'),
-    'must name a folder of its own',
-  )
+const directoryBelowHome = (localPath: string) => directoryOf({ remoteUrl: '', localPath })
 /** git would take it for an option. */
 const notAnOption = (text: string) => !text.startsWith('-')
 
 export const gitConfigSchema = z
   .strictObject({
-    remote_url: gitRemote.describe('What to clone: http, https or ssh'),
+    remote_url: gitRemote.describe('What to clone: an http, https or ssh URL, or `git@host:path`'),
     secret_name: secretName
       .nullish()
       .describe('Name of the secret that is the password; for ssh, the private key'),
@@ -68,7 +70,9 @@ export const gitConfigSchema = z
       .describe('Default `x-access-token`, which suits tokens; http(s) only'),
     local_path: localPath
       .nullish()
-      .describe('Where to, below the home of the worker; default `~/projects/<repository>`'),
+      .describe(
+        'Where to, below the home of the worker, as `~/…` or `/home/ubuntu/…`; default `~/projects/<repository>`',
+      ),
     branch: line(255)
       .refine(notAnOption, 'must not begin with -')
       .nullish()
@@ -85,15 +89,13 @@ export const gitConfigSchema = z
     fetch_depth: z.int().positive().nullish().describe('Only so many of the last commits'),
   })
   .superRefine((config, context) => {
-    for (const field of ['save_secret', 'username'] as const) {
-      if (config[field] && config.remote_url.startsWith('ssh:')) {
-        const message = 'is for http(s) repositories'
-        context.addIssue({ code: 'custom', path: [field], message })
-      }
-    }
-    if (config.save_secret === true && config.secret_name == null) {
-      const message = 'there is no secret_name'
-      context.addIssue({ code: 'custom', path: ['save_secret'], message })
+    const wrong = (field: string, message: string) =>
+      context.addIssue({ code: 'custom', path: [field], message })
+    const isSsh = asUrl(config.remote_url).startsWith('ssh:')
+    if (config.username && isSsh) wrong('username', 'is for http(s) repositories')
+    if (config.save_secret && isSsh) wrong('save_secret', 'is for http(s) repositories')
+    else if (config.save_secret && config.secret_name == null) {
+      wrong('save_secret', 'there is no secret_name')
     }
   })
   .meta({
@@ -105,7 +107,7 @@ export const gitConfigSchema = z
 export function fromGitConfig(wire: z.output<typeof gitConfigSchema>): GitConfig {
   return present({
     // As it is judged, so is it used: git reads some spellings otherwise.
-    remoteUrl: new URL(wire.remote_url).href,
+    remoteUrl: new URL(asUrl(wire.remote_url)).href,
     secretName: wire.secret_name,
     saveSecret: wire.save_secret,
     username: wire.username,

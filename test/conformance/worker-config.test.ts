@@ -292,7 +292,7 @@ describe('git_configs', () => {
     'git://example.com/repo.git',
     'ftp://example.com/repo.git',
     'ext::sh -c id',
-    'git@example.com:team/repo.git',
+    'example.com:team/repo.git',
     'example.com/repo.git',
     '--upload-pack=id',
     'https://user:password@example.com/repo.git',
