@@ -30,6 +30,8 @@ export interface Config {
   workerSizes: WorkerSizes
   /** `source:/target[:ro]`, in container workers. */
   workerMounts: readonly string[]
+  /** Of container workers; undefined: in the worker's folder. */
+  workerHome: string | undefined
   dockerEngine: EngineAddress
   dockerNetwork: string
   kubernetes: {
@@ -94,6 +96,8 @@ const SECONDS_MAX = 2_000_000
 
 const DNS_LABEL = /^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$/
 const MOUNT = /^[^:]+:\/[^:]*(:ro)?$/
+/** Not what the container or its engine needs. */
+const WORKER_HOME = /^(?!\/(worker|tmp|dev|proc|sys)\b)(\/(?!\.{1,2}(\/|$))[\w.-]+)+$/
 const MOUNT_HINT = 'each must be source:/target or source:/target:ro'
 
 const PATH_DEFAULT = '/usr/local/bin:/usr/bin:/bin'
@@ -124,6 +128,10 @@ const schema = z.object({
   WORKER_IMAGE_PREFIX: z.string().default(''),
   WORKER_SIZES_FILE: z.string().optional(),
   WORKER_MOUNTS: list.pipe(z.array(z.string().regex(MOUNT, MOUNT_HINT))).default([]),
+  WORKER_HOME: z
+    .string()
+    .regex(WORKER_HOME, 'must be a path such as /home/ubuntu, outside /worker and /tmp')
+    .optional(),
   DOCKER_HOST: z
     .string()
     .regex(/^(unix:\/\/\/.+|tcp:\/\/[^/]+:\d+)$/, 'must be unix:///path or tcp://host:port')
@@ -261,6 +269,7 @@ export function loadConfig(
     workerImagePrefix: values.WORKER_IMAGE_PREFIX,
     workerSizes,
     workerMounts: values.WORKER_MOUNTS,
+    workerHome: values.WORKER_HOME,
     dockerEngine,
     dockerNetwork: values.DOCKER_NETWORK,
     kubernetes: {

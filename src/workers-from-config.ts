@@ -59,6 +59,7 @@ export function openBackend(
   const common = {
     ...{ now, log, tasksDir: config.tasksDir },
     images: { default: config.workerImage, prefix: config.workerImagePrefix },
+    home: config.workerHome,
     terminationGraceMs: config.terminationGraceMs,
     logBytesKept: LOG_BYTES_READ,
   }

@@ -127,6 +127,12 @@ describe('values', () => {
     ['BASE_PATH', '/:id'],
     ['AUTH', 'no'],
     ['WORKER_BACKEND', 'nomad'],
+    ['WORKER_HOME', 'home'],
+    ['WORKER_HOME', '/'],
+    ['WORKER_HOME', '/home/../etc'],
+    ['WORKER_HOME', '/home/a b'],
+    ['WORKER_HOME', '/worker/home'],
+    ['WORKER_HOME', '/tmp'],
     ['MAX_CONCURRENT_TASKS', '0'],
     ['MAX_CONCURRENT_TASKS', '1.5'],
     ['MAX_CONCURRENT_TASKS', 'many'],
@@ -156,6 +162,10 @@ describe('values', () => {
     ['API_TOKENS_FILE', '/nonexistent/tokens'],
   ])('%s=%j stops the start by name', (name, value) => {
     expect(problemsOf({ [name]: value })).toMatch(new RegExp(`^  - ${name}: .`, 'm'))
+  })
+
+  test.each(['/home/ubuntu', '/workers/.home'])('WORKER_HOME=%s is taken', (path) => {
+    expect(loadConfig({ WORKER_HOME: path }).workerHome).toBe(path)
   })
 
   test('the name of the variable leads to what is wrong with an item of its list', () => {

@@ -257,11 +257,21 @@ cloned() {
   fail "$__tr_folder" clone "$1" "git clone of $2 failed: ${__tr_words:-exit code $1}"
 }
 
+# link_home WORKER_FOLDER TASK_FOLDER: the places that people know from Practicus AI. What is there already stays: an image
+# or a mounted disk may have it, and local workers have the links.
+link_home() (
+  cd "$1/home" || exit
+  [ -e my ] || { mkdir -p projects my && ln -s ../projects my/projects; }
+  [ -e practicus/task ] && [ "$2" = tasks ] ||
+    { mkdir -p practicus && rm -f practicus/task && ln -s "$1/$2" practicus/task; }
+)
+
 run() {
   __tr_folder=$1 __tr_stopped=
   # What is at work gets the signal as well, ends in its own way, and its exit code is the task's.
   trap '__tr_stopped=1' TERM
   command -v "$5" >/dev/null 2>&1 || set -- "$1" "$2" "$3" "$4" sh "$6" "${7-}"
+  link_home "$1" "$2"
   if [ -f "$1/repositories.sh" ]; then
     cd "$1/home" && . "$1/repositories.sh"
     rm -f "$1"/secret-*

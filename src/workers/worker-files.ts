@@ -51,14 +51,18 @@ export function workerCommand(
   return ['/bin/sh', `${WORKER_FOLDER}/bootstrap.sh`, 'contain', ...args]
 }
 
-/** Files of one worker alone, by their names in its folder. They hold its secrets. */
-export function ownFiles(spec: WorkerSpec): Array<{ name: string; content: string }> {
+/** Files of one worker alone, by their names in its folder. They hold its secrets. `home`: unless it is in that folder. */
+export function ownFiles(
+  spec: WorkerSpec,
+  home?: string,
+): Array<{ name: string; content: string }> {
   const exports = Object.entries({
     LANG: 'C.UTF-8',
     ...COMMON_ENVIRONMENT,
     ...spec.environment,
   }).map(([name, value]) => `export ${name}=${quote(value)}\n`)
-  const folders = 'export HOME="$__tr_folder/home" TMPDIR="$__tr_folder/tmp"\n'
+  const itsHome = home === undefined ? '"$__tr_folder/home"' : quote(home)
+  const folders = `export HOME=${itsHome} TMPDIR="$__tr_folder/tmp"\n`
   return [
     { name: 'environment.sh', content: folders + exports.join('') },
     { name: 'notes', content: spec.notes.map((note) => `[task-runner] ${note}\n`).join('') },
@@ -95,22 +99,27 @@ export async function sharedTar(tasksDir: string): Promise<SharedTar> {
 }
 
 /**
- * Returns the worker's whole folder as tar, below `worker/`, with notes of what is left out. Throws what `assertTaskFile`
+ * Returns the worker's whole folder as tar, below `worker/`, with notes of what is left out. With a `home` elsewhere, that
+ * folder is in the tar as well: an image may have one, with files in it. Throws what `assertTaskFile`
  * throws; reading the tar throws `UnavailableError` when the tasks folder cannot be read.
  */
 export async function workerTar(
   spec: WorkerSpec,
-  tasksDir: string,
+  { tasksDir, home }: { tasksDir: string; home?: string | undefined },
 ): Promise<AsyncIterable<Uint8Array>> {
   if (spec.taskFolder === 'tasks') await assertTaskFile(tasksDir, spec.taskFileName)
   const listed = await listTasks(tasksDir)
   const root = WORKER_FOLDER.slice(1)
   return packed(async (add) => {
-    for (const name of ['', '/home', '/tmp']) await addFolder(add, `${root}${name}`)
+    for (const name of ['', '/tmp']) await addFolder(add, `${root}${name}`)
+    await addFolder(add, home?.slice(1) ?? `${root}/home`)
+    if (home !== undefined) {
+      await add({ name: `${root}/home`, type: 'symlink', mode: 0o700, linkname: home })
+    }
     await addContent(add, `${root}/bootstrap.sh`, await readFile(BOOTSTRAP))
     await addTasks(add, `${root}/tasks`, tasksDir, listed)
     const notes = [...spec.notes, ...leftOutNotes(listed.leftOut)]
-    for (const { name, content } of ownFiles({ ...spec, notes })) {
+    for (const { name, content } of ownFiles({ ...spec, notes }, home)) {
       await addContent(add, `${root}/${name}`, Buffer.from(content))
     }
   })

@@ -1,7 +1,7 @@
 import { execFileSync, spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { realpathSync } from 'node:fs'
-import { mkdir, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
+import { mkdir, mkdtemp, readFile, rm, symlink, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { basename, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -423,6 +423,42 @@ describe.each(SHELLS.map((shell) => ({ shell, name: shell.join(' ') })))(
       const ended = await run(folder, 'task.sh')
       expect(ended.code).not.toBe(0)
       expect(ended.exit).toBe('startup 1 The folder of the task is not there\n')
+    })
+
+    describe('in the home, the places that people know from Practicus AI', () => {
+      const SHOW = 'cd ~ && for i in my/projects practicus/task; do readlink -f "$i"; done'
+
+      test.each(['tasks', 'home/projects/repo'])('are links, of a task in %s', async (where) => {
+        const folder = await makeWorker({ 'tasks/task.sh': SHOW, 'startup.sh': SHOW })
+        await mkdir(join(folder, 'home', 'projects', 'repo'), { recursive: true })
+        await writeFile(join(folder, 'home', 'projects', 'repo', 'task.sh'), SHOW)
+        const places = `${join(folder, 'home', 'projects')}\n${join(folder, where)}\n`
+        expect(await run(folder, 'task.sh', { taskFolder: where })).toMatchObject({
+          output: places.repeat(2),
+        })
+      })
+
+      test('lead a task of a repository to it where they were made before', async () => {
+        const folder = await makeWorker({ 'tasks/task.sh': '' })
+        for (const name of ['projects/repo', 'my', 'practicus']) {
+          await mkdir(join(folder, 'home', name), { recursive: true })
+        }
+        await symlink('../projects', join(folder, 'home', 'my', 'projects'))
+        await symlink('../../tasks', join(folder, 'home', 'practicus', 'task'))
+        const repository = join(folder, 'home', 'projects', 'repo')
+        await writeFile(join(repository, 'task.sh'), SHOW)
+        const { output } = await run(folder, 'task.sh', { taskFolder: 'home/projects/repo' })
+        expect(output).toBe(`${join(folder, 'home', 'projects')}\n${repository}\n`)
+      })
+
+      test('stay what they are in an image or on a mounted disk', async () => {
+        const folder = await makeWorker({ 'tasks/task.sh': SHOW })
+        for (const name of ['my/projects', 'practicus/task']) {
+          await mkdir(join(folder, 'home', name), { recursive: true })
+        }
+        const { output } = await run(folder, 'task.sh')
+        expect(output).toBe(`${folder}/home/my/projects\n${folder}/home/practicus/task\n`)
+      })
     })
 
     test('sourced, it defines its functions and runs nothing', async () => {

@@ -306,6 +306,12 @@ export function describeWorkerBackend(name: string, open: () => Promise<BackendH
       })
     })
 
+    test('the places that people know from Practicus AI are there', async () => {
+      const script = 'cd ~/practicus/task && ls w-eval.sh; cd ~/my/projects && pwd -P; cd ~; pwd -P'
+      const { worker } = await run(spec(script))
+      expect(await logOf(worker)).toMatch(/^w-eval\.sh\n(.+)\/projects\n\1\n$/)
+    })
+
     describe('the log', () => {
       test('stdout and stderr come in the order they were written', async () => {
         const script = 'for i in 1 2 3 4 5 6 7 8 9; do echo out $i; echo err $i >&2; done'

@@ -54,6 +54,7 @@ const jobs: Record<string, V1Job> = {
     { ...SPEC, taskFolder: 'home/projects/repo', taskFileName: "jobs/it's.sh" },
     OPTIONS,
   ),
+  home: workerJob(SPEC, { ...OPTIONS, home: '/home/ubuntu' }),
   'private-image': workerJob(
     {
       ...SPEC,
@@ -134,7 +135,7 @@ describe('what goes with it', () => {
   })
 
   test('the worker’s own Secret holds its environment, and cannot be changed', () => {
-    const secret = ownSecret(SPEC, 'i', 'uid-1')
+    const secret = ownSecret(SPEC, { deployment: 'i' }, 'uid-1')
     expect(() => new Secret(secret as never).validate()).not.toThrow()
     const environment = Buffer.from(secret.data?.['environment.sh'] ?? '', 'base64').toString()
     expect(environment).toContain(`export TOKEN='${SECRET}'\nexport PLAIN='it'\\''s'\n`)
@@ -153,6 +154,12 @@ describe('what goes with it', () => {
     expect(named({})).toBeUndefined()
     expect(named({ pullSecretName: 'regcred' })).toEqual([theirs])
     expect(named({ credential, pullSecretName: 'regcred' })).toEqual([own, theirs])
+  })
+
+  test('a home elsewhere is the HOME of its environment', () => {
+    const { data } = ownSecret(SPEC, { ...OPTIONS, home: '/home/ubuntu' }, 'uid-1')
+    const environment = Buffer.from(data?.['environment.sh'] ?? '', 'base64').toString()
+    expect(environment).toContain("export HOME='/home/ubuntu' TMPDIR=")
   })
 
   test('registry credentials are a Secret of their own, for the registry of the image', () => {

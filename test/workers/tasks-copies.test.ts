@@ -120,7 +120,7 @@ describe.skipIf(!isRoot)('a tasks folder with', () => {
     test(`${name} goes into the tar of a container as far as it can be read`, async () => {
       make(tasksDir)
       const { paths, textOf } = await asNobody(async () =>
-        unpacked(await workerTar(spec(), tasksDir), 'worker'),
+        unpacked(await workerTar(spec(), { tasksDir }), 'worker'),
       )
       expect(paths).toEqual(wanted)
       const lines = ['first', ...notes].map((note) => `[task-runner] ${note}\n`)
@@ -155,7 +155,7 @@ describe.skipIf(!isRoot)('a tasks folder with', () => {
 /** Each way to give tasks to workers, and each look at the folder. */
 const USES: Record<string, () => Promise<unknown>> = {
   'the copy of a local worker': async () => copyTasks(tasksDir, to, [], undefined),
-  'the tar of a container': async () => buffer(await workerTar(spec(), tasksDir)),
+  'the tar of a container': async () => buffer(await workerTar(spec(), { tasksDir })),
   'the tar that workers share': async () => buffer((await sharedTar(tasksDir)).tar),
   'the check of the folder': () => files().check(),
   'a look for a task file': () => files().look(INNOCENT),
@@ -339,7 +339,7 @@ describe('a worker of a task whose own file', () => {
 })
 
 const OWN_USES: Array<() => Promise<unknown>> = [
-  () => workerTar(spec(), tasksDir),
+  () => workerTar(spec(), { tasksDir }),
   async () => {
     const { leftOut } = copyTasks(tasksDir, to, [], undefined)
     assertCopied(INNOCENT, { tasksDir, to, leftOut })
@@ -460,12 +460,22 @@ describe('a tar', () => {
     expect(textOf(`./tasks/${INNOCENT}`)).toBe('echo innocent\n')
   })
 
+  test('puts a home elsewhere into its place, and a link to it into the folder of the worker', async () => {
+    const tar = await workerTar(spec(), { tasksDir, home: '/home/ubuntu' })
+    const { entries, textOf } = await unpacked(tar, 'worker')
+    const header = (wanted: string) =>
+      entries.find(({ header: { name } }) => name === wanted)?.header
+    expect(header('home/ubuntu/')).toMatchObject({ type: 'directory', uid: 10_001, mode: 0o700 })
+    expect(header('worker/home')).toMatchObject({ type: 'symlink', linkname: '/home/ubuntu' })
+    expect(textOf('worker/environment.sh')).toContain("export HOME='/home/ubuntu' TMPDIR=")
+  })
+
   test('that nobody reads to its end leaves no file open', async () => {
     for (let index = 0; index < 10; index += 1) {
       writeFileSync(join(tasksDir, `large-${index}`), Buffer.alloc(3_000_000))
     }
     let bytes = 0
-    for await (const chunk of await workerTar(spec(), tasksDir)) {
+    for await (const chunk of await workerTar(spec(), { tasksDir })) {
       bytes += chunk.length
       if (bytes > 5_000_000) break
     }

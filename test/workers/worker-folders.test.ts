@@ -1,10 +1,13 @@
 import {
   chmodSync,
   linkSync,
+  lstatSync,
+  lutimesSync,
   mkdirSync,
   mkdtempSync,
   readdirSync,
   readFileSync,
+  readlinkSync,
   realpathSync,
   renameSync,
   rmSync,
@@ -68,7 +71,9 @@ function everything(folder: string): Record<string, string> {
       const stats = statSync(join(folder, name))
       const text = stats.isFile() ? readFileSync(join(folder, name), 'utf8') : ''
       // A record tells the folder by its number as well.
-      const content = text.replace(/"folder":"\d+ /, '"folder":"')
+      const content = lstatSync(join(folder, name)).isSymbolicLink()
+        ? `-> ${readlinkSync(join(folder, name))}`
+        : text.replace(/"folder":"\d+ /, '"folder":"')
       return [name, `${stats.mode.toString(8)} ${stats.nlink} ${content}`]
     }),
   )
@@ -83,6 +88,23 @@ describe('the folder of a worker whose task', () => {
     },
     'left files in its home and its temporary folder': (folder) => {
       for (const name of ['home/.bashrc', 'home/a', 'tmp/b']) writeFileSync(join(folder, name), '')
+    },
+    'left files beyond the links of its home': (folder) => {
+      for (const name of ['home/my/projects/a', 'home/practicus/task/b', 'home/my/c']) {
+        writeFileSync(join(folder, name), '')
+      }
+    },
+    'led the links of its home elsewhere': (folder) => {
+      for (const name of ['home/my/projects', 'home/practicus/task']) {
+        rmSync(join(folder, name))
+        symlinkSync(join(root, 'tasks'), join(folder, name))
+      }
+    },
+    'put folders in the place of the links of its home': (folder) => {
+      for (const name of ['home/my', 'home/practicus/task']) {
+        rmSync(join(folder, name), { recursive: true })
+        mkdirSync(join(folder, name, 'of'), { recursive: true })
+      }
     },
     'opened its home to all': (folder) => chmodSync(join(folder, 'home'), 0o777),
     'put another home in its place': (folder) => {
@@ -139,15 +161,33 @@ describe('the folder of a worker whose task', () => {
     })
   }
 
+  test('set the time of a link of its home leaves nothing to the next one', () => {
+    const link = (folder: string) => lstatSync(join(folder, 'home', 'practicus', 'task'))
+    const first = prepared('first')
+    lutimesSync(join(first, 'home', 'practicus', 'task'), 1, 1)
+    folders.release(first)
+    expect(link(prepared('second')).mtimeMs).not.toBe(1000)
+  })
+
+  test('has the places that people know from Practicus AI', () => {
+    const folder = prepared('worker')
+    const real = (name: string) => realpathSync(join(folder, 'home', name))
+    expect(real('my/projects')).toBe(join(folder, 'home', 'projects'))
+    expect(real('practicus/task')).toBe(join(folder, 'tasks'))
+  })
+
   test('touched nothing serves the next one, with another log', () => {
     const first = prepared('first')
     // Held open, as by one who follows the log.
     linkSync(join(first, 'log'), join(root, 'followed'))
-    const kept = ['home', 'tmp', 'tasks', 'tasks/task.sh', 'tasks/sub/data', 'tasks/linked', 'exit']
+    const kept = [
+      ...['home', 'tmp', 'tasks', 'tasks/task.sh', 'tasks/sub/data', 'tasks/linked', 'exit'],
+      ...['home/projects', 'home/my', 'home/my/projects', 'home/practicus/task'],
+    ]
     // One made anew may get the number of the one that was removed.
     const printsIn = (folder: string) =>
       kept.map((name) => {
-        const { ino, birthtimeMs } = statSync(join(folder, name))
+        const { ino, birthtimeMs } = lstatSync(join(folder, name))
         return `${name} ${ino} ${birthtimeMs}`
       })
     const before = printsIn(first)

@@ -43,6 +43,8 @@ export interface DockerSettings {
   images: ImageNames
   network: string
   mounts: readonly string[]
+  /** Of workers; undefined: in their folder. */
+  home?: string | undefined
   terminationGraceMs: number
   /** Bytes of each log that are kept here, to be read at once. */
   logBytesKept: number
@@ -228,7 +230,7 @@ export class DockerBackend implements WorkerBackend {
   }
 
   async #fill(id: string, spec: WorkerSpec, signal: AbortSignal): Promise<void> {
-    const body = await workerTar(spec, this.#settings.tasksDir)
+    const body = await workerTar(spec, this.#settings)
     const query = { path: '/' }
     // Large task folders take their time, which `signal` ends.
     const limitMs = FILL_LIMIT_FACTOR * this.#engine.callLimitMs

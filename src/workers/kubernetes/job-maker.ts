@@ -36,6 +36,8 @@ export interface JobSettings {
   provisioningTimeoutMs: number
   terminationGraceMs: number
   keptWorkerMs: number
+  /** Of workers; undefined: in their folder. */
+  home?: string | undefined
   /** The clock by which the age of workers is judged. */
   now: () => number
 }
@@ -85,7 +87,7 @@ export class JobMaker {
     options: { signal: AbortSignal; hindered: Hindered; mayStart: () => Promise<void> },
   ): Promise<MadeJob> {
     const { signal, hindered, mayStart } = options
-    const { tasksDir, deployment } = this.#settings
+    const { tasksDir } = this.#settings
     if (spec.taskFolder === 'tasks') await assertTaskFile(tasksDir, spec.taskFileName)
     const { name: filesName, leftOut } = await this.#putFiles(options)
     const jobOptions = this.#jobOptions(spec, filesName)
@@ -101,7 +103,7 @@ export class JobMaker {
     if (pull) await this.#put('secrets', pull, secrets)
     await mayStart()
     const notes = [...spec.notes, ...leftOutNotes(leftOut)]
-    const own = ownSecret({ ...spec, notes }, deployment, uid)
+    const own = ownSecret({ ...spec, notes }, jobOptions, uid)
     const { isNew: isSecretNew } = await this.#put('secrets', own, secrets)
     return { job, isNeverBegun: wasOver && isSecretNew }
   }
@@ -158,6 +160,7 @@ export class JobMaker {
       terminationGraceMs: settings.terminationGraceMs,
       keptWorkerSeconds: Math.ceil(settings.keptWorkerMs / 1000),
       createdAt: settings.now(),
+      home: settings.home,
     }
   }
 

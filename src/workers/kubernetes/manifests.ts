@@ -59,6 +59,8 @@ export interface JobOptions {
   /** Workers kept for a look inside are removed after this, should we never come back. */
   keptWorkerSeconds: number
   createdAt: number
+  /** Of the worker; undefined: in its folder. */
+  home?: string | undefined
 }
 
 /** The task files, shared by all workers that have the same. `files`: a tar, compressed with gzip. */
@@ -74,8 +76,12 @@ export function filesConfigMap(files: Buffer, deployment: string): V1ConfigMap {
 }
 
 /** What is the worker's alone, its secrets among it. It goes with its Job. */
-export function ownSecret(spec: WorkerSpec, deployment: string, jobUid: string): V1Secret {
-  const data = ownFiles(spec).map(({ name, content }) => [
+export function ownSecret(
+  spec: WorkerSpec,
+  { deployment, home }: Pick<JobOptions, 'deployment' | 'home'>,
+  jobUid: string,
+): V1Secret {
+  const data = ownFiles(spec, home).map(({ name, content }) => [
     name,
     Buffer.from(content).toString('base64'),
   ])
@@ -153,6 +159,8 @@ export function workerJob(spec: WorkerSpec, options: JobOptions): V1Job {
   }
   const worker = { name: 'worker', mountPath: WORKER_FOLDER }
   const temporary = { name: 'tmp', mountPath: '/tmp' }
+  // The same folder by another path.
+  const home = options.home ? [{ name: 'worker', mountPath: options.home, subPath: 'home' }] : []
   return {
     apiVersion: 'batch/v1',
     kind: 'Job',
@@ -238,7 +246,7 @@ export function workerJob(spec: WorkerSpec, options: JobOptions): V1Job {
                 { terminationGraceMs: options.terminationGraceMs, messageFile: MESSAGE_FILE },
               ),
               terminationMessagePath: MESSAGE_FILE,
-              volumeMounts: [worker, temporary],
+              volumeMounts: [worker, temporary, ...home],
             },
           ],
         },

@@ -5,9 +5,11 @@ import {
   fstatSync,
   ftruncateSync,
   lstatSync,
+  mkdirSync,
   openSync,
   readSync,
   type Stats,
+  symlinkSync,
   truncateSync,
   writeFileSync,
   writeSync,
@@ -54,8 +56,16 @@ export const SAFELY = constants.O_NOFOLLOW | constants.O_NONBLOCK
 const EXIT_LENGTH = 11
 const NO_EXIT = `${' '.repeat(EXIT_LENGTH)}\n`
 
-/** Empty when a task begins. */
-export const DIRECTORIES: readonly string[] = ['home', 'tmp']
+/** Directories of a folder when a task begins, with the number of their entries. */
+export const DIRECTORIES: Readonly<Record<string, number>> = {
+  ...{ tmp: 0, home: 3 },
+  ...{ 'home/projects': 0, 'home/my': 1, 'home/practicus': 1 },
+}
+/** Links of a home, by which scripts for Practicus AI find their places. bootstrap.sh makes the same in containers. */
+export const LINKS: Readonly<Record<string, string>> = {
+  'home/my/projects': '../projects',
+  'home/practicus/task': '../../tasks',
+}
 /** Written anew for each task: empty until then. */
 export const REWRITTEN: readonly string[] = ['exit', 'worker.json', 'package.json']
 /** What is left of a folder whose space was freed. */
@@ -66,6 +76,18 @@ export const OUTCOME: readonly string[] = ['exit', 'worker.json', 'log']
  * package.json, is no matter of the task's. The search for packages goes on beyond it; nothing ends that one.
  */
 const PACKAGE = '{}\n'
+
+/** Makes `tmp` and `home`, unless they are there: a home has its links then. */
+export function makeDirectories(folder: string): void {
+  const options = { recursive: true, mode: 0o700 }
+  const isThere = mkdirSync(join(folder, 'home'), options) === undefined
+  for (const name of isThere ? ['tmp'] : Object.keys(DIRECTORIES)) {
+    mkdirSync(join(folder, name), options)
+  }
+  for (const [name, target] of isThere ? [] : Object.entries(LINKS)) {
+    symlinkSync(target, join(folder, name))
+  }
+}
 
 /** Puts all that a task needs into a folder that has its directories and the tasks. */
 export function fill(folder: string, contents: Contents): void {

@@ -5,6 +5,7 @@ import {
   mkdirSync,
   opendirSync,
   readdirSync,
+  readlinkSync,
   realpathSync,
   renameSync,
   rmdirSync,
@@ -20,6 +21,8 @@ import {
   DIRECTORIES,
   empty,
   fill,
+  LINKS,
+  makeDirectories,
   OUTCOME,
   REWRITTEN,
   type WorkerRecord,
@@ -90,9 +93,7 @@ export class WorkerFolders {
     const draft = spare?.folder ?? this.#spareFolder()
     try {
       if (!spare) this.#makeFolder(draft)
-      for (const name of DIRECTORIES) {
-        mkdirSync(join(draft, name), { recursive: true, mode: 0o700 })
-      }
+      makeDirectories(draft)
       const to = join(draft, 'tasks')
       const tasks = copyTasks(tasksDir, to, this.#notCopied, spare?.tasks)
       const { leftOut } = tasks
@@ -182,7 +183,7 @@ export class WorkerFolders {
       this.#makeFolder(trial)
       try {
         // As many as a folder has: a disk may have room for bytes and not for files.
-        for (const name of DIRECTORIES) mkdirSync(join(trial, name), { mode: 0o700 })
+        makeDirectories(trial)
         for (const name of REWRITTEN) writeFileSync(join(trial, name), '', { mode: 0o600 })
         writeFileSync(join(trial, 'log'), TRIAL, { mode: 0o600 })
       } finally {
@@ -322,6 +323,9 @@ function listable(folder: string): void {
 /** What is left of the tasks. Throws when the folder is of no more use. */
 function removeChanged(folder: string, { byName, tasks }: Prints): TasksCopy | undefined {
   if (printOf(folder) !== byName.get('.')) throw new Error('the folder itself was changed')
+  const isAsItWas = (name: string) =>
+    printOf(folder, name) === byName.get(name) &&
+    (!(name in DIRECTORIES) || readdirSync(join(folder, name)).length === DIRECTORIES[name])
   let left: TasksCopy | undefined
   for (const entry of readdirSync(folder, { withFileTypes: true })) {
     const { name } = entry
@@ -330,8 +334,9 @@ function removeChanged(folder: string, { byName, tasks }: Prints): TasksCopy | u
       left = tasks
       continue
     }
-    const isAsItWas = byName.has(name) && printOf(path, name) === byName.get(name)
-    if (isAsItWas && !(DIRECTORIES.includes(name) && readdirSync(path).length > 0)) continue
+    // With what is known to be in it, from the outside in.
+    const known = [...byName.keys()].filter((key) => key === name || key.startsWith(`${name}/`))
+    if (known.length > 0 && known.every(isAsItWas)) continue
     if (!entry.isDirectory()) unlinkSync(path)
     else if (!removedAtOnce(path)) throw new Error('there is more to remove than takes a moment')
   }
@@ -339,16 +344,16 @@ function removeChanged(folder: string, { byName, tasks }: Prints): TasksCopy | u
 }
 
 function printsOf(folder: string): Prints['byName'] {
-  const names = [...DIRECTORIES, ...REWRITTEN]
-  return new Map([
-    ['.', printOf(folder)],
-    ...names.map((name): [string, string] => [name, printOf(join(folder, name), name)]),
-  ])
+  const names = ['.', ...Object.keys(DIRECTORIES), ...Object.keys(LINKS), ...REWRITTEN]
+  return new Map(names.map((name) => [name, printOf(folder, name)]))
 }
 
-/** A directory's tells also whether anything was ever in it; the other files are written by others than the task. */
-function printOf(path: string, name = '.'): string {
+/** A directory's and a link's tell also whether anything was ever done to it; the files are written by others than the task. */
+function printOf(folder: string, name = '.'): string {
+  const path = join(folder, name)
   const { ino, mode, uid, gid, nlink, ctimeMs } = lstatSync(path)
-  if (DIRECTORIES.includes(name)) return [ino, mode, uid, gid, ctimeMs].join(' ')
+  const place = name in LINKS ? [readlinkSync(path)] : []
+  if (name in DIRECTORIES || name in LINKS)
+    return [ino, mode, uid, gid, ctimeMs, ...place].join(' ')
   return [ino, mode, uid, gid, ...(name === '.' ? [] : [nlink])].join(' ')
 }
