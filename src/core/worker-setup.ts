@@ -155,7 +155,9 @@ export class WorkerSetup {
       sparseFolders: config.sparseCheckoutFolders ?? [],
       addresses: await this.#options.gitHosts.addresses(url),
       credential: password === undefined ? undefined : { username, password },
-      keepCredential: config.saveSecret ?? false,
+      // As in the Practicus SDK. A key opens more than the repository: it is never kept.
+      keepCredential:
+        password !== undefined && url.protocol !== 'ssh:' && config.saveSecret !== false,
     }
   }
 

@@ -63,7 +63,7 @@ export const gitConfigSchema = z
       .boolean()
       .nullish()
       .describe(
-        'Leaves the secret on the worker, so that the task can pull and push; http(s) only',
+        'Default: the password stays on the worker, so that the task can pull and push; `false` removes it before the task runs. http(s) only: a key never stays',
       ),
     username: line(255)
       .nullish()
@@ -76,7 +76,9 @@ export const gitConfigSchema = z
     branch: line(255)
       .refine(notAnOption, 'must not begin with -')
       .nullish()
-      .describe('A branch or tag; default: the one that the repository names'),
+      .describe(
+        'A branch, a tag, a ref such as `refs/pull/1/head`, or a full commit id; default: the branch that the repository names',
+      ),
     sparse_checkout_folders: z
       .array(
         line(1024)

@@ -197,60 +197,144 @@ fail() {
   exit "$3"
 }
 
+# git_config KEY VALUE: for every git command of this shell, and those that git starts itself
+git_config() {
+  export "GIT_CONFIG_KEY_$GIT_CONFIG_COUNT=$1" "GIT_CONFIG_VALUE_$GIT_CONFIG_COUNT=$2"
+  export GIT_CONFIG_COUNT=$((GIT_CONFIG_COUNT + 1))
+}
+
+# guard URL ADDRESS SECRET_FILE: binds the git commands of this shell to the URL's host, and sets $__tr_origin to what its
+# URLs begin with. ADDRESS, unless empty, pins the host: the address that was judged is the one that is dialled.
+guard() {
+  # What the task's variables must not change about the clone.
+  unset GIT_CONFIG_PARAMETERS GIT_TRACE GIT_TRACE_CURL GIT_CURL_VERBOSE GIT_TRACE_REDACT GIT_DIR GIT_WORK_TREE
+  __tr_host=${1#*://}
+  __tr_host=${__tr_host%%/*}
+  __tr_origin=${1%%://*}://$__tr_host
+  __tr_host=${__tr_host#*@}
+  __tr_host=${__tr_host%:[0-9]*}
+  # Nobody is there to answer. Git LFS would ask hosts that nobody judged.
+  export GIT_TERMINAL_PROMPT=0 GIT_ASKPASS=true GIT_ALLOW_PROTOCOL="${1%%://*}" GIT_LFS_SKIP_SMUDGE=1
+  export GIT_CONFIG_COUNT=0 __tr_secret="$3" __tr_home="$__tr_folder/home"
+  # Redirects could lead where the judged address does not.
+  git_config http.followRedirects false
+  # One that sends nothing for half a minute is down.
+  git_config http.lowSpeedLimit 1
+  git_config http.lowSpeedTime 30
+  git_config http.curloptResolve "$2"
+  git_config credential.helper ''
+  # Submodules: another spelling of the host is the host, and all others lead nowhere.
+  for __tr_spelling in "$__tr_origin/" "git@$__tr_host:" "ssh://git@$__tr_host/" "https://$__tr_host/"; do
+    git_config "url.$__tr_origin/.insteadOf" "$__tr_spelling"
+  done
+  git_config url.unchecked://.insteadOf http://
+  git_config url.unchecked://.insteadOf https://
+  case $1 in
+    ssh:*)
+      # Nothing of the user that the worker happens to run as: no configuration, no keys. Submodules are elsewhere.
+      # shellcheck disable=SC2016 # git's shell expands it
+      __tr_ssh='cd "$__tr_home" && ssh -F none -o BatchMode=yes -o IdentitiesOnly=yes -o IdentityAgent=none'
+      __tr_ssh="$__tr_ssh -o ConnectTimeout=30 -o ServerAliveInterval=15 -o ServerAliveCountMax=2 -o LogLevel=ERROR"
+      __tr_ssh="$__tr_ssh -o StrictHostKeyChecking=accept-new -o UserKnownHostsFile=.ssh/known_hosts"
+      __tr_ssh="$__tr_ssh -o HostName=${2#*=} -o HostKeyAlias=${2%%=*}"
+      # shellcheck disable=SC2016 # git's shell expands it
+      [ -n "$3" ] && __tr_ssh="$__tr_ssh"' -i "$__tr_secret"' || __tr_ssh="$__tr_ssh -o IdentityFile=none"
+      export GIT_SSH_COMMAND="$__tr_ssh" GIT_SSH_VARIANT=ssh
+      mkdir -p "$__tr_home/.ssh"
+      ;;
+    *)
+      # It answers alone: git would have it store what it was told, and forget what a submodule's repository refuses.
+      # shellcheck disable=SC2016 # git's shell expands it
+      [ -z "$3" ] || git_config credential.helper \
+        '!answer() { [ "$1" != get ] || git credential-store --file "$__tr_secret" get; }; answer'
+      ;;
+  esac
+}
+
 # clone URL DIRECTORY BRANCH DEPTH ADDRESS SECRET_FILE KEEP [FOLDER...]: one line of repositories.sh. All but
-# the first two may be empty. ADDRESS pins the host: the address that was judged is the one that is dialled.
+# the first two may be empty, ADDRESS only of http(s).
 clone() {
   echo "[task-runner] cloning $1 into ~/$2"
   (
-    # What the task's variables must not change about the clone.
-    unset GIT_CONFIG_PARAMETERS GIT_TRACE GIT_TRACE_CURL GIT_CURL_VERBOSE GIT_TRACE_REDACT GIT_DIR GIT_WORK_TREE
-    # Nobody is there to answer; redirects could lead where the judged address does not.
-    export GIT_TERMINAL_PROMPT=0 GIT_ASKPASS=true GIT_ALLOW_PROTOCOL=http:https:ssh __tr_secret="$6"
-    export GIT_CONFIG_KEY_0=http.followRedirects GIT_CONFIG_VALUE_0=false
-    # One that sends nothing for half a minute is down.
-    export GIT_CONFIG_KEY_1=http.lowSpeedLimit GIT_CONFIG_VALUE_1=1
-    export GIT_CONFIG_KEY_2=http.lowSpeedTime GIT_CONFIG_VALUE_2=30
-    export GIT_CONFIG_KEY_3=credential.useHttpPath GIT_CONFIG_VALUE_3=true
-    export GIT_CONFIG_KEY_4=http.curloptResolve GIT_CONFIG_VALUE_4="$5"
-    export GIT_CONFIG_KEY_5=credential.helper GIT_CONFIG_VALUE_5= GIT_CONFIG_COUNT=6
-    case $1 in
-      ssh:*)
-        # Nothing of the user that the worker happens to run as: no configuration, no keys.
-        __tr_ssh='ssh -F none -o BatchMode=yes -o IdentitiesOnly=yes -o IdentityAgent=none -o ConnectTimeout=30'
-        __tr_ssh="$__tr_ssh -o ServerAliveInterval=15 -o ServerAliveCountMax=2 -o StrictHostKeyChecking=accept-new"
-        __tr_ssh="$__tr_ssh -o UserKnownHostsFile=.ssh/known_hosts ${5:+-o HostName=${5#*=} -o HostKeyAlias=${5%%=*}}"
-        # shellcheck disable=SC2016 # git's shell expands it
-        [ -n "$6" ] && __tr_ssh="$__tr_ssh"' -i "$__tr_secret"' || __tr_ssh="$__tr_ssh -o IdentityFile=none"
-        export GIT_SSH_COMMAND="$__tr_ssh"
-        mkdir -p .ssh
-        ;;
-      *)
-        # shellcheck disable=SC2016 # git's shell expands it
-        [ -n "$6" ] && export GIT_CONFIG_KEY_6=credential.helper GIT_CONFIG_COUNT=7 \
-          GIT_CONFIG_VALUE_6='!git credential-store --file "$__tr_secret"'
-        ;;
-    esac
-    __tr_url=$1 __tr_to=$2 __tr_branch=$3 __tr_depth=$4 __tr_keep=$7
+    guard "$1" "$5" "$6"
+    __tr_url=$1 __tr_to=$2 __tr_branch=$3 __tr_depth=$4 __tr_keep=$7 __tr_commit=
     shift 7
+    case $__tr_branch in
+      refs/heads/*) __tr_branch=${__tr_branch#refs/heads/} ;;
+      origin/*) __tr_branch=${__tr_branch#origin/} ;;
+      refs/*) __tr_commit=$__tr_branch __tr_branch= ;;
+      *[!0-9a-fA-F]*) ;;
+      ????????????????????????????????????????) __tr_commit=$__tr_branch __tr_branch= ;;
+    esac
     git clone --quiet ${__tr_branch:+--branch "$__tr_branch"} ${__tr_depth:+--depth "$__tr_depth"} \
-      ${1+--no-checkout} -- "$__tr_url" "$__tr_to" || exit
-    [ $# = 0 ] || { git -C "$__tr_to" sparse-checkout set "$@" && git -C "$__tr_to" checkout --quiet; } || exit
+      ${1+--no-checkout} ${__tr_commit:+--no-checkout} -- "$__tr_url" "$__tr_to" && cd "$__tr_to" || exit
+    if [ -n "$__tr_commit" ]; then
+      # Older servers give by number only what a branch names: then all that branches name.
+      git fetch --quiet ${__tr_depth:+--depth "$__tr_depth"} origin "$__tr_commit" && __tr_commit=FETCH_HEAD ||
+        git fetch --quiet --depth 2147483647 origin '+refs/heads/*:refs/remotes/origin/*' || exit
+    elif ! git rev-parse --quiet --verify HEAD >/dev/null; then
+      __tr_refs=$(git ls-remote origin) || exit
+      [ -z "$__tr_refs" ] || {
+        echo 'fatal: remote HEAD refers to nonexistent ref, unable to checkout: name one in branch' >&2
+        exit 1
+      }
+      set -- # it is empty, for the task to fill
+    fi
+    [ $# = 0 ] || git sparse-checkout set "$@" || exit
+    [ $# = 0 ] && [ -z "$__tr_commit" ] || git checkout --quiet ${__tr_commit:+--detach "$__tr_commit"} || exit
     [ -z "$__tr_keep" ] || {
-      (umask 077 && cat "$__tr_secret" >>.git-credentials) &&
-        git -C "$__tr_to" config credential.helper store &&
-        git -C "$__tr_to" config credential.useHttpPath true
-    }
+      (umask 077 && cat "$__tr_secret" >>"$__tr_home/.git-credentials") &&
+        git config credential.helper store &&
+        git config credential.useHttpPath true
+    } || exit
+    complete ''
   ) 2>"$__tr_folder/tmp/git-words"
 }
 
-# cloned CODE URL: after each clone; tells git's own words when it failed
+# complete PREFIX: in what was cloned: fetches submodules, and tells what is missing. PREFIX is of paths in the log.
+complete() {
+  git -c core.quotePath=false grep -lI '^version https://git-lfs.github.com/spec/v' -- ':(attr:filter=lfs)' | {
+    __tr_count=0 __tr_first=
+    while IFS= read -r __tr_line; do
+      __tr_count=$((__tr_count + 1)) __tr_first=${__tr_first:-$__tr_line}
+    done
+    [ "$__tr_count" = 0 ] || printf '[task-runner] Git LFS files of %s are not fetched: %s, the first is "%s". "git lfs pull" in the task fetches them\n' \
+      "$__tr_url" "$__tr_count" "$1$__tr_first"
+  }
+  [ -f .gitmodules ] && [ ! -h .gitmodules ] || return 0
+  git config --file .gitmodules --name-only --get-regexp '^submodule\..*\.path$' |
+    while IFS= read -r __tr_key; do submodule "$1" "$__tr_key" </dev/null; done
+}
+
+# submodule PREFIX KEY: KEY of .gitmodules holds its path
+submodule() (
+  # Without its folder, a sparse checkout leaves it out.
+  __tr_path=$(git config --file .gitmodules "$2") && [ -d "$__tr_path" ] || exit 0
+  __tr_words=$(git submodule --quiet init -- "$__tr_path" 2>&1) && __tr_from=$(git config "${2%.path}.url") &&
+    case $(git ls-remote --get-url -- "$__tr_from") in
+      "$__tr_origin"/*) __tr_words=$(git submodule --quiet update -- "$__tr_path" 2>&1) ;;
+      *)
+        __tr_words="only hosts of git_configs are checked. Add one for $__tr_from with local_path \"~/$__tr_to/$1$__tr_path\""
+        false
+        ;;
+    esac && cd "$__tr_path" && {
+    [ -z "$__tr_words" ] || printf '%s\n' "$__tr_words" >&2
+    complete "$1$__tr_path/"
+    exit
+  }
+  case $__tr_words in *fatal:*) __tr_words=fatal:${__tr_words#*fatal:} ;; esac
+  printf '[task-runner] submodule "%s" of %s is not fetched: %s\n' \
+    "$1$__tr_path" "$__tr_url" "${__tr_words%%"$__tr_newline"*}"
+)
+
+# cloned CODE URL: after each clone; shows git's own words, which are the reason when it failed
 cloned() {
-  [ "$1" = 0 ] && return
   __tr_words=
   while IFS= read -r __tr_line || [ -n "$__tr_line" ]; do
     printf '%s\n' "$__tr_line"
     case $__tr_line in fatal:* | error:*) __tr_words=${__tr_words:-$__tr_line} ;; esac
   done <"$__tr_folder/tmp/git-words"
+  [ "$1" = 0 ] && return
   case $__tr_words in
     *'returned error: 30'*) __tr_words="$__tr_words (redirects are not followed: give the final URL)" ;;
   esac

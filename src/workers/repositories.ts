@@ -35,11 +35,12 @@ function secretFile({ url, credential }: Repository): string | undefined {
   return `${protocol}//${username}:${password}@${host}${pathname}\n`
 }
 
-/** http(s): as git's `http.curloptResolve` wants it. ssh: `host=address`. Empty when the URL holds an address. */
+/** http(s): as git's `http.curloptResolve` wants it, empty when the URL holds an address. ssh: `host=address`. */
 function pinOf({ url, addresses }: Repository): string {
   const { protocol, hostname, port } = new URL(url)
-  if (isIP(hostname.replace(/^\[|\]$/g, '')) !== 0) return ''
-  if (protocol === 'ssh:') return `${hostname}=${addresses[0] ?? ''}`
+  const host = hostname.replace(/^\[|\]$/g, '')
+  if (protocol === 'ssh:') return `${host}=${addresses[0] ?? host}`
+  if (isIP(host) !== 0) return ''
   const spelled = addresses.map((address) => (isIP(address) === 6 ? `[${address}]` : address))
   return `${hostname}:${port || (protocol === 'https:' ? 443 : 80)}:${spelled.join(',')}`
 }

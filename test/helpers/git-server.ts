@@ -12,13 +12,21 @@ export interface GitServer extends AsyncDisposable {
   url: string
   port: number
   root: string
-  /** Makes a bare repository `<name>.git` with these files, each on the branch named before its colon, if any. */
-  create(name: string, files: Record<string, string>): void
+  /**
+   * Makes a bare repository `<name>.git` with these files, each on the branch named before its colon, if any. `submodules`:
+   * URLs by path; each is at the commit of the repository of the same name.
+   */
+  create(name: string, files: Record<string, string>, submodules?: Record<string, string>): void
+  /** Runs git in the repository, and returns what it prints. */
+  git(name: string, ...args: string[]): string
   /** Authorization headers that came, one for each request. */
   authorizations: Array<string | undefined>
 }
 
-/** git's own HTTP server (git-http-backend(1)) on loopback. Repositories below `private/` want the credentials. */
+/**
+ * git's own HTTP server (git-http-backend(1)) on loopback. Repositories below `private/` want the credentials; those below
+ * `old/` are served as servers did before version 2 of the protocol, which give no commit that no branch names.
+ */
 export async function startGitServer(credentials: {
   username: string
   password: string
@@ -49,7 +57,9 @@ export async function startGitServer(credentials: {
         CONTENT_TYPE: request.headers['content-type'] ?? '',
         HTTP_CONTENT_ENCODING: request.headers['content-encoding'] ?? '',
         REMOTE_USER: authorization === undefined ? '' : credentials.username,
-        GIT_PROTOCOL: String(request.headers['git-protocol'] ?? ''),
+        GIT_PROTOCOL: url.pathname.startsWith('/old/')
+          ? ''
+          : String(request.headers['git-protocol'] ?? ''),
         // The repositories may belong to another user.
         GIT_CONFIG_COUNT: '1',
         GIT_CONFIG_KEY_0: 'safe.directory',
@@ -73,9 +83,12 @@ export async function startGitServer(credentials: {
   server.listen(0, '127.0.0.1')
   await once(server, 'listening')
   const { port } = server.address() as AddressInfo
+  const gitIn = (name: string, ...args: string[]) =>
+    execFileSync('git', ['-C', join(root, `${name}.git`), ...args], { stdio: 'pipe' }).toString()
   return {
     ...{ url: `http://127.0.0.1:${port}`, port, root, authorizations },
-    create(name, files) {
+    git: gitIn,
+    create(name, files, submodules = {}) {
       const work = mkdtempSync(join(tmpdir(), 'git-work-'))
       const git = (...args: string[]) =>
         execFileSync('git', ['-C', work, '-c', 'user.name=a', '-c', 'user.email=a@b', ...args], {
@@ -92,9 +105,18 @@ export async function startGitServer(credentials: {
         git('commit', '--quiet', '-m', key)
         if (branch !== 'main') git('checkout', '--quiet', 'main')
       }
+      for (const [path, url] of Object.entries(submodules)) {
+        for (const [key, value] of Object.entries({ path, url })) {
+          git('config', '--file', '.gitmodules', `submodule.the ${path}.${key}`, value)
+        }
+        const commit = gitIn(path, 'rev-parse', 'HEAD').trim()
+        git('update-index', '--add', '--cacheinfo', `160000,${commit},${path}`)
+        git('add', '.gitmodules')
+        git('commit', '--quiet', '-m', path)
+      }
       const bare = join(root, `${name}.git`)
       execFileSync('git', ['clone', '--quiet', '--bare', work, bare], { stdio: 'pipe' })
-      execFileSync('git', ['-C', bare, 'config', 'http.receivepack', 'true'])
+      gitIn(name, 'config', 'http.receivepack', 'true')
     },
     async [Symbol.asyncDispose]() {
       server.closeAllConnections()

@@ -1,8 +1,7 @@
 /** Repositories on local workers, cloned from a real git server that wants a password. */
-import { execFile, execFileSync } from 'node:child_process'
-import { mkdir, readdir, readFile, rm, writeFile } from 'node:fs/promises'
+import { execFileSync } from 'node:child_process'
+import { mkdir, readdir, readFile, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { promisify } from 'node:util'
 import { afterAll, beforeAll, describe, expect } from 'vitest'
 import { startApp, type TestApp, taskRequest } from '../helpers/app.ts'
 import { type GitServer, startGitServer } from '../helpers/git-server.ts'
@@ -26,11 +25,16 @@ beforeAll(async () => {
   git.create('public', {
     'README.md': 'public\n',
     'jobs/hello.py':
-      'import os, sys\nprint("hello from", os.getcwd().split("/")[-1], sys.argv[0])\n',
+      'import os, sys\nprint("the task is in", os.path.realpath(os.path.expanduser("~/practicus/task")).split("/")[-1])\nprint("hello from", os.getcwd().split("/")[-1], sys.argv[0])\n',
     'jobs/code.sh': 'exit 7\n',
     'other/data.txt': 'data\n',
     'release:jobs/release.txt': 'only on the release branch\n',
   })
+  git.create('headless', { 'README.md': '' })
+  git.git('headless', 'symbolic-ref', 'HEAD', 'refs/heads/gone')
+  git.git('public', 'tag', 'v1', 'release')
+  git.git('public', 'update-ref', 'refs/pull/1/head', 'release')
+  git.create('old/public', { 'README.md': 'public\n', 'jobs/a': '', 'other/b': '' })
   git.create('private/secret', { 'secret.txt': 'private content\n' })
   receiver = await startReceiver()
   app = await startApp({ SECRET_GIT_SECRET: TOKEN, SECRET_WRONG: 'canary-wrong-git-token' })
@@ -74,12 +78,55 @@ describe('a cloned repository', () => {
     expect(logs).toContain('./two/README.md\n')
   })
 
+  test('lies in ~/projects when its local_path names the projects of Practicus AI', async () => {
+    const { logs } = await run(
+      [
+        { remote_url: publicRepository(), local_path: '/home/ubuntu/my/projects/one' },
+        { remote_url: publicRepository(), local_path: '~/my/projects/two' },
+      ],
+      'cat ~/projects/one/README.md ~/my/projects/one/README.md ~/projects/two/README.md',
+    )
+    expect(logs).toContain('public\npublic\npublic\n')
+  })
+
   test('has the branch that was asked for', async () => {
     const { logs } = await run(
       [{ remote_url: publicRepository(), branch: 'release' }],
       'cat ~/projects/public/jobs/release.txt',
     )
     expect(logs).toContain('only on the release branch\n')
+  })
+
+  test.each([
+    ['a branch', 'release'],
+    ['a branch in full', 'refs/heads/release'],
+    ['a branch as clones name it', 'origin/release'],
+    ['a tag', 'v1'],
+    ['a tag in full', 'refs/tags/v1'],
+    ['what a host keeps of a proposed change', 'refs/pull/1/head'],
+  ])('has what branch names: %s', async (_what, branch) => {
+    for (const fields of [{ branch }, { branch, fetch_depth: 1 }]) {
+      const { logs } = await run(
+        [{ remote_url: publicRepository(), ...fields }],
+        'cd ~/projects/public && cat jobs/release.txt && git rev-list --count HEAD',
+      )
+      expect(logs, JSON.stringify(fields)).toMatch(
+        new RegExp(`only on the release branch\n${fields.fetch_depth ?? 5}\n$`),
+      )
+    }
+  })
+
+  test.each(['public', 'old/public'])('has the commit that branch names, of %s', async (name) => {
+    const commits = git.git(name, 'rev-list', 'main').trim().split('\n')
+    const commit = commits.at(-2) ?? ''
+    for (const fields of [{}, { fetch_depth: 1 }, { sparse_checkout_folders: ['jobs'] }]) {
+      const { task, logs } = await run(
+        [{ remote_url: `${git.url}/${name}.git`, branch: commit, ...fields }],
+        'cd ~/projects/public && ls && git rev-parse HEAD',
+      )
+      expect(task).toMatchObject({ status: 'succeeded' })
+      expect(logs, JSON.stringify(fields)).toMatch(new RegExp(`README.md\njobs\n${commit}\n$`))
+    }
   })
 
   test('has as many commits as fetch_depth says', async () => {
@@ -100,12 +147,12 @@ describe('a cloned repository', () => {
 })
 
 describe('a private repository', () => {
-  test('is cloned with the secret as password, which then is nowhere on the worker', async () => {
+  test('with save_secret: false is cloned with the secret as password, which then is nowhere on the worker', async () => {
     const everything =
       'cat ~/projects/secret/secret.txt; git -C ~/projects/secret config --list; ls -a ~ $HOME/..; ' +
       'grep -rl --exclude=log -- canary "$HOME/.." || echo nowhere'
     const { task, logs } = await run(
-      [{ remote_url: privateRepository(), secret_name: 'git_secret' }],
+      [{ remote_url: privateRepository(), secret_name: 'git_secret', save_secret: false }],
       everything,
     )
     expect(logs).toContain('private content\n')
@@ -126,27 +173,30 @@ describe('a private repository', () => {
     expect(task).toMatchObject({ status: 'succeeded' })
   })
 
-  test('with save_secret can be pulled and pushed by the task, and the secret is masked in its log', async () => {
-    const push = [
-      'cd ~/projects/secret && git pull --quiet && date > pushed.txt && git add . &&',
-      'git -c user.name=a -c user.email=a@b commit --quiet -m pushed && git push --quiet &&',
-      'cat ~/.git-credentials; stat -c %a ~/.git-credentials; grep -c canary .git/config',
-    ].join(' ')
-    const { logs } = await run(
-      [{ remote_url: privateRepository(), secret_name: 'git_secret', save_secret: true }],
-      push,
-    )
-    expect(logs).toContain(
-      `http://x-access-token:***@127.0.0.1%3a${git.port}/private/secret.git\n600\n0\n`,
-    )
-    const bare = join(git.root, 'private/secret.git')
-    const pushed = execFileSync('git', ['-C', bare, 'log', '--format=%s', '-1', 'main'])
-    expect(pushed.toString()).toBe('pushed\n')
-  })
+  test.each([undefined, null, true])(
+    'with save_secret: %s can be pulled and pushed by the task, and the secret is masked in its log',
+    async (save_secret) => {
+      const push = [
+        'cd ~/projects/secret && git pull --quiet && date +%N > pushed.txt && git add . &&',
+        'git -c user.name=a -c user.email=a@b commit --quiet -m pushed && git push --quiet &&',
+        'cat ~/.git-credentials; stat -c %a ~/.git-credentials; grep -c canary .git/config',
+      ].join(' ')
+      const { logs } = await run(
+        [{ remote_url: privateRepository(), secret_name: 'git_secret', save_secret }],
+        push,
+      )
+      expect(logs).toContain(
+        `http://x-access-token:***@127.0.0.1%3a${git.port}/private/secret.git\n600\n0\n`,
+      )
+      const bare = join(git.root, 'private/secret.git')
+      const pushed = execFileSync('git', ['-C', bare, 'log', '--format=%s', '-1', 'main'])
+      expect(pushed.toString()).toBe('pushed\n')
+    },
+  )
 
-  test('without save_secret cannot be pulled by the task', async () => {
+  test('with save_secret: false cannot be pulled by the task', async () => {
     const { logs } = await run(
-      [{ remote_url: privateRepository(), secret_name: 'git_secret' }],
+      [{ remote_url: privateRepository(), secret_name: 'git_secret', save_secret: false }],
       'GIT_TERMINAL_PROMPT=0 git -C ~/projects/secret pull 2>&1; true',
     )
     expect(logs).toContain('could not read Username')
@@ -182,6 +232,27 @@ describe('a private repository', () => {
     const database = join(app.dataDir, 'task-runner.db')
     expect(await readFile(database, 'latin1')).not.toContain('canary git')
     expect(await readFile(`${database}-wal`, 'latin1')).not.toContain('canary git')
+  })
+})
+
+describe('what git warns of', () => {
+  test('is in the log of the task, as with an empty repository, which a task may fill', async () => {
+    git.create('private/empty', { a: '' })
+    git.git('private/empty', 'update-ref', '-d', 'refs/heads/main')
+    const push = [
+      'cd ~/projects/empty && ls -A && echo 1 >a && git add . &&',
+      'git -c user.name=a -c user.email=a@b commit --quiet -m first && git push --quiet origin HEAD:main',
+    ].join(' ')
+    for (const fields of [{}, { sparse_checkout_folders: ['a'] }]) {
+      const { task, logs } = await run(
+        [{ remote_url: `${git.url}/private/empty.git`, secret_name: 'git_secret', ...fields }],
+        push,
+      )
+      expect(logs).toMatch(/^warning: You appear to have cloned an empty repository.\n\.git$/m)
+      expect(task).toMatchObject({ status: 'succeeded' })
+      expect(git.git('private/empty', 'log', '--format=%s', 'main')).toBe('first\n')
+      git.git('private/empty', 'update-ref', '-d', 'refs/heads/main')
+    }
   })
 })
 
@@ -226,10 +297,11 @@ describe('an ssh repository', () => {
 })
 
 describe('a task file of a repository', () => {
-  test('runs in the repository', async () => {
+  test('runs in the repository, to which ~/practicus/task leads', async () => {
     const { task, logs } = await run([{ remote_url: publicRepository() }], '', {
       task_file_name: 'public/jobs/hello.py',
     })
+    expect(logs).toContain('the task is in public\n')
     expect(logs).toMatch(/hello from public \.\/jobs\/hello\.py\n$/)
     expect(task).toMatchObject({ status: 'succeeded', task_file_name: 'public/jobs/hello.py' })
   })
@@ -275,6 +347,12 @@ describe('a clone that fails ends the task as startup_failed, with git’s own w
       'Remote branch nope not found',
     ],
     ['a host that is down', () => [{ remote_url: 'http://127.0.0.1:1/a.git' }], 'onnect'],
+    [
+      'an unknown commit',
+      () => [{ remote_url: publicRepository(), branch: 'a'.repeat(40) }],
+      'a'.repeat(40),
+    ],
+    ['an unknown ref', () => [{ remote_url: publicRepository(), branch: 'refs/a/b' }], 'refs/a/b'],
     ['a place that is taken', () => Array(2).fill({ remote_url: publicRepository() }), 'exists'],
     [
       'a host that redirects',
@@ -292,6 +370,17 @@ describe('a clone that fails ends the task as startup_failed, with git’s own w
     expect(`${JSON.stringify(task)}${logs}`).not.toContain('canary')
     expect(success).toBe(false)
   })
+
+  test.each([{}, { fetch_depth: 1 }, { sparse_checkout_folders: ['jobs'] }])(
+    'a HEAD that names no branch, with %j',
+    async (fields) => {
+      const { task } = await run([{ remote_url: `${git.url}/headless.git`, ...fields }])
+      expect(task).toMatchObject({ status: 'failed', reason: 'startup_failed', exit_code: null })
+      expect(task.message).toMatch(
+        /^git clone of http.* failed: fatal: remote HEAD refers to nonexistent ref, unable to checkout/,
+      )
+    },
+  )
 
   test('a host that is slow', async () => {
     await using silent = await startRawServer()
@@ -329,44 +418,5 @@ describe('which hosts may be asked', () => {
       const other = taskRequest({ worker_config: { git_configs: [{ remote_url }] } })
       expect(await strict.submit(other), remote_url).toMatchObject({ status: 422 })
     }
-  })
-
-  test('the address that was judged is the one that is dialled', async () => {
-    // One that only the pinned address leads to: the name itself is not in the machine's resolver.
-    const { WorkerSetup } = await import('../../src/core/worker-setup.ts')
-    const { repositoryFiles } = await import('../../src/workers/repositories.ts')
-    const setup = new WorkerSetup({
-      secrets: { read: async () => undefined },
-      gitHosts: { refusal: () => undefined, addresses: async () => ['127.0.0.1'] },
-      files: { has: async () => true },
-      sizes: {},
-      maxLogBytes: 1,
-    })
-    const remoteUrl = `http://pinned.invalid:${git.port}/public.git`
-    const { spec } = await setup.specFor({
-      ...{ taskId: 'a', taskFileName: 'a.sh', workerName: 'a', secretValues: [] },
-      workerConfig: { gitConfigs: [{ remoteUrl }] },
-    } as never)
-    const home = join(app.dataDir, 'pinned')
-    const [script] = repositoryFiles(spec.repositories)
-    const bootstrap = new URL('../../src/workers/bootstrap.sh', import.meta.url).pathname
-    execFileSync('/bin/sh', [
-      '-c',
-      `mkdir -p "$0/tmp" "$0/home"; cp ${'"$1"'} "$0"`,
-      home,
-      bootstrap,
-    ])
-    await writeFile(join(home, 'repositories.sh'), script?.content ?? '')
-    await writeFile(join(home, 'startup.sh'), 'cat projects/public/README.md; exit 9\n')
-    const ended = promisify(execFile)(
-      '/bin/sh',
-      [bootstrap, 'run', home, 'tasks', 'a.sh', 'python3', '/bin/sh', 'node'],
-      { env: { PATH: process.env.PATH, HOME: join(home, 'home') } },
-    )
-    await expect(ended).rejects.toMatchObject({
-      stdout: expect.stringContaining('public\n'),
-      code: 9,
-    })
-    await rm(home, { recursive: true })
   })
 })
