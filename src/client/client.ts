@@ -34,6 +34,8 @@ export interface TaskRunnerClientOptions {
 export class TaskRunnerApiError extends Error {
   override name = 'TaskRunnerApiError'
   readonly status: number | null
+  /** Which error it is, such as `task_not_found`; newer services may have more. Null when no service answered. */
+  readonly code: string | null
   /** Where fields are wrong: each by its path. */
   readonly errors: ReadonlyArray<{ path: string; message: string }>
 
@@ -41,12 +43,14 @@ export class TaskRunnerApiError extends Error {
     message: string,
     options: {
       status: number | null
+      code?: string | undefined
       errors?: TaskRunnerApiError['errors'] | undefined
       cause?: unknown
     },
   ) {
     super(message, options.cause === undefined ? undefined : { cause: options.cause })
     this.status = options.status
+    this.code = options.code ?? null
     this.errors = options.errors ?? []
   }
 }
@@ -309,9 +313,10 @@ function jsonOf(text: string): unknown {
 }
 
 function refusal(status: number, text: string): TaskRunnerApiError {
-  const body = errorSchema.safeParse(jsonOf(text)).data
+  // Services before this one sent no code.
+  const body = errorSchema.partial({ code: true }).safeParse(jsonOf(text)).data
   const message = body?.message ?? `The service answered with status ${status}`
-  return new TaskRunnerApiError(message, { status, errors: body?.errors })
+  return new TaskRunnerApiError(message, { status, code: body?.code, errors: body?.errors })
 }
 
 function unreachable(url: string, cause: unknown): TaskRunnerApiError {

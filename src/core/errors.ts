@@ -1,24 +1,33 @@
-/** Every failure a caller can be told about. routes/error-handler.ts maps each to its HTTP status. */
-export type ErrorCode =
-  | 'unauthorized'
-  | 'host_refused'
-  | 'not_found'
-  | 'task_not_found'
-  | 'task_file_not_found'
-  | 'worker_not_found'
-  | 'task_id_conflict'
-  | 'delivery_in_flight'
-  | 'no_callback'
-  | 'request_too_large'
-  | 'unsupported_media_type'
-  | 'invalid_request'
-  | 'queue_full'
-  | 'busy'
-  | 'draining'
-  | 'store_unavailable'
-  | 'workers_unavailable'
-  | 'defaults_file_broken'
-  | 'internal_error'
+/** Every failure that is reported to callers. routes/error-handler.ts maps each to its HTTP status. */
+export const ERROR_CODES = [
+  'bad_request',
+  'unauthorized',
+  'host_refused',
+  'site_refused',
+  'not_found',
+  'method_not_allowed',
+  'task_not_found',
+  'task_file_not_found',
+  'worker_not_found',
+  'task_id_conflict',
+  'delivery_in_flight',
+  'no_callback',
+  'request_timeout',
+  'request_too_large',
+  'unsupported_media_type',
+  'expectation_failed',
+  'invalid_request',
+  'queue_full',
+  'headers_too_large',
+  'busy',
+  'draining',
+  'not_ready',
+  'store_unavailable',
+  'workers_unavailable',
+  'defaults_file_broken',
+  'internal_error',
+] as const
+export type ErrorCode = (typeof ERROR_CODES)[number]
 
 /** One wrong field: where it is (`worker_config.env_variables.A=B`), and what is wrong with it. */
 export interface FieldError {

@@ -100,7 +100,7 @@ function isOfAnotherSite({ headers }: FastifyRequest): boolean {
 }
 
 function refusedSite(): TaskRunnerError {
-  return new TaskRunnerError('host_refused', 'Requests of other sites are not served')
+  return new TaskRunnerError('site_refused', 'Requests of other sites are not served')
 }
 
 function digest(token: string): Buffer {

@@ -1,27 +1,40 @@
-import type { IncomingMessage, ServerResponse } from 'node:http'
+import { type IncomingMessage, type ServerResponse, STATUS_CODES } from 'node:http'
 import type { Socket } from 'node:net'
-import type { FastifyError, FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
+import type {
+  FastifyError,
+  FastifyInstance,
+  FastifyReply,
+  FastifyRequest,
+  HTTPMethods,
+} from 'fastify'
 import { type ErrorCode, InvalidRequestError, TaskRunnerError } from '../core/errors.ts'
 
 /** The only place that knows which failure has which HTTP status. */
 export const STATUS_OF = {
+  bad_request: 400,
   unauthorized: 401,
   host_refused: 403,
+  site_refused: 403,
   not_found: 404,
   task_not_found: 404,
   task_file_not_found: 404,
   worker_not_found: 404,
   no_callback: 404,
+  method_not_allowed: 405,
+  request_timeout: 408,
   task_id_conflict: 409,
   delivery_in_flight: 409,
   request_too_large: 413,
   unsupported_media_type: 415,
+  expectation_failed: 417,
   invalid_request: 422,
   queue_full: 429,
+  headers_too_large: 431,
   internal_error: 500,
   defaults_file_broken: 500,
   busy: 503,
   draining: 503,
+  not_ready: 503,
   store_unavailable: 503,
   workers_unavailable: 503,
 } as const satisfies Record<ErrorCode, number>
@@ -48,13 +61,29 @@ export function installErrorHandler(app: FastifyInstance): void {
   app.setErrorHandler(answerError)
   app.addHook('onRequest', async (request, reply) => {
     // RFC 9112, section 3.2. Node's own answer has no body.
-    if (request.headers.host !== undefined || request.raw.httpVersion !== '1.1') return
-    return reply.code(400).send({ success: false, message: 'The Host header is missing' })
+    if (request.headers.host === undefined && request.raw.httpVersion === '1.1') {
+      throw new TaskRunnerError('bad_request', 'The Host header is missing')
+    }
+    if (request.is404) throw noRoute(app, request, reply)
   })
-  app.setNotFoundHandler((request, reply) => {
-    const message = `There is no ${request.method} ${request.url.split('?', 1)[0]}`
-    return reply.code(404).send({ success: false, message })
-  })
+}
+
+/** Returns the error of a request that no route takes, with the methods of its path in `Allow`. */
+function noRoute(
+  app: FastifyInstance,
+  { method, url }: FastifyRequest,
+  reply: FastifyReply,
+): TaskRunnerError {
+  const path = url.split('?', 1)[0]
+  // Holds: these are all the methods that routes can have.
+  const methods = app.supportedMethods as HTTPMethods[]
+  const allowed = methods.filter((one) => app.findRoute({ method: one, url }) !== null)
+  if (allowed.length === 0) {
+    return new TaskRunnerError('not_found', `There is no ${method} ${path}`)
+  }
+  const allow = allowed.sort().join(', ')
+  reply.header('allow', allow)
+  return new TaskRunnerError('method_not_allowed', `${path} has no ${method}, only ${allow}`)
 }
 
 /** Answers what went wrong, wherever it did. */
@@ -70,40 +99,39 @@ export function answerError(
   if (retryAfter !== undefined) reply.header('retry-after', retryAfter)
   if (known.code === 'unauthorized') reply.header('www-authenticate', 'Bearer')
   // Already text: these answers have no schema on routes that do not declare their status.
-  reply
-    .code(status)
-    .type('application/json')
-    .serializer(String)
-    .send(JSON.stringify(bodyOf(known)))
+  reply.code(status).type('application/json').serializer(String).send(bodyOf(known))
 }
 
-/** What is not HTTP, too long or too slow. Nothing of it is logged: it may hold a token. */
+/** Answers what is not HTTP, too long or too slow. Nothing of it is logged: it may hold a token. */
 export function answerBrokenHttp(err: NodeJS.ErrnoException, socket: Socket): void {
   if (!socket.writable || err.code === 'ECONNRESET') return void socket.destroy()
-  const [status, message] =
+  const known =
     err.code === 'HPE_HEADER_OVERFLOW'
-      ? ['431 Request Header Fields Too Large', 'The headers are too large']
+      ? new TaskRunnerError('headers_too_large', 'The headers are too large')
       : err.code === 'ERR_HTTP_REQUEST_TIMEOUT'
-        ? ['408 Request Timeout', 'The request came too slowly']
-        : ['400 Bad Request', 'This is not HTTP']
-  const body = JSON.stringify({ success: false, message })
+        ? new TaskRunnerError('request_timeout', 'The request came too slowly')
+        : new TaskRunnerError('bad_request', 'This is not HTTP')
+  const status = STATUS_OF[known.code]
+  const body = bodyOf(known)
   const length = Buffer.byteLength(body)
   socket.end(
-    `HTTP/1.1 ${status}\r\nContent-Type: application/json\r\nContent-Length: ${length}\r\nConnection: close\r\n\r\n${body}`,
+    `HTTP/1.1 ${status} ${STATUS_CODES[status]}\r\nContent-Type: application/json\r\nContent-Length: ${length}\r\nConnection: close\r\n\r\n${body}`,
   )
 }
 
 /** Answers an `Expect` other than `100-continue`. */
 export function answerUnknownExpectation(_: IncomingMessage, response: ServerResponse): void {
-  const body = JSON.stringify({ success: false, message: 'Only "Expect: 100-continue" is known' })
+  const message = 'Only "Expect: 100-continue" is known'
+  const body = bodyOf(new TaskRunnerError('expectation_failed', message))
   const headers = { 'content-type': 'application/json', 'content-length': Buffer.byteLength(body) }
-  response.writeHead(417, { ...headers, connection: 'close' }).end(body)
+  response.writeHead(STATUS_OF.expectation_failed, { ...headers, connection: 'close' }).end(body)
 }
 
-/** The API's one error shape. */
-function bodyOf(err: TaskRunnerError): object {
+/** Returns the JSON of the API's one error shape. */
+function bodyOf(err: TaskRunnerError): string {
+  const { code, message } = err
   const errors = err instanceof InvalidRequestError ? { errors: err.errors } : {}
-  return { success: false, message: err.message, ...errors }
+  return JSON.stringify({ success: false, code, message, ...errors })
 }
 
 function invalid(message: string): InvalidRequestError {

@@ -1,6 +1,6 @@
 import type { FastifyBaseLogger } from 'fastify'
 import type { FastifyPluginAsyncZod } from 'fastify-type-provider-zod'
-import { TaskRunnerError } from '../core/errors.ts'
+import { type ErrorCode, TaskRunnerError } from '../core/errors.ts'
 import { healthSchema } from '../wire/responses.ts'
 import { answer } from './responses.ts'
 
@@ -45,7 +45,9 @@ export const healthRoutes: FastifyPluginAsyncZod<{
     },
     async (request, reply) => {
       if (isDraining()) {
-        return reply.code(503).send({ success: false, message: 'shutting down' })
+        return reply
+          .code(503)
+          .send({ success: false, code: 'draining' satisfies ErrorCode, message: 'shutting down' })
       }
       const states = await Promise.all(
         Object.entries(parts).map(async ([name, check]) => {
@@ -64,6 +66,7 @@ export const healthRoutes: FastifyPluginAsyncZod<{
       const message = ok ? 'ready' : `not ready: ${failed.join(', ')}`
       return reply.code(ok ? 200 : 503).send({
         success: ok,
+        ...(ok ? {} : { code: 'not_ready' satisfies ErrorCode }),
         message,
         parts: Object.fromEntries(states),
         ...(ok ? { warnings: await warnings().catch(asWarning(request.log)) } : {}),

@@ -1,4 +1,5 @@
 import { z } from 'zod'
+import { ERROR_CODES } from '../core/errors.ts'
 import type { DeliveryState, Worker, WorkerStatus } from '../core/ports.ts'
 import {
   CALLBACK_STATUSES,
@@ -26,10 +27,17 @@ export const taskFilesSchema = z
   .object({ task_files: z.array(z.string()) })
   .meta({ id: 'TaskFileList', examples: [{ task_files: ['hello.py', 'parameters.sh'] }] })
 
+/** Any text: a code that is added later must not break a client. */
+const errorCode = z.string().meta({
+  description: 'Which error it is; stays the same while messages may change. More may be added',
+  examples: ERROR_CODES,
+})
+
 export const errorSchema = z
   .object({
     success: z.literal(false),
-    message: z.string(),
+    code: errorCode,
+    message: z.string().describe('What is wrong, in a sentence for people'),
     errors: z
       .array(z.object({ path: z.string(), message: z.string() }))
       .optional()
@@ -38,7 +46,9 @@ export const errorSchema = z
   .meta({
     id: 'ErrorResponse',
     description: 'Every error of every route has this shape.',
-    examples: [{ success: false, message: 'What is wrong, in a sentence' }],
+    examples: [
+      { success: false, code: 'task_not_found', message: 'There is no task "my-first-task"' },
+    ],
   })
 
 const summaryFields = {
@@ -230,6 +240,7 @@ export const doneSchema = z
 export const healthSchema = z
   .object({
     success: z.boolean(),
+    code: errorCode.optional(),
     message: z.string(),
     parts: z
       .record(z.string(), z.string())

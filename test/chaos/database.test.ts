@@ -47,7 +47,11 @@ const by = (proxy: TcpProxy, url: string) => url.replace(`:${postgres.port}/`, `
 function expectUnavailable({ status, headers, body }: Answer): void {
   expect(status).toBe(503)
   expect(Number(headers.get('retry-after'))).toBeGreaterThan(0)
-  expect(body).toEqual({ success: false, message: expect.stringMatching(/^[A-Z][^\n]+$/) })
+  expect(body).toEqual({
+    success: false,
+    code: expect.stringMatching(/^[a-z_]+$/),
+    message: expect.stringMatching(/^[A-Z][^\n]+$/),
+  })
 }
 
 describe('a service that cannot have its database', () => {

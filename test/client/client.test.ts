@@ -80,14 +80,16 @@ describe('against the service', () => {
     await client.wait(task.task_id)
   })
 
-  test('a refusal tells the status and each wrong field', async () => {
-    const wrong = client.submit(request({ worker_config: { worker_size: 'Giant' } }))
+  test('a refusal tells the status, the code and each wrong field', async () => {
+    const wrong = client.submit(request({ worker_config: { worker_size: 'x'.repeat(101) } }))
     await expect(wrong).rejects.toMatchObject({
       name: 'TaskRunnerApiError',
-      status: 422,
+      ...{ status: 422, code: 'invalid_request' },
       errors: [{ path: 'worker_config.worker_size' }],
     })
-    await expect(client.get('nothing')).rejects.toMatchObject({ status: 404 })
+    await expect(client.get('nothing')).rejects.toMatchObject({
+      ...{ status: 404, code: 'task_not_found' },
+    })
     await expect(client.wait('nothing')).rejects.toMatchObject({ status: 404 })
     const stranger = new TaskRunnerClient({ url, token: 'wrong' })
     await expect(stranger.workers()).rejects.toMatchObject({ status: 401 })
@@ -153,7 +155,9 @@ describe('against a service in trouble', () => {
     await using server = await startServer((_, response) =>
       json(response, status, { success: false, message: 'no' }),
     )
-    await expect(server.client().submit(request())).rejects.toMatchObject({ status, message: 'no' })
+    await expect(server.client().submit(request())).rejects.toMatchObject({
+      ...{ status, code: null, message: 'no' },
+    })
     expect(server.count()).toBe(1)
   })
 

@@ -6,7 +6,11 @@ export function expectError(answer: Answer, status: number, field?: string): voi
   expect(answer.status, answer.text).toBe(status)
   expect(answer.headers.get('content-type')).toMatch(/^application\/json/)
   const { errors, ...rest } = answer.body
-  expect(rest).toEqual({ success: false, message: expect.stringMatching(/\S/) })
+  expect(rest).toEqual({
+    success: false,
+    code: expect.stringMatching(/^[a-z_]+$/),
+    message: expect.stringMatching(/\S/),
+  })
   if (errors !== undefined) {
     expect(errors).toBeInstanceOf(Array)
     for (const error of errors as unknown[]) {

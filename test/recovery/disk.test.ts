@@ -57,7 +57,11 @@ describe.concurrent('on a full disk', () => {
         expect([200, 503]).toContain(status)
         if (status === 200) accepted.push(taskId)
         else {
-          expect(body).toEqual({ success: false, message: expect.any(String) })
+          expect(body).toEqual({
+            success: false,
+            code: expect.stringMatching(/^[a-z_]+$/),
+            message: expect.any(String),
+          })
           refused.push(taskId)
         }
       }

@@ -59,17 +59,27 @@ describe('with tokens', () => {
   test.each(SECURED)(
     '%s %s without a token answers 401, before it looks at anything',
     async (method, url) => {
-      for (const payload of [undefined, '{"broken', '{}']) {
+      const json = { 'content-type': 'application/json' }
+      for (const [headers, payload] of [
+        [{}, undefined],
+        [json, '{"broken'],
+        [json, '{}'],
+        [{ 'content-type': 'text/plain' }, 'text'],
+        [{ 'content-type': 'no media type' }, 'text'],
+        [{ ...json, 'content-encoding': 'gzip' }, '{}'],
+        [{ ...json, 'content-length': String(2 ** 40) }, undefined],
+        [{ ...json, 'content-length': 'much' }, undefined],
+      ] as const) {
         const reply = await app.http.inject({
-          method,
-          url,
-          ...(payload === undefined || method === 'GET'
-            ? {}
-            : { payload, headers: { 'content-type': 'application/json' } }),
+          ...{ method, url, headers },
+          ...(payload === undefined ? {} : { payload }),
         })
         expect(reply.statusCode).toBe(401)
         expect(reply.headers['www-authenticate']).toBe('Bearer')
-        expect(reply.json()).toEqual({ success: false, message: expect.stringMatching(/token/) })
+        expect(reply.json()).toEqual({
+          ...{ success: false, code: 'unauthorized' },
+          message: expect.stringMatching(/token/),
+        })
       }
     },
   )
@@ -101,7 +111,10 @@ describe('with tokens', () => {
   ])('the header %j is refused, and the token not repeated', async (authorization) => {
     const reply = await get(authorization)
     expect(reply.statusCode).toBe(401)
-    expect(reply.json()).toEqual({ success: false, message: expect.stringMatching(/./) })
+    expect(reply.json()).toEqual({
+      ...{ success: false, code: 'unauthorized' },
+      message: expect.stringMatching(/./),
+    })
     expect(reply.body).not.toMatch(/first|wrong-token|xxx/)
   })
 
@@ -183,7 +196,10 @@ describe('without tokens', () => {
     async (host) => {
       const reply = await withHost(host)
       expect(reply.statusCode).toBe(403)
-      expect(reply.json()).toEqual({ success: false, message: expect.stringMatching(/loopback/) })
+      expect(reply.json()).toEqual({
+        ...{ success: false, code: 'host_refused' },
+        message: expect.stringMatching(/loopback/),
+      })
     },
   )
 

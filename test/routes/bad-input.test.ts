@@ -72,7 +72,10 @@ async function raw(text: string): Promise<{ status: number; body: unknown }> {
   }
 }
 
-const ONE_SHAPE = { success: false, message: expect.stringMatching(/./) }
+const ONE_SHAPE = {
+  ...{ success: false, code: expect.stringMatching(/^[a-z_]+$/) },
+  message: expect.stringMatching(/./),
+}
 
 describe('requests', () => {
   test.each([
@@ -87,7 +90,7 @@ describe('requests', () => {
     expect(await post(payload)).toEqual({
       status: 422,
       body: {
-        success: false,
+        ...{ success: false, code: 'invalid_request' },
         message: expect.stringContaining('not valid JSON'),
         errors: [{ path: '', message: expect.stringContaining('not valid JSON') }],
       },
@@ -133,7 +136,10 @@ describe('requests', () => {
     const payload = JSON.stringify(taskRequest({ padding: 'x'.repeat(10 * MEGABYTE) }))
     const refused = {
       status: 413,
-      body: { success: false, message: expect.stringContaining('large') },
+      body: {
+        ...{ success: false, code: 'request_too_large' },
+        message: expect.stringContaining('large'),
+      },
     }
     expect(await post(payload)).toEqual(refused)
     const head =
@@ -217,7 +223,7 @@ describe('requests', () => {
     expect(await post(payload)).toEqual({
       status: 422,
       body: {
-        success: false,
+        ...{ success: false, code: 'invalid_request' },
         message: expect.stringContaining('The body is not UTF-8'),
         errors: [{ path: '', message: 'The body is not UTF-8' }],
       },
@@ -288,7 +294,7 @@ describe('requests', () => {
       expect(answer).toEqual({
         status: 422,
         body: {
-          success: false,
+          ...{ success: false, code: 'invalid_request' },
           message: expect.stringContaining('10000 names'),
           errors: [{ path, message: 'has more than 10000 names' }],
         },
@@ -336,25 +342,28 @@ describe('requests', () => {
   })
 
   test.each([
-    ['no HTTP at all', 'NONSENSE\r\n\r\n'],
+    ['no HTTP at all', 'bad_request', 'NONSENSE\r\n\r\n'],
     [
       'a header that is too long',
+      'headers_too_large',
       `GET /tasks HTTP/1.1\r\nHost: localhost\r\nX: ${'x'.repeat(20_000)}\r\n\r\n`,
     ],
     [
       'two lengths',
+      'bad_request',
       'POST /task-runner HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}',
     ],
-    ['no Host', 'GET /tasks HTTP/1.1\r\n\r\n'],
+    ['no Host', 'bad_request', 'GET /tasks HTTP/1.1\r\n\r\n'],
     [
       'an Expect that nobody knows',
+      'expectation_failed',
       'POST /task-runner HTTP/1.1\r\nHost: localhost\r\nExpect: a-miracle\r\nContent-Length: 0\r\n\r\n',
     ],
-  ])('%s is answered with 4xx in the one error shape', async (_name, text) => {
+  ])('%s is answered with 4xx in the one error shape', async (_name, code, text) => {
     const { status, body } = await raw(text)
     expect(status).toBeGreaterThanOrEqual(400)
     expect(status).toBeLessThan(500)
-    expect(body).toEqual(ONE_SHAPE)
+    expect(body).toEqual({ ...ONE_SHAPE, code })
   })
 })
 

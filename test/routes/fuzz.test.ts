@@ -225,7 +225,11 @@ test('whatever is sent to any route is answered with 2xx or 4xx in the one shape
         })
         if (!isRefusal || method === 'HEAD') return
         const { errors, ...rest } = reply.json() as Record<string, unknown>
-        expect(rest).toEqual({ success: false, message: expect.stringMatching(/./) })
+        expect(rest).toEqual({
+          success: false,
+          code: expect.stringMatching(/^[a-z_]+$/),
+          message: expect.stringMatching(/./),
+        })
         for (const error of (errors ?? []) as unknown[]) {
           expect(error).toEqual({
             path: expect.any(String),

@@ -55,7 +55,10 @@ describe('bodies of the sample receivers', () => {
     await expect.poll(async () => (await post(large)).statusCode, POLL).toBe(503)
     const refused = await post(large)
     expect(refused.headers['retry-after']).toBe('1')
-    expect(refused.json()).toEqual({ success: false, message: expect.stringContaining('large') })
+    expect(refused.json()).toEqual({
+      ...{ success: false, code: 'busy' },
+      message: expect.stringContaining('large'),
+    })
     const more = await Promise.all(
       Array.from({ length: 40 }, () =>
         Upload.begin(app, `Content-Length: ${32 * MEGABYTE - 10}`, 1),

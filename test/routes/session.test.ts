@@ -93,7 +93,10 @@ describe('where tokens are wanted', () => {
       payload: { token },
     })
     expect(status).toBe(401)
-    expect(reply.json()).toEqual({ success: false, message: 'The token is wrong' })
+    expect(reply.json()).toEqual({
+      ...{ success: false, code: 'unauthorized' },
+      message: 'The token is wrong',
+    })
     expect(cookies).toEqual([])
   })
 

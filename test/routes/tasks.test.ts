@@ -92,7 +92,10 @@ describe('one task', () => {
   ] as const)('%s %s answers 404 that names the task', async (method, url) => {
     const reply = await app.http.inject({ method, url })
     expect(reply.statusCode).toBe(404)
-    expect(reply.json()).toEqual({ success: false, message: 'There is no task "nobody"' })
+    expect(reply.json()).toEqual({
+      ...{ success: false, code: 'task_not_found' },
+      message: 'There is no task "nobody"',
+    })
   })
 
   test('a task_id that none can have answers 422', async () => {
@@ -112,7 +115,7 @@ describe('one task', () => {
     const reply = await app.http.inject({ method: 'GET', url })
     expect([400, 404, 414, 422]).toContain(reply.statusCode)
     expect(reply.json()).toEqual({
-      success: false,
+      ...{ success: false, code: expect.stringMatching(/^[a-z_]+$/) },
       message: expect.stringMatching(/./),
       ...(reply.statusCode === 422 ? { errors: expect.any(Array) } : {}),
     })
@@ -366,7 +369,10 @@ describe('callbacks', () => {
     })
     expect(await redeliver(taskId)).toEqual({
       status: 404,
-      body: { success: false, message: expect.stringContaining('no callback') },
+      body: {
+        ...{ success: false, code: 'no_callback' },
+        message: expect.stringContaining('no callback'),
+      },
     })
   })
 
@@ -437,7 +443,10 @@ describe('callbacks', () => {
     })
     expect(await redeliver(request.task_id)).toEqual({
       status: 409,
-      body: { success: false, message: expect.stringMatching(/./) },
+      body: {
+        ...{ success: false, code: 'delivery_in_flight' },
+        message: expect.stringMatching(/./),
+      },
     })
     answer.release()
     await expect

@@ -294,7 +294,10 @@ describe('names', () => {
       const [method, url] = line.split(' ') as ['GET' | 'DELETE', string]
       const reply = await app.http.inject({ method, url })
       expect(reply.statusCode).toBe(404)
-      expect(reply.json()).toEqual({ success: false, message: 'There is no worker "nobody"' })
+      expect(reply.json()).toEqual({
+        ...{ success: false, code: 'worker_not_found' },
+        message: 'There is no worker "nobody"',
+      })
     },
   )
 
