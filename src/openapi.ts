@@ -62,6 +62,8 @@ export async function publishOpenApi(
     transformObject: (document) => withPlainNames(jsonSchemaTransformObject(document)),
   })
   await app.register(async (docs) => {
+    // Where FastAPI has it, and tools look for it.
+    docs.get(`${options.basePath}/openapi.json`, { schema: { hide: true } }, () => app.swagger())
     // Swagger UI writes inline styles.
     await secureContent(docs, { inlineStyles: true })
     await docs.register(fastifySwaggerUi, {

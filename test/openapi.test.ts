@@ -36,6 +36,10 @@ test('openapi/openapi.json is what the routes say; `npm run openapi` renews it',
   expect(document).toEqual(JSON.parse(committed))
 })
 
+test('/openapi.json is the same document as /docs/json', async () => {
+  expect((await app.get('/openapi.json')).body).toEqual(document)
+})
+
 test('every operation has a summary, an id of its own, and says what each answer means', () => {
   const all = operations()
   expect(all.length).toBeGreaterThan(15)

@@ -3,10 +3,9 @@ import type { FastifyPluginAsyncZod } from 'fastify-type-provider-zod'
 import { z } from 'zod'
 import { InvalidRequestError, TaskRunnerError } from '../core/errors.ts'
 import { isLoopbackName } from '../core/loopback.ts'
-import { callbackSchema } from '../wire/callback.ts'
+import { callbackResponseSchema, callbackSchema } from '../wire/callback.ts'
 import { isObject } from '../wire/fields.ts'
 import { parseJson } from '../wire/json.ts'
-import { doneSchema } from '../wire/responses.ts'
 import { answer, errorResponses } from './responses.ts'
 
 /** A callback carries up to 5 MB of log, which JSON can make up to six times as long. */
@@ -37,29 +36,38 @@ export const sampleCallbackRoutes: FastifyPluginAsyncZod = async (app) => {
     })
   })
 
-  app.post(
-    '/sample-task-runner-callback',
-    {
-      bodyLimit: BODY_BYTES_MAX,
-      schema: {
-        tags: ['Samples'],
-        operationId: 'sampleCallback',
-        summary: 'A receiver to try callbacks with',
-        description: 'Checks that the body has exactly the four fields, and logs the outcome.',
-        security: [],
-        body: callbackSchema,
-        response: { ...answer('Done', doneSchema), ...errorResponses(413, 415, 422, 503) },
+  // The tutorial of the old app names the second path.
+  for (const [path, operationId] of [
+    ['/sample-task-runner-callback', 'sampleCallback'],
+    ['/task-runner-callback', 'taskRunnerCallback'],
+  ] as const) {
+    app.post(
+      path,
+      {
+        bodyLimit: BODY_BYTES_MAX,
+        schema: {
+          tags: ['Samples'],
+          operationId,
+          summary: 'A receiver to try callbacks with',
+          description: 'Checks that the body has the four fields, and logs the outcome.',
+          security: [],
+          body: callbackSchema,
+          response: {
+            ...answer('Done', callbackResponseSchema),
+            ...errorResponses(413, 415, 422, 503),
+          },
+        },
       },
-    },
-    async ({ body, log }) => {
-      const { task_name: taskName, task_id: taskId, success, logs } = body
-      log.info(
-        { taskName, taskId, success, logs: logs.slice(-LOG_SHOWN_MAX) },
-        'sample callback received',
-      )
-      return { success: true as const, message: 'ok' }
-    },
-  )
+      async ({ body, log }) => {
+        const { task_name: taskName, task_id: taskId, success, logs } = body
+        log.info(
+          { taskName, taskId, success, logs: logs.slice(-LOG_SHOWN_MAX) },
+          'sample callback received',
+        )
+        return { success: true, message: 'ok' }
+      },
+    )
+  }
 
   app.post(
     '/sample-task-runner-callback2',
@@ -72,7 +80,10 @@ export const sampleCallbackRoutes: FastifyPluginAsyncZod = async (app) => {
         description: 'Or a JSON string that holds one, as the predecessor of this service sent it.',
         security: [],
         body: z.union([z.record(z.string(), z.unknown()), z.string()]),
-        response: { ...answer('Done', doneSchema), ...errorResponses(413, 415, 422, 503) },
+        response: {
+          ...answer('Done', callbackResponseSchema),
+          ...errorResponses(413, 415, 422, 503),
+        },
       },
     },
     async ({ body, log }) => {
@@ -81,7 +92,7 @@ export const sampleCallbackRoutes: FastifyPluginAsyncZod = async (app) => {
         { received: JSON.stringify(received).slice(0, LOG_SHOWN_MAX) },
         'sample callback 2 received',
       )
-      return { success: true as const, message: 'ok' }
+      return { success: true, message: 'ok' }
     },
   )
 }
@@ -99,7 +110,7 @@ export function sampleRefusal(
   const url = callbackUrl == null ? null : URL.parse(callbackUrl)
   if (!url?.pathname.startsWith(basePath)) return undefined
   const path = url.pathname.slice(basePath.length)
-  if (!/^\/sample-task-runner-callback2?\/?$/.test(path)) return undefined
+  if (!/^\/(sample-task-runner-callback2?|task-runner-callback)\/?$/.test(path)) return undefined
   const isOwnPort = Number(url.port || (url.protocol === 'https:' ? 443 : 80)) === socket.localPort
   const named = URL.parse(`${url.protocol}//${headers.host}`)
   const isOwn = (isOwnPort && isLoopbackName(url.hostname)) || url.host === named?.host

@@ -4,20 +4,25 @@ import type { CallbackPayload } from '../core/ports.ts'
 import { turn } from '../core/turns.ts'
 import { logTextPieces } from './log-text.ts'
 
-/** What a receiver gets: exactly these four fields, whatever happened to the task. */
+/** What a receiver gets: exactly these four fields, whatever happened to the task. Ours takes more, as that of the old app does. */
 export const callbackSchema = z
-  .strictObject({
+  .object({
     task_name: z.string().describe('The `task_file_name` of the request'),
     task_id: z.string(),
     success: z.boolean(),
     logs: z.string().describe('The last 5 MB of the log'),
   })
   .meta({
-    id: 'TaskRunnerCallback',
+    id: 'TaskRunnerCallbackRequest',
     examples: [
       { task_name: 'parameters.sh', task_id: 'my-first-task', success: true, logs: 'hello\n' },
     ],
   })
+
+/** What a receiver answers; only its status counts. */
+export const callbackResponseSchema = z
+  .object({ success: z.boolean(), message: z.string() })
+  .meta({ id: 'TaskRunnerCallbackResponse', examples: [{ success: true, message: 'ok' }] })
 
 /** Settles when the large log before has been encoded. */
 let line: Promise<void> = Promise.resolve()

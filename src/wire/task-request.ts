@@ -36,6 +36,12 @@ const bearerToken = z
   .max(8192)
   .regex(/^[A-Za-z0-9._~+/-]+=*$/, 'is not a bearer token (RFC 6750)')
 
+/** A field in which the empty text and null mean the same as leaving it out. */
+function optionalText<T extends z.ZodType>(schema: T) {
+  const orNull = (value: z.input<T> | null) => (value === '' ? null : value)
+  return z.preprocess(orNull, schema.nullable()).optional()
+}
+
 /** `POST /task-runner`. `timeoutSecondsMax` is the operator's upper limit. */
 export function taskRequestSchema(timeoutSecondsMax: number) {
   return z
@@ -49,10 +55,10 @@ export function taskRequestSchema(timeoutSecondsMax: number) {
         `A file of the tasks folder (${TASK_FILE_EXTENSIONS.join(' ')})`,
       ),
       worker_config: workerConfigSchema,
-      callback_url: callbackUrl.nullish().describe('Where the outcome is POSTed'),
-      callback_url_token: bearerToken
-        .nullish()
-        .describe('Sent to the callback URL as `Authorization: Bearer …`; never shown again'),
+      callback_url: optionalText(callbackUrl).describe('Where the outcome is POSTed'),
+      callback_url_token: optionalText(bearerToken).describe(
+        'Sent to the callback URL as `Authorization: Bearer …`; never shown again',
+      ),
       terminate_on_completion: z
         .boolean()
         .nullish()

@@ -29,7 +29,10 @@ const SECURED = [
   ['GET', '/statistics'],
   ['GET', '/metrics'],
 ] as const
-const OPEN = ['/health/live', '/health/ready', '/docs', '/docs/json', '/docs/yaml'] as const
+const OPEN = [
+  ...(['/health/live', '/health/ready'] as const),
+  ...(['/docs', '/docs/json', '/docs/yaml', '/openapi.json'] as const),
+]
 
 describe('with tokens', () => {
   let folder: string
@@ -129,7 +132,11 @@ describe('with tokens', () => {
 
   test('the sample callbacks are open', async () => {
     const body = { task_name: 'a.sh', task_id: 'a', success: true, logs: '' }
-    for (const url of ['/sample-task-runner-callback', '/sample-task-runner-callback2']) {
+    for (const url of [
+      '/sample-task-runner-callback',
+      '/sample-task-runner-callback2',
+      '/task-runner-callback',
+    ]) {
       expect(await app.post(url, body)).toEqual({
         status: 200,
         body: { success: true, message: 'ok' },
@@ -330,5 +337,6 @@ test('under BASE_PATH the same routes are secured, and the same are open', async
   expect(await status('/apps/runner/tasks', 'Bearer a-token')).toBe(200)
   expect(await status('/apps/runner/health/live')).toBe(200)
   expect(await status('/apps/runner/docs/json')).toBe(200)
+  expect(await status('/apps/runner/openapi.json')).toBe(200)
   expect(await status('/tasks', 'Bearer a-token')).toBe(404)
 })

@@ -91,6 +91,20 @@ describe('bodies of the sample receivers', () => {
   }
 })
 
+describe('what the sample receivers take', () => {
+  test.each([PATH, '/task-runner-callback'])('%s: further fields too', async (url) => {
+    await using app = await startApp()
+    expect(await app.post(url, { ...CALLBACK, logs: '', message: 'Done' })).toEqual({
+      status: 200,
+      body: { success: true, message: 'ok' },
+    })
+    expect(await app.post(url, { ...CALLBACK, message: 'Done' })).toMatchObject({
+      status: 422,
+      body: { errors: [{ path: 'logs', message: 'is required' }] },
+    })
+  })
+})
+
 describe('where the sample receivers are off', () => {
   const REFUSED = {
     status: 422,
@@ -127,6 +141,7 @@ describe('where the sample receivers are off', () => {
     for (const url of [
       `http://${own}${path}`,
       `http://${own}${path}2`,
+      `http://${own}/apps/runner/task-runner-callback`,
       `http://${own}${path}/?key=value`,
       `http://localhost:${port}${path}`,
       `http://[::1]:${port}${path}`,

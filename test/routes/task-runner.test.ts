@@ -109,7 +109,7 @@ describe('fields', () => {
         {},
         [],
         true,
-        '',
+        'None',
         'example.com',
         '/callback',
         'ftp://example.com/',
@@ -121,7 +121,7 @@ describe('fields', () => {
         `https://example.com/${'x'.repeat(4096)}`,
       ],
     ],
-    callback_url_token: [1, {}, [], '', 'two words', 'a\r\nInjected: yes', 'ü', 'x'.repeat(8193)],
+    callback_url_token: [1, {}, [], 'two words', 'a\r\nInjected: yes', 'ü', 'x'.repeat(8193)],
     terminate_on_completion: [1, 0, 'true', '', {}, []],
     timeout_seconds: [0, -1, 1.5, '60', true, {}, [], 86_401, 1e20],
   }
@@ -188,8 +188,45 @@ describe('fields', () => {
     })
   })
 
+  test('an empty callback_url or callback_url_token means none', async () => {
+    const request = taskRequest({ callback_url: '', callback_url_token: '' })
+    expect(await app.submit(request)).toMatchObject({ status: 200 })
+    expect(await app.finished(request.task_id)).toMatchObject({
+      callback_url: null,
+      callback_status: 'none',
+    })
+    expect(await app.submit({ ...request, callback_url: null })).toMatchObject({
+      status: 200,
+      body: { message: 'Already accepted: succeeded' },
+    })
+  })
+
   test.each([
+    ['task_id', '', 'must not be empty'],
+    ['task_id', 'a\nb', 'must not contain control characters'],
+    ['task_id', '..', 'must not be a relative path'],
+    ['task_id', 'x'.repeat(256), 'must be at most 255 characters long'],
+    ['task_file_name', '', 'must not be empty'],
+    ['task_file_name', 'a\n.sh', 'must not contain control characters'],
+    ['task_file_name', '../notes.txt', 'must end in .py, .sh, .js, .mjs, .cjs, .ts'],
+    ['task_file_name', './a.sh', 'must be a plain relative path inside the tasks folder'],
+    ['callback_url', 'here', 'is not a URL'],
+    ['callback_url', 'ftp://example.com', 'must be http or https'],
+    ['callback_url_token', 'two words', 'is not a bearer token (RFC 6750)'],
+    ['timeout_seconds', 0.5, 'must be a whole number'],
+    ['timeout_seconds', 0, 'must be at least 1'],
+    ['priority', 10, 'must be at most 9'],
+  ])('%s: %j has one fault, told once: %s', async (field, value, message) => {
+    const { body } = await app.submit(taskRequest({ [field]: value }))
+    expect(body.errors).toEqual([{ path: field, message }])
+    expect(body.message).toBe(`Invalid request: ${field}: ${message}`)
+  })
+
+  test.each([
+    ['None', 'None'],
     ['1 character', 'x'],
+    ['dots', '...'],
+    ['a leading dot', '.a'],
     ['255 characters', 'x'.repeat(255)],
     ['spaces, slashes, emoji', ` a/b c?d#e%20 ../ 🚀 ñ " '`],
   ])('a task_id of %s is taken as it is', async (_name, taskId) => {
