@@ -44,21 +44,24 @@ const variableValue = z.preprocess(
   ),
 )
 
-const envVariables = z.record(variableName, variableValue).superRefine((variables, context) => {
-  let total = 0
-  for (const [name, value] of Object.entries(variables)) {
-    const bytes = Buffer.byteLength(`${name}=${value}`)
-    total += bytes + 1
-    if (bytes > VARIABLE_BYTES_MAX) {
-      const message = `is too long: at most ${VARIABLE_BYTES_MAX} bytes with its name`
-      context.addIssue({ code: 'custom', path: [name], message })
+const envVariables = z
+  .record(variableName, variableValue)
+  .superRefine((variables, context) => {
+    let total = 0
+    for (const [name, value] of Object.entries(variables)) {
+      const bytes = Buffer.byteLength(`${name}=${value}`)
+      total += bytes + 1
+      if (bytes > VARIABLE_BYTES_MAX) {
+        const message = `is too long: at most ${VARIABLE_BYTES_MAX} bytes with its name`
+        context.addIssue({ code: 'custom', path: [name], message })
+      }
     }
-  }
-  if (total > VARIABLES_BYTES_MAX) {
-    const message = `are too long: at most ${VARIABLES_BYTES_MAX} bytes together`
-    context.addIssue({ code: 'custom', message })
-  }
-})
+    if (total > VARIABLES_BYTES_MAX) {
+      const message = `are too long: at most ${VARIABLES_BYTES_MAX} bytes together`
+      context.addIssue({ code: 'custom', message })
+    }
+  })
+  .meta({ id: 'EnvVariables', examples: [{ MY_FIRST_PARAM: 'VALUE1', MY_SECOND_PARAM: 123 }] })
 
 const secretReferences = z
   .array(
@@ -72,7 +75,7 @@ const secretReferences = z
   )
   .max(1000)
 
-const pullPolicy = z.enum(['Always', 'IfNotPresent', 'Never'])
+const pullPolicy = z.enum(['Always', 'IfNotPresent', 'Never']).meta({ id: 'PullPolicy' })
 
 /** Fields of `image_config` that mean something here; those of a builder of images do not. */
 const imageFields = {
@@ -126,8 +129,8 @@ const fields = {
     .describe(
       'Reaches the task as `MODULES_LOG_LEVEL` and `PRT_MODULES_LOG_LEVEL`; an object as JSON',
     ),
-  service_type: z.enum(['cloud_worker', 'workspace']).nullish(),
-  network_protocol: z.enum(['http', 'https']).nullish(),
+  service_type: z.enum(['cloud_worker', 'workspace']).meta({ id: 'ServiceType' }).nullish(),
+  network_protocol: z.enum(['http', 'https']).meta({ id: 'NetworkProtocol' }).nullish(),
   interactive: z.boolean().nullish(),
   bypass_ssl_verification: z.boolean().nullish(),
   service_url: line(2048).nullish(),
