@@ -1,16 +1,30 @@
 import { z } from 'zod'
 import { type FieldError, InvalidRequestError } from '../core/errors.ts'
 
-// biome-ignore lint/suspicious/noControlCharactersInRegex: control characters are what it looks for
-const CONTROL_CHARACTERS = /[\u0000-\u001f\u007f-\u009f]/
+/** Control characters, to stand in brackets. `\x` is what the regular expressions of all languages know. */
+export const CONTROL = '\\x00-\\x1f\\x7f-\\x9f'
+const CONTROL_CHARACTERS = new RegExp(`[${CONTROL}]`)
+const LINE = new RegExp(`^[^${CONTROL}]*$`)
+
+/** What a line of text may be. The API's description has the pattern, which is to match no control characters. */
+interface LineRule {
+  pattern: RegExp
+  /** What is wrong with a text that does not match. */
+  message: (text: string) => string
+}
 
 /** A line of text: no control characters, no half of a surrogate pair. */
-export function line(max: number) {
+export function line(max: number, rule: LineRule = { pattern: LINE, message: () => '' }) {
   return z
     .string()
     .min(1)
     .max(max)
-    .refine((text) => !CONTROL_CHARACTERS.test(text), 'must not contain control characters')
+    .regex(rule.pattern, {
+      error: ({ input }) =>
+        CONTROL_CHARACTERS.test(String(input))
+          ? 'must not contain control characters'
+          : rule.message(String(input)),
+    })
     .refine((text) => text.isWellFormed(), 'must be well-formed Unicode')
 }
 
