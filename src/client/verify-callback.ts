@@ -8,6 +8,14 @@ export type TaskRunnerCallback = z.output<typeof callbackSchema>
 /** How far a callback's time may be from ours (Standard Webhooks 1.0 advises 5 minutes). */
 const TOLERANCE_SECONDS = 300
 
+type HeaderValue = string | readonly string[] | undefined
+
+/** As servers hand them out: a `Headers` of any library, a `Map`, or a plain object; names in any case. */
+export type CallbackHeaders =
+  | Iterable<[string, HeaderValue]>
+  | { get(name: string): string | null | undefined }
+  | Readonly<Record<string, HeaderValue>>
+
 /** A callback that must not be trusted; the message says why. */
 export class CallbackVerificationError extends Error {
   override name = 'CallbackVerificationError'
@@ -16,14 +24,17 @@ export class CallbackVerificationError extends Error {
 /**
  * Verifies that a callback was signed with one of the secrets (`whsec_…`, Standard Webhooks) within the last five
  * minutes, and returns its four fields. `body` is the body as it came, byte for byte: parsing and writing it
- * again would change it. Throws `CallbackVerificationError`; a `TypeError` when a secret is not one. A
- * callback may come more than once, always with the same `webhook-id`.
+ * again would change it. Throws `CallbackVerificationError`; a `TypeError` when a secret is not one, or the body was
+ * parsed. A callback may come more than once, always with the same `webhook-id`.
  */
 export function verifyCallback(
-  headers: Headers | Readonly<Record<string, string | readonly string[] | undefined>>,
+  headers: CallbackHeaders,
   body: string | Uint8Array,
   secret: string | readonly string[],
 ): TaskRunnerCallback {
+  if (typeof body !== 'string' && !ArrayBuffer.isView(body)) {
+    throw new TypeError('pass the raw body, as text or bytes: a parsed one cannot be verified')
+  }
   const keys = [secret].flat().map((each) => {
     const key = signingKey(each)
     if (!key) throw new TypeError('a signing secret must be whsec_ and 24 to 64 bytes in base64')
@@ -46,11 +57,19 @@ export function verifyCallback(
   return parsed.data
 }
 
-function headerOf(headers: Parameters<typeof verifyCallback>[0], name: string): string | undefined {
-  if (headers instanceof Headers) return headers.get(name) ?? undefined
-  const key = Object.keys(headers).find((each) => each.toLowerCase() === name)
-  const value = key === undefined ? undefined : headers[key]
+function headerOf(headers: CallbackHeaders, name: string): string | undefined {
+  if (!isIterable(headers) && hasGet(headers)) return headers.get(name) ?? undefined
+  const entries = isIterable(headers) ? [...headers] : Object.entries(headers)
+  const [, value] = entries.find(([each]) => each.toLowerCase() === name) ?? []
   return typeof value === 'string' ? value : value?.[0]
+}
+
+function isIterable(headers: CallbackHeaders): headers is Iterable<[string, HeaderValue]> {
+  return Symbol.iterator in headers
+}
+
+function hasGet(headers: object): headers is { get(name: string): string | null | undefined } {
+  return 'get' in headers && typeof headers.get === 'function'
 }
 
 function isSame(one: string, other: string): boolean {

@@ -20,7 +20,8 @@ export class Masker {
   readonly overlapBytes: number
 
   constructor(values: ReadonlyArray<string | null>) {
-    const masked = [...new Set(values.flatMap((value) => (value ? withLines(value) : [])))]
+    const written = values.flatMap((value) => (value ? withLines(value).flatMap(encodings) : []))
+    const masked = [...new Set(written)]
       .map((value) => Buffer.from(value))
       .filter((value) => value.length >= MASKED_BYTES_MIN)
     this.#search = new ValueSearch(masked)
@@ -174,6 +175,51 @@ export class MaskedStream {
     while (count < this.#runs.length && (this.#runs[count + 1] ?? 0) <= before) count += 2
     this.#runs.splice(0, count)
   }
+}
+
+/** Of longer values, such as keys, a task prints a line at most. */
+const ENCODED_BYTES_MAX = 4096
+
+/** A value as it is, and as JSON, URLs and base64 spell it. */
+function encodings(value: string): string[] {
+  const bytes = Buffer.from(value)
+  if (bytes.length < MASKED_BYTES_MIN || bytes.length > ENCODED_BYTES_MAX) return [value]
+  return [value, ...inJson(value), ...inUrls(value), ...inBase64(bytes)]
+}
+
+/** As most libraries write a string, and as those that keep to ASCII. */
+function inJson(value: string): string[] {
+  const json = JSON.stringify(value).slice(1, -1)
+  const ascii = json.replace(
+    /[\u0080-\uffff]/g,
+    (unit) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, '0')}`,
+  )
+  return [json, ascii]
+}
+
+/** Percent-encoded, by all rules of what stays as it is; in small letters as git writes it. */
+function inUrls(value: string): string[] {
+  const kept = [/[\w.~-]/, /[\w.~/-]/, /[\w.*-]/, /[\w.~!'()*-]/]
+  const encoded = kept.map((isKept) =>
+    Array.from(Buffer.from(value), (byte) => {
+      const character = String.fromCharCode(byte)
+      return isKept.test(character) ? character : `%${byte.toString(16).padStart(2, '0')}`
+    }).join(''),
+  )
+  return encoded.flatMap((small) => {
+    const large = small.replace(/%../g, (code) => code.toUpperCase())
+    return [small, large, large.replaceAll('%20', '+')]
+  })
+}
+
+/** What is certain in base64 of a text that holds the value: it depends on where in three bytes the value begins. */
+function inBase64(value: Buffer): string[] {
+  return [0, 1, 2].flatMap((offset) => {
+    const base64 = Buffer.concat([Buffer.alloc(offset), value]).toString('base64')
+    const bits = (offset + value.length) * 8
+    const certain = base64.slice(Math.ceil((offset * 8) / 6), Math.floor(bits / 6))
+    return [certain, certain.replaceAll('+', '-').replaceAll('/', '_')]
+  })
 }
 
 /** Of a value of several lines, as keys have them, a task may print a single one. */

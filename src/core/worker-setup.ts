@@ -95,10 +95,6 @@ export class WorkerSetup {
     const repositories = await Promise.all(
       gitConfigs.map((config) => this.#repository(config, values)),
     )
-    // So they stand in git's own files.
-    const encoded = repositories.flatMap(({ credential }) =>
-      credential ? [encodedForGit(credential.password)] : [],
-    )
     return {
       spec: {
         name: task.workerName,
@@ -123,7 +119,7 @@ export class WorkerSetup {
         maxLogBytes: this.#options.maxLogBytes,
         notes: (workerConfig.withoutEffect ?? []).map((field) => `${field} has no effect here`),
       },
-      secretValues: [...new Set([...values.values(), ...encoded, ...(password ? [password] : [])])],
+      secretValues: [...new Set([...values.values(), ...(password ? [password] : [])])],
     }
   }
 

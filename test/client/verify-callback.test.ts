@@ -1,5 +1,6 @@
 import { randomBytes } from 'node:crypto'
 import { Webhook } from 'standardwebhooks'
+import { Headers as UndiciHeaders } from 'undici'
 import { describe, expect, test } from 'vitest'
 import { CallbackVerificationError, verifyCallback } from '../../src/client/verify-callback.ts'
 import { startApp, taskRequest } from '../helpers/app.ts'
@@ -38,6 +39,32 @@ describe('verifyCallback', () => {
     expect(verifyCallback(new Headers(headers), body, SECRET)).toEqual(CALLBACK)
     const upper = Object.entries(headers).map(([name, value]) => [name.toUpperCase(), [value]])
     expect(verifyCallback(Object.fromEntries(upper), body, SECRET)).toEqual(CALLBACK)
+  })
+
+  test('headers may be those of another library, a Map, or anything that one can ask', () => {
+    const { headers, body } = signed()
+    const upper = Object.entries(headers).map(
+      ([name, value]) => [name.toUpperCase(), value] as const,
+    )
+    for (const each of [
+      new UndiciHeaders(headers),
+      new Map(upper),
+      { get: (name: string) => new Map(Object.entries(headers)).get(name) ?? null },
+    ]) {
+      expect(verifyCallback(each, body, SECRET)).toEqual(CALLBACK)
+    }
+    expect(() => verifyCallback(new UndiciHeaders(), body, SECRET)).toThrow('it is not signed')
+    // A header of that name is nobody to ask.
+    expect(verifyCallback({ ...headers, get: 'a' }, body, SECRET)).toEqual(CALLBACK)
+  })
+
+  test('a parsed body says to pass the raw one', () => {
+    const { headers } = signed()
+    for (const parsed of [CALLBACK, null, undefined, [1]]) {
+      const verifying = () => verifyCallback(headers, parsed as unknown as string, SECRET)
+      expect(verifying).toThrow(TypeError)
+      expect(verifying).toThrow('pass the raw body')
+    }
   })
 
   const now = Date.now()

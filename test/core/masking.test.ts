@@ -1,3 +1,4 @@
+import { execFileSync } from 'node:child_process'
 import { randomBytes } from 'node:crypto'
 import { mkdtemp, rename, rm, stat, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
@@ -7,6 +8,7 @@ import fc from 'fast-check'
 import { describe, expect, test } from 'vitest'
 import { Masker, maskedTail } from '../../src/core/masking.ts'
 import type { Worker } from '../../src/core/ports.ts'
+import { encodedForGit } from '../../src/core/worker-setup.ts'
 import { startApp, type TestApp, taskRequest } from '../helpers/app.ts'
 import { startReceiver } from '../helpers/receiver.ts'
 
@@ -74,6 +76,51 @@ describe('masking', () => {
         expect(Buffer.concat(out)).toEqual(Buffer.concat(parts))
       }),
     )
+  })
+
+  test.each([
+    ['Python writes JSON', 'import json, sys; print(json.dumps({"a": sys.argv[1]}))'],
+    [
+      'Python writes JSON beyond ASCII',
+      'import json, sys; print(json.dumps(sys.argv[1], ensure_ascii=False))',
+    ],
+    [
+      'Python quotes a URL',
+      'import sys, urllib.parse as u; print(u.quote(sys.argv[1]), u.quote(sys.argv[1], safe=""))',
+    ],
+    [
+      'Python writes a form',
+      'import sys, urllib.parse as u; print(u.urlencode({"a": sys.argv[1]}))',
+    ],
+    [
+      'Python writes base64',
+      'import base64, sys\nfor n in range(4): t = ("x" * n + sys.argv[1] + "y" * n).encode(); print(base64.b64encode(t), base64.urlsafe_b64encode(t))',
+    ],
+  ])('a value is found as %s', (_how, script) => {
+    for (const secret of [
+      'hunter2hunter2',
+      'S3cr3t "quoted" pass/word+x=\\y',
+      'geheim-\u00fc\u{1f511}~',
+    ]) {
+      const printed = execFileSync('/usr/bin/python3', ['-c', script, secret]).toString()
+      const masked = new Masker([secret]).mask(Buffer.from(printed)).toString()
+      // What is left is known without the secret: names, quotes, and at most a letter of base64 on each side.
+      expect(masked.split('***').length, masked).toBeGreaterThan(1)
+      const bare = masked.replaceAll(/\*\*\*|[b"'{}: a=,\n]/g, '')
+      expect(bare.length, masked).toBeLessThanOrEqual(script.includes('base64') ? 64 : 0)
+      expect(masked).not.toContain(secret.slice(0, 6))
+    }
+  })
+
+  test('a value is found as JavaScript, git and HTTP write it', () => {
+    const secret = 'S3cr3t (quoted)! pass/word+x=\\y'
+    const masked = (text: string) => new Masker([secret]).mask(Buffer.from(text)).toString()
+    expect(masked(encodeURIComponent(secret))).toBe('***')
+    expect(masked(`${new URLSearchParams({ a: secret })}`)).toBe('a=***')
+    expect(masked(JSON.stringify({ a: secret }))).toBe('{"a":"***"}')
+    expect(masked(encodedForGit(secret))).toBe('***')
+    const basic = Buffer.from(`app:${secret}`).toString('base64')
+    expect(masked(`Basic ${basic}`)).toMatch(/^Basic [A-Za-z0-9]{6}\*\*\*.{0,2}$/)
   })
 
   test('a value is found between bytes that are no text, and cut inside of a character', () => {
