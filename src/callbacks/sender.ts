@@ -1,7 +1,7 @@
 import { subscribe, unsubscribe } from 'node:diagnostics_channel'
 import { Agent, type Dispatcher, errors } from 'undici'
 import { Deadline } from '../core/deadline.ts'
-import type { AttemptResult, CallbackSender } from '../core/ports.ts'
+import type { AttemptResult, CallbackFacts, CallbackSender } from '../core/ports.ts'
 import { type CallbackBody, encodeCallback } from '../wire/callback.ts'
 import { signer } from '../wire/signature.ts'
 import { type AddressGuard, BlockedAddressError } from './address-guard.ts'
@@ -98,7 +98,7 @@ export class HttpCallbackSender implements CallbackSender {
     const first = this.#post(delivery, { body, signature }, signal)
     posts.push(first)
     try {
-      return resultOf(await first.head())
+      return resultOf(await first.head(), delivery.url)
     } catch (err) {
       const isStale =
         first.isOnKeptConnection &&
@@ -108,7 +108,7 @@ export class HttpCallbackSender implements CallbackSender {
       if (!isStale || signal.aborted) throw err
       const second = this.#post(delivery, { body, signature }, signal)
       posts.push(second)
-      return resultOf(await second.head())
+      return resultOf(await second.head(), delivery.url)
     }
   }
 
@@ -139,6 +139,7 @@ export class HttpCallbackSender implements CallbackSender {
           ...(delivery.traceparent === null ? {} : { traceparent: delivery.traceparent }),
           'webhook-id': id,
           'webhook-timestamp': String(timestamp),
+          ...factHeaders(delivery.facts),
           'content-length': String(body.length),
           ...(signature === '' ? {} : { 'webhook-signature': signature }),
         },
@@ -149,15 +150,34 @@ export class HttpCallbackSender implements CallbackSender {
   }
 }
 
-type Head = { statusCode: number; retryAfter: string | string[] | undefined }
+/** They are not signed. What the task does not have is left out. */
+function factHeaders({ status, reason, exitCode, durationMs }: CallbackFacts) {
+  return {
+    'task-status': status,
+    ...(reason === null ? {} : { 'task-reason': reason }),
+    ...(exitCode === null ? {} : { 'task-exit-code': String(exitCode) }),
+    ...(durationMs === null ? {} : { 'task-duration-ms': String(durationMs) }),
+  }
+}
 
-function resultOf({ statusCode, retryAfter }: Head): AttemptResult {
+type Head = { statusCode: number; headers: Record<string, string | string[] | undefined> }
+
+function resultOf({ statusCode, headers }: Head, url: string): AttemptResult {
   const ok = statusCode >= 200 && statusCode < 300
   return {
     statusCode,
-    error: ok ? null : `the receiver answered ${statusCode}`,
-    retryAfterMs: retryAfterMs(retryAfter, Date.now()),
+    error: ok
+      ? null
+      : `the receiver answered ${statusCode}${redirection(statusCode, headers, url)}`,
+    retryAfterMs: retryAfterMs(headers['retry-after'], Date.now()),
   }
+}
+
+/** Names the host alone: paths and queries hold secrets. */
+function redirection(statusCode: number, { location }: Head['headers'], url: string): string {
+  if (statusCode < 300 || statusCode > 399 || statusCode === 304) return ''
+  const to = typeof location === 'string' ? URL.parse(location, url)?.host : undefined
+  return ` (redirects are not followed${to ? `: this one leads to ${to.slice(0, 255)}` : ''})`
 }
 
 /** Hears an answer to its end, or to its limit. Its status decides; what a broken one did after that does not matter. */
@@ -205,7 +225,7 @@ class Answer implements Dispatcher.DispatchHandler {
     headers: Record<string, string | string[] | undefined>,
   ): void {
     // Others announce an answer.
-    if (statusCode >= 200) this.#head = { statusCode, retryAfter: headers['retry-after'] }
+    if (statusCode >= 200) this.#head = { statusCode, headers }
   }
 
   onResponseData(controller: Dispatcher.DispatchController, chunk: Buffer): void {

@@ -1,5 +1,6 @@
 import type {
   AttemptResult,
+  CallbackFacts,
   CallbackSender,
   DeliveryContent,
   DeliveryStore,
@@ -9,13 +10,21 @@ import type {
 } from './ports.ts'
 import { DamagedTaskError } from './ports.ts'
 import { longestDelaysMs, type RetrySchedule, retryDelayMs } from './retry.ts'
-import { type CallbackStatus, traceOf } from './task.ts'
+import { type CallbackStatus, type Task, traceOf } from './task.ts'
 
 /** A receiver may ask us to wait, but not for ever. */
 const RETRY_AFTER_MAX_MS = 24 * 60 * 60 * 1000
-/** Attempts under way at a time: in all, and to one origin, so that a dead receiver delays only itself. */
-const ATTEMPTS_MAX = 128
+/** Attempts under way at a time, in all. */
+const ATTEMPTS_MAX = 192
+/** To an origin that answered last. Any other gets one attempt at a time, so that a dead receiver delays only itself. */
 const ATTEMPTS_PER_ORIGIN_MAX = 16
+/** To all origins that did not answer last, or were not called yet; to those that did not answer. */
+const ATTEMPTS_TO_OTHERS_MAX = 128
+const ATTEMPTS_TO_SILENT_MAX = 64
+/** Origins whose last answer is remembered. */
+const ORIGINS_KNOWN_MAX = 1_000
+/** Who has not answered by then hangs, or its name server does; refused connections are told sooner. */
+const SILENT_MS = 1_000
 /** The longest the dispatcher sleeps: bounds what a clock jump or a missed wake-up can cost. */
 const POLL_MS = 30_000
 /** Smaller steps are the clock being kept right. */
@@ -23,17 +32,31 @@ const CLOCK_JUMP_MS = 2_000
 /** After the store failed. */
 const STORE_RETRY_MS = 1_000
 
+/** What the headers of a callback say of its task. */
+export function factsOf(
+  ended: Pick<Task, 'status' | 'reason' | 'exitCode' | 'startedAt' | 'finishedAt'>,
+): CallbackFacts {
+  const { status, reason, exitCode, startedAt, finishedAt } = ended
+  const hasRun = startedAt !== null && finishedAt !== null
+  return { status, reason, exitCode, durationMs: hasRun ? finishedAt - startedAt : null }
+}
+
 /**
- * What follows an attempt. 2xx delivers. 410 and a blocked address end it. Everything else is retried
- * by schedule, later when the receiver says so (Standard Webhooks, "Delivery"), unless a person asked for
- * this attempt after the schedule had ended.
+ * What follows an attempt. 2xx delivers. 410 and a blocked address end it. After 413 the end of the log is sent at once.
+ * Everything else is retried by schedule, later when the receiver says so (Standard Webhooks, "Delivery"). An attempt
+ * that a person asked for leaves the schedule as it was.
  */
 export function afterAttempt(
   result: AttemptResult,
   options: {
+    /** Number of the attempt in the schedule. */
     attempt: number
     manual: boolean
+    /** When the schedule goes on after an attempt by hand; null where it has ended. */
+    resumeAt: number | null
     deliveredBefore: boolean
+    /** It had only the end of the log. */
+    isCut: boolean
     now: number
     schedule: RetrySchedule
   },
@@ -44,10 +67,16 @@ export function afterAttempt(
   }
   // Whoever has received it once has received it, whatever a repetition gave.
   if (options.deliveredBefore) return { status: 'delivered', nextAttemptAt: null }
-  const delayMs = retryDelayMs(options.attempt, options.schedule)
-  if (statusCode === 410 || result.blocked || options.manual || delayMs === undefined) {
-    return { status: 'given_up', nextAttemptAt: null }
+  const givenUp = { status: 'given_up', nextAttemptAt: null } as const
+  if (statusCode === 410 || result.blocked) return givenUp
+  if (statusCode === 413 && !options.isCut) return { status: 'pending', nextAttemptAt: options.now }
+  if (options.manual) {
+    return options.resumeAt === null
+      ? givenUp
+      : { status: 'pending', nextAttemptAt: options.resumeAt }
   }
+  const delayMs = retryDelayMs(options.attempt, options.schedule)
+  if (delayMs === undefined) return givenUp
   const waitMs = Math.max(delayMs, Math.min(result.retryAfterMs ?? 0, RETRY_AFTER_MAX_MS))
   return { status: 'pending', nextAttemptAt: options.now + waitMs }
 }
@@ -66,6 +95,8 @@ export class CallbackDispatcher {
   readonly #isClockOurs: boolean
   readonly #log: Logger
   readonly #underWay = new Map<string, number>()
+  /** Whether an origin kept us waiting for nothing the last time; those called last come last. */
+  readonly #isSilent = new Map<string, boolean>()
   readonly #attempts = new Set<Promise<void>>()
   /** Of the attempts under way, by task. */
   readonly #dues = new Map<string, DueDelivery>()
@@ -152,9 +183,8 @@ export class CallbackDispatcher {
           taskId,
           webhookId: delivery.webhookId,
           origin: delivery.origin,
-          attempts: 0,
-          manual: false,
-          deliveredBefore: false,
+          ...{ attempts: 0, manualAttempts: 0 },
+          ...{ manual: false, resumeAt: null, deliveredBefore: false },
           leaseUntil: delivery.leaseUntil,
         },
         content,
@@ -162,7 +192,10 @@ export class CallbackDispatcher {
     )
   }
 
-  /** Queues the delivery again, also after it was given up or delivered. Safe to repeat. */
+  /**
+   * Queues an attempt by hand, also after the delivery was given up or made. Schedule and count stay as they are. Safe to
+   * repeat.
+   */
   async redeliver(taskId: string): Promise<'queued' | 'in_flight' | undefined> {
     const answer = await this.#store.redeliver(taskId, this.#now())
     if (answer === 'queued') this.wake()
@@ -218,16 +251,14 @@ export class CallbackDispatcher {
     await this.#heedClock()
     await this.#boundOnce()
     while (!this.#closed) {
-      if (this.#total() >= ATTEMPTS_MAX) {
+      if (this.#attemptsUnderWay().all >= ATTEMPTS_MAX) {
         this.#backlog = true
         break
       }
-      const busyOrigins = [...this.#underWay.keys()].filter((origin) => !this.#hasRoom(origin))
-      if (busyOrigins.length > 0) this.#backlog = true
       const due = await this.#store.takeDue({
         now: this.#now(),
         leaseUntil: this.#now() + this.#leaseMs,
-        exceptOrigins: busyOrigins,
+        ...this.#originsWithRoom(),
       })
       if (!due) break
       // Its lease ran out by a clock set forth, yet its attempt is ours and goes on.
@@ -279,7 +310,7 @@ export class CallbackDispatcher {
       const attempt = { number: due.attempts + 1, startedAt: this.#now(), durationMs: 0 }
       await this.#store.recordAttempt(
         due.taskId,
-        { ...attempt, statusCode: null, error: err.message },
+        { ...attempt, statusCode: null, error: err.message, manual: due.manual },
         { status: 'given_up', nextAttemptAt: null },
         due.leaseUntil,
       )
@@ -307,21 +338,24 @@ export class CallbackDispatcher {
         await this.#store.release(taskId, due.leaseUntil)
         return
       }
+      const durationMs = Math.round(performance.now() - steadyStart)
+      this.#remember(due.origin, result.statusCode === null && durationMs > SILENT_MS)
       // What is written now must not be moved by a jump that has happened already.
       await this.#heedClock()
       const number = due.attempts + 1
       const next = afterAttempt(result, {
-        attempt: number,
+        attempt: number - due.manualAttempts,
         manual: due.manual,
+        resumeAt: due.resumeAt,
         deliveredBefore: due.deliveredBefore,
+        isCut: content.isCut,
         now: this.#now(),
         schedule: this.#schedule,
       })
       const { statusCode, error } = result
-      const durationMs = Math.round(performance.now() - steadyStart)
       await this.#store.recordAttempt(
         taskId,
-        { number, startedAt, durationMs, statusCode, error },
+        { number, startedAt, durationMs, statusCode, error, manual: due.manual },
         next,
         due.leaseUntil,
       )
@@ -349,16 +383,45 @@ export class CallbackDispatcher {
     this.#attempts.delete(attempt)
   }
 
-  #hasRoom(origin: string): boolean {
-    return (
-      this.#total() < ATTEMPTS_MAX && (this.#underWay.get(origin) ?? 0) < ATTEMPTS_PER_ORIGIN_MAX
-    )
+  #hasRoom(origin: string, { all, others, silent } = this.#attemptsUnderWay()): boolean {
+    if (all >= ATTEMPTS_MAX) return false
+    const count = this.#underWay.get(origin) ?? 0
+    const isSilent = this.#isSilent.get(origin)
+    if (isSilent === false) return count < ATTEMPTS_PER_ORIGIN_MAX
+    if (count > 0 || others >= ATTEMPTS_TO_OTHERS_MAX) return false
+    return !isSilent || silent < ATTEMPTS_TO_SILENT_MAX
   }
 
-  #total(): number {
-    let total = 0
-    for (const count of this.#underWay.values()) total += count
-    return total
+  /** Which origins an attempt may go to next: some alone, or all but some. */
+  #originsWithRoom(): { exceptOrigins: string[]; onlyOrigins?: string[] } {
+    const known = [...new Set([...this.#underWay.keys(), ...this.#isSilent.keys()])]
+    const underWay = this.#attemptsUnderWay()
+    const exceptOrigins = known.filter((origin) => !this.#hasRoom(origin, underWay))
+    if (exceptOrigins.length > 0) this.#backlog = true
+    if (underWay.others < ATTEMPTS_TO_OTHERS_MAX) return { exceptOrigins }
+    const onlyOrigins = known.filter((origin) => this.#hasRoom(origin, underWay))
+    return { exceptOrigins: [], onlyOrigins }
+  }
+
+  /** All of them, those to origins that did not answer last, and those of them to origins that kept us waiting. */
+  #attemptsUnderWay(): { all: number; others: number; silent: number } {
+    let [all, others, silent] = [0, 0, 0]
+    for (const [origin, count] of this.#underWay) {
+      const isSilent = this.#isSilent.get(origin)
+      all += count
+      if (isSilent !== false) others += count
+      if (isSilent) silent += count
+    }
+    return { all, others, silent }
+  }
+
+  #remember(origin: string, isSilent: boolean): void {
+    this.#isSilent.delete(origin)
+    this.#isSilent.set(origin, isSilent)
+    const [oldest] = this.#isSilent.keys()
+    if (this.#isSilent.size > ORIGINS_KNOWN_MAX && oldest !== undefined) {
+      this.#isSilent.delete(oldest)
+    }
   }
 
   #count(origin: string, by: 1 | -1): void {

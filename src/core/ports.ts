@@ -406,6 +406,18 @@ export interface DeliveryContent {
   token: string | null
   traceparent: string | null
   payload: CallbackPayload
+  facts: CallbackFacts
+  /** The receiver refused the whole log as too large: this is its end. */
+  isCut: boolean
+}
+
+/** How the task ended, for those who look at headers. */
+export interface CallbackFacts {
+  status: TaskStatus
+  reason: Reason | null
+  exitCode: number | null
+  /** From the task's start to its end; null: it never started. */
+  durationMs: number | null
 }
 
 export interface DueDelivery {
@@ -414,8 +426,12 @@ export interface DueDelivery {
   origin: string
   /** Attempts made before this one. */
   attempts: number
-  /** Asked for by a person after the schedule had ended: a failure adds no automatic attempts. */
+  /** How many of them a person asked for. */
+  manualAttempts: number
+  /** A person asked for this one: the schedule goes on as if it had not been made. */
   manual: boolean
+  /** When the schedule goes on after an attempt by hand; null where it has ended. */
+  resumeAt: number | null
   /** An earlier attempt succeeded. */
   deliveredBefore: boolean
   /** Until then, in epoch ms, nobody else makes an attempt. */
@@ -428,6 +444,8 @@ export interface AttemptRecord {
   durationMs: number
   statusCode: number | null
   error: string | null
+  /** A person asked for it. */
+  manual: boolean
 }
 
 export interface DeliveryState {
@@ -438,11 +456,15 @@ export interface DeliveryState {
 }
 
 export interface DeliveryStore {
-  /** Takes the oldest due delivery of an origin that is not in `exceptOrigins`; it is ours until `leaseUntil`. */
+  /**
+   * Takes the oldest due delivery, of an origin that is not in `exceptOrigins`, and is in `onlyOrigins` if those are given; it
+   * is ours until `leaseUntil`.
+   */
   takeDue(options: {
     now: number
     leaseUntil: number
     exceptOrigins: readonly string[]
+    onlyOrigins?: readonly string[] | undefined
   }): Promise<DueDelivery | undefined>
   /** When the next delivery becomes due, in epoch ms. */
   nextDueAt(): Promise<number | undefined>
@@ -468,7 +490,10 @@ export interface DeliveryStore {
   }): Promise<void>
   /** Gives a delivery back without an attempt made, if that lease is still held. */
   release(taskId: string, leaseUntil?: number): Promise<void>
-  /** Makes the delivery due now. `in_flight`: an attempt is under way. Undefined: there is none. */
+  /**
+   * Makes an attempt due now that leaves the schedule as it is. `in_flight`: an attempt is under way. Undefined: there is no
+   * delivery. Safe to repeat.
+   */
   redeliver(taskId: string, now: number): Promise<'queued' | 'in_flight' | undefined>
   state(taskId: string): Promise<DeliveryState | undefined>
 }
@@ -476,14 +501,10 @@ export interface DeliveryStore {
 export interface CallbackSender {
   /** One attempt. Never throws for what a receiver or a network does. */
   send(
-    request: {
-      url: string
-      token: string | null
+    request: Omit<DeliveryContent, 'isCut'> & {
       webhookId: string
-      traceparent: string | null
       /** Of this attempt, in unix seconds. */
       timestamp: number
-      payload: CallbackPayload
     },
     signal: AbortSignal,
   ): Promise<AttemptResult>

@@ -1,5 +1,5 @@
 import { Availability } from './availability.ts'
-import type { CallbackDispatcher } from './callbacks.ts'
+import { type CallbackDispatcher, factsOf } from './callbacks.ts'
 import { Deadline } from './deadline.ts'
 import { StoreFullError, TaskRunnerError } from './errors.ts'
 import { type Masker, maskedTail } from './masking.ts'
@@ -455,13 +455,14 @@ export class TaskRunner {
     const { callbackUrl } = task
     const { log, rawBytes } = await this.#logOf(task, outcome, worker)
     const delivery = callbackUrl === null ? undefined : this.#callbacks.prepare(callbackUrl)
+    const finishedAt = this.#options.now()
     const committing = () =>
       this.#store.finish(task, {
         outcome,
         log,
         logBytes: rawBytes,
         delivery,
-        finishedAt: this.#options.now(),
+        finishedAt,
         keepWorker,
       })
     const committed = await this.#repeat('committing an outcome', committing, {
@@ -478,7 +479,11 @@ export class TaskRunner {
     const { callbackUrlToken: token, traceparent, taskFileName: taskName, taskId } = task
     const logs = { bytes: log.content.length, read: async () => log }
     const payload = { taskName, taskId, success: outcome.status === 'succeeded', logs }
-    return { delivery, content: { url: callbackUrl, token, traceparent, payload } }
+    const facts = factsOf({ ...task, ...outcome, finishedAt })
+    return {
+      delivery,
+      content: { url: callbackUrl, token, traceparent, payload, facts, isCut: false },
+    }
   }
 
   /** The log as it is kept and sent. */

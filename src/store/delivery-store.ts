@@ -1,4 +1,5 @@
 import { sql } from 'kysely'
+import { factsOf } from '../core/callbacks.ts'
 import type {
   AttemptRecord,
   CallbackPayload,
@@ -10,6 +11,10 @@ import type {
 } from '../core/ports.ts'
 import type { Connection } from './connection.ts'
 import { prepared } from './prepared.ts'
+import { numberOrNull } from './task-row.ts'
+
+/** What a receiver gets of a log that was too large for it. */
+const CUT_LOG_BYTES = 64 * 1024
 
 /** Written out, not a parameter: only then does SQLite use the index of pending deliveries without planning anew. */
 const PENDING = sql.lit('pending' as const)
@@ -38,6 +43,7 @@ export class SqlDeliveryStore implements DeliveryStore {
       nextAttemptAt: number | null
       number: number
       before: number
+      manual: 0 | 1
       deliveredAt: number | null
       leaseUntil: number | null
     }) =>
@@ -49,6 +55,8 @@ export class SqlDeliveryStore implements DeliveryStore {
           next_attempt_at: p.nextAttemptAt,
           leased: 0,
           manual: 0,
+          manual_attempts: sql<number>`manual_attempts + ${p.manual}`,
+          resume_at: null,
           delivered_at: sql<number>`coalesce(${p.deliveredAt}, delivered_at)`,
         })
         .where('task_id', '=', p.taskId)
@@ -62,22 +70,27 @@ export class SqlDeliveryStore implements DeliveryStore {
         ),
   )
 
-  readonly #addAttempt = prepared((p: AttemptRecord & { taskId: string }) =>
-    this.#db.insertInto('delivery_attempts').values({
-      task_id: p.taskId,
-      number: p.number,
-      started_at: p.startedAt,
-      duration_ms: p.durationMs,
-      status_code: p.statusCode,
-      error: p.error,
-    }),
+  readonly #addAttempt = prepared(
+    (p: Omit<AttemptRecord, 'manual'> & { taskId: string; manual: 0 | 1 }) =>
+      this.#db.insertInto('delivery_attempts').values({
+        task_id: p.taskId,
+        number: p.number,
+        started_at: p.startedAt,
+        duration_ms: p.durationMs,
+        status_code: p.statusCode,
+        error: p.error,
+        manual: p.manual,
+      }),
   )
 
   async takeDue(options: {
     now: number
     leaseUntil: number
     exceptOrigins: readonly string[]
+    onlyOrigins?: readonly string[] | undefined
   }): Promise<DueDelivery | undefined> {
+    const { exceptOrigins, onlyOrigins } = options
+    if (onlyOrigins?.length === 0) return undefined
     const row = await this.#db
       .updateTable('deliveries')
       .set({ next_attempt_at: options.leaseUntil, leased: 1 })
@@ -90,12 +103,17 @@ export class SqlDeliveryStore implements DeliveryStore {
           .orderBy('next_attempt_at')
           .limit(1)
         return this.#connection.untaken(
-          options.exceptOrigins.length === 0
-            ? due
-            : due.where('origin', 'not in', options.exceptOrigins),
+          due
+            .$if(exceptOrigins.length > 0, (query) =>
+              query.where('origin', 'not in', exceptOrigins),
+            )
+            .$if(onlyOrigins !== undefined, (query) =>
+              query.where('origin', 'in', onlyOrigins ?? []),
+            ),
         )
       })
-      .returning(['task_id', 'webhook_id', 'origin', 'attempts', 'manual', 'delivered_at'])
+      .returning(['task_id', 'webhook_id', 'origin', 'attempts', 'manual_attempts', 'manual'])
+      .returning(['resume_at', 'delivered_at'])
       .executeTakeFirst()
     return (
       row && {
@@ -103,7 +121,9 @@ export class SqlDeliveryStore implements DeliveryStore {
         webhookId: row.webhook_id,
         origin: row.origin,
         attempts: row.attempts,
+        manualAttempts: row.manual_attempts,
         manual: row.manual === 1,
+        resumeAt: numberOrNull(row.resume_at),
         deliveredBefore: row.delivered_at !== null,
         leaseUntil: options.leaseUntil,
       }
@@ -124,17 +144,30 @@ export class SqlDeliveryStore implements DeliveryStore {
   async content(taskId: string) {
     const task = await this.#tasks.get(taskId)
     if (!task || task.callbackUrl === null) return undefined
+    const isCut = await this.#wasTooLarge(taskId)
     const success = task.status === 'succeeded'
-    const logs = { bytes: task.logBytes ?? 0, read: () => this.#logOf(taskId) }
+    const logs = { bytes: task.logBytes ?? 0, read: () => this.#logOf(taskId, isCut) }
     const payload: CallbackPayload = { taskName: task.taskFileName, taskId, success, logs }
     const { callbackUrl: url, callbackUrlToken: token, traceparent } = task
-    return { url, token, traceparent, payload }
+    return { url, token, traceparent, payload, facts: factsOf(task), isCut }
   }
 
-  async #logOf(taskId: string): Promise<LogTail> {
+  /** Whether the receiver has answered 413. */
+  async #wasTooLarge(taskId: string): Promise<boolean> {
+    const refused = await this.#db
+      .selectFrom('delivery_attempts')
+      .select('number')
+      .where('task_id', '=', taskId)
+      .where('status_code', '=', 413)
+      .limit(1)
+      .executeTakeFirst()
+    return refused !== undefined
+  }
+
+  async #logOf(taskId: string, isCut: boolean): Promise<LogTail> {
     const log = await this.#tasks.log(taskId)
     if (!log) throw new Error('The task and its log were removed meanwhile')
-    return log
+    return isCut ? { ...log, content: log.content.subarray(-CUT_LOG_BYTES) } : log
   }
 
   async recordAttempt(
@@ -144,21 +177,32 @@ export class SqlDeliveryStore implements DeliveryStore {
     leaseUntil?: number,
   ): Promise<void> {
     const { status, nextAttemptAt } = next
+    const manual = attempt.manual ? 1 : 0
     const deliveredAt = status === 'delivered' ? attempt.startedAt + attempt.durationMs : null
     const before = attempt.number - 1
     await this.#connection.atomically(
       this.#countAttempt({
-        ...{ taskId, status, nextAttemptAt, number: attempt.number, before, deliveredAt },
+        ...{ taskId, status, nextAttemptAt, number: attempt.number, before, manual, deliveredAt },
         leaseUntil: leaseUntil ?? null,
       }),
-      [this.#addAttempt({ ...attempt, taskId, durationMs: Math.round(attempt.durationMs) })],
+      [
+        this.#addAttempt({
+          ...attempt,
+          taskId,
+          manual,
+          durationMs: Math.round(attempt.durationMs),
+        }),
+      ],
     )
   }
 
   async shiftDue(byMs: number): Promise<void> {
     await this.#db
       .updateTable('deliveries')
-      .set((eb) => ({ next_attempt_at: eb('next_attempt_at', '+', byMs) }))
+      .set((eb) => ({
+        next_attempt_at: eb('next_attempt_at', '+', byMs),
+        resume_at: eb('resume_at', '+', byMs),
+      }))
       .where('status', '=', PENDING)
       // The end of a lease is set anew with the attempt's outcome.
       .where('leased', '=', 0)
@@ -170,7 +214,7 @@ export class SqlDeliveryStore implements DeliveryStore {
     const delays = longestDelaysMs.map(
       (delayMs, attempts) => sql`when ${sql.lit(attempts)} then ${sql.lit(delayMs)}`,
     )
-    const latest = sql<number>`${sql.lit(now)} + case attempts ${sql.join(delays, sql` `)} else 0 end`
+    const latest = sql<number>`${sql.lit(now)} + case attempts - manual_attempts ${sql.join(delays, sql` `)} else 0 end`
     const lastEventAt = sql<number>`coalesce(
       (select max(started_at + duration_ms) from delivery_attempts
        where delivery_attempts.task_id = deliveries.task_id),
@@ -201,8 +245,16 @@ export class SqlDeliveryStore implements DeliveryStore {
     const { numUpdatedRows } = await this.#db
       .updateTable('deliveries')
       .set((eb) => ({
-        // One whose schedule goes on is made earlier; one that had ended gets a single attempt.
-        manual: eb.case().when('status', '=', 'pending').then(eb.ref('manual')).else(1).end(),
+        resume_at: eb
+          .case()
+          .when('status', '!=', 'pending')
+          .then(null)
+          // Asked for twice, it is one attempt.
+          .when('manual', '=', 1)
+          .then(eb.ref('resume_at'))
+          .else(eb.ref('next_attempt_at'))
+          .end(),
+        manual: 1,
         status: 'pending' as const,
         next_attempt_at: now,
         leased: 0,
@@ -240,6 +292,7 @@ export class SqlDeliveryStore implements DeliveryStore {
         durationMs: Number(attempt.duration_ms),
         statusCode: attempt.status_code,
         error: attempt.error,
+        manual: attempt.manual === 1,
       })),
     }
   }

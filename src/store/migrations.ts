@@ -3,6 +3,7 @@ import * as tasksAndDeliveries from './migrations/0001-tasks-and-deliveries.ts'
 import * as instances from './migrations/0002-instances.ts'
 import * as listing from './migrations/0003-listing.ts'
 import * as settings from './migrations/0004-settings.ts'
+import * as redeliveries from './migrations/0005-redeliveries.ts'
 
 /** In their order. `types` are the database's own names for those types. */
 export function migrations(types: { serial: string; bytes: string }): Record<string, Migration> {
@@ -11,5 +12,6 @@ export function migrations(types: { serial: string; bytes: string }): Record<str
     '0002-instances': { up: (db) => instances.up(db) },
     '0003-listing': { up: (db) => listing.up(db) },
     '0004-settings': { up: (db) => settings.up(db) },
+    '0005-redeliveries': { up: (db) => redeliveries.up(db) },
   }
 }

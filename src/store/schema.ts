@@ -60,8 +60,12 @@ export interface DeliveriesTable {
   origin: string
   status: Exclude<CallbackStatus, 'none'>
   attempts: number
-  /** A person asked for it after the schedule had ended. */
+  /** How many of them a person asked for: they are none of the schedule. */
+  manual_attempts: Generated<number>
+  /** A person has asked for the next attempt. */
   manual: number
+  /** When the schedule goes on after that attempt; null where it has ended. */
+  resume_at: number | null
   delivered_at: number | null
   /** While an attempt is under way: when its lease ends, and another may be made. */
   next_attempt_at: number | null
@@ -75,6 +79,7 @@ export interface DeliveryAttemptsTable {
   duration_ms: number
   status_code: number | null
   error: string | null
+  manual: Generated<number>
 }
 
 /** Instances that share a Postgres. */

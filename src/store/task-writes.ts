@@ -129,6 +129,7 @@ export const taskWrites = (db: Kysely<Database>) => ({
         status: 'pending',
         attempts: 0,
         manual: 0,
+        resume_at: null,
         delivered_at: null,
         next_attempt_at: p.nextAttemptAt,
         leased: p.leased,

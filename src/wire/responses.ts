@@ -160,6 +160,7 @@ export const callbackStateSchema = z
         duration_ms: z.int(),
         status_code: z.int().nullable(),
         error: z.string().nullable(),
+        manual: z.boolean().describe('A person asked for it: the schedule goes on without it'),
       }),
     ),
   })
@@ -178,6 +179,7 @@ export const callbackStateSchema = z
             duration_ms: 4,
             status_code: 200,
             error: null,
+            manual: false,
           },
         ],
       },
@@ -311,6 +313,7 @@ export function fromDelivery(
       duration_ms: Math.round(attempt.durationMs),
       status_code: attempt.statusCode,
       error: attempt.error,
+      manual: attempt.manual,
     })),
   }
 }

@@ -54,7 +54,7 @@ describe('what follows the answer of a receiver', () => {
         expect.objectContaining({
           number: 1,
           status_code: Number(path.slice(1)),
-          error: `the receiver answered ${path.slice(1)}`,
+          error: expect.stringContaining(`the receiver answered ${path.slice(1)}`),
         }),
       ])
       expect(waitMs(state), path).toBeGreaterThanOrEqual(3600_000 * 0.8)
@@ -129,7 +129,7 @@ describe('what follows the answer of a receiver', () => {
     await using callbacks = testSender()
     expect(await callbacks.send(target.url)).toMatchObject({
       statusCode: status,
-      error: `the receiver answered ${status}`,
+      error: `the receiver answered ${status} (redirects are not followed: this one leads to ${new URL(other.url).host})`,
     })
     expect(target.connections).toHaveLength(1)
     expect(other.connections).toHaveLength(0)

@@ -1,9 +1,15 @@
-import { createServer as createHttpServer, type RequestListener, type Server } from 'node:http'
+import {
+  createServer as createHttpServer,
+  type IncomingHttpHeaders,
+  type RequestListener,
+  type Server,
+} from 'node:http'
 import { createServer as createTlsServer } from 'node:https'
 import { type AddressInfo, createServer as createTcpServer, type Socket } from 'node:net'
 import { afterEach, describe, expect, test } from 'vitest'
 import { AddressGuard } from '../../src/callbacks/address-guard.ts'
 import { HttpCallbackSender, retryAfterMs } from '../../src/callbacks/sender.ts'
+import type { CallbackFacts } from '../../src/core/ports.ts'
 import { storedLog } from '../helpers/stored-log.ts'
 
 /** Of tests that see it pass. */
@@ -117,6 +123,7 @@ function delivery(url: string, overrides: object = {}) {
     token: null,
     webhookId: 'msg_1',
     traceparent: null,
+    facts: { status: 'failed', reason: 'exit_code', exitCode: 3, durationMs: 12 } as CallbackFacts,
     timestamp: 1_700_000_000,
     payload: {
       ...{ taskName: 'a.sh', taskId: 'an é id', success: false },
@@ -159,6 +166,8 @@ describe('HttpCallbackSender', () => {
           authorization: 'Bearer a-token',
           'webhook-id': 'msg_1',
           'webhook-timestamp': '1700000000',
+          ...{ 'task-status': 'failed', 'task-reason': 'exit_code' },
+          ...{ 'task-exit-code': '3', 'task-duration-ms': '12' },
         },
       },
     ])
@@ -205,10 +214,44 @@ describe('HttpCallbackSender', () => {
     const paths: Array<string | undefined> = []
     const url = await http((request, response) => {
       paths.push(request.url)
-      response.writeHead(code, { location: '/elsewhere' }).end()
+      response.writeHead(code, { location: '/elsewhere?key=secret' }).end()
     })
-    expect(await post(url)).toMatchObject({ statusCode: code, error: expect.any(String) })
+    expect(await post(url)).toMatchObject({
+      statusCode: code,
+      error: `the receiver answered ${code} (redirects are not followed: this one leads to ${new URL(url).host})`,
+    })
     expect(paths).toEqual(['/hook'])
+  })
+
+  test('a redirect to nowhere is told as one', async () => {
+    for (const location of ['http://[', undefined]) {
+      const url = await http((_, response) =>
+        response.writeHead(307, location ? { location } : {}).end(),
+      )
+      expect(await post(url)).toMatchObject({
+        error: 'the receiver answered 307 (redirects are not followed)',
+      })
+    }
+  })
+
+  test('how the task ended is told in headers, as far as it is known', async () => {
+    const seen: IncomingHttpHeaders[] = []
+    const url = await http((request, response) => {
+      seen.push(request.headers)
+      response.end()
+    })
+    await post(url)
+    const unknown = { status: 'cancelled', reason: null, exitCode: null, durationMs: null }
+    await post(url, { facts: unknown })
+    const factsIn = (headers: object) =>
+      Object.fromEntries(Object.entries(headers).filter(([name]) => name.startsWith('task-')))
+    expect(seen.map(factsIn)).toEqual([
+      {
+        ...{ 'task-status': 'failed', 'task-reason': 'exit_code' },
+        ...{ 'task-exit-code': '3', 'task-duration-ms': '12' },
+      },
+      { 'task-status': 'cancelled' },
+    ])
   })
 
   describe('the deadline of a whole attempt', () => {

@@ -51,6 +51,7 @@ describe('a callback', () => {
           number: 1,
           started_at: expect.stringMatching(/^\d{4}-.*Z$/),
           duration_ms: expect.any(Number),
+          manual: false,
           status_code: 200,
           error: null,
         },

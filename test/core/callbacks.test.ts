@@ -5,6 +5,7 @@ import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } fr
 import { afterAttempt, CallbackDispatcher } from '../../src/core/callbacks.ts'
 import type {
   AttemptResult,
+  CallbackFacts,
   CallbackSender,
   DeliveryStore,
   Logger,
@@ -25,7 +26,10 @@ const DAY_MS = 86_400_000
 
 describe('afterAttempt', () => {
   const schedule = { delaysMs: [5_000, 60_000], random: () => 0.5 }
-  const first = { attempt: 1, manual: false, deliveredBefore: false, now: 1_000, schedule }
+  const first = {
+    ...{ attempt: 1, manual: false, resumeAt: null as number | null, deliveredBefore: false },
+    ...{ isCut: false, now: 1_000, schedule },
+  }
   const delivered = { status: 'delivered', nextAttemptAt: null }
   const givenUp = { status: 'given_up', nextAttemptAt: null }
   const pendingAt = (nextAttemptAt: number) => ({ status: 'pending', nextAttemptAt })
@@ -58,7 +62,22 @@ describe('afterAttempt', () => {
     ['but not for less', status(503, { retryAfterMs: 1 }), {}, pendingAt(6_000)],
     ['nor for ever', status(503, { retryAfterMs: 9e15 }), {}, pendingAt(1_000 + DAY_MS)],
     ['Retry-After does not reopen 410', status(410, { retryAfterMs: 1 }), {}, givenUp],
-    ['a failure asked for by hand ends it', status(500), { manual: true }, givenUp],
+    [
+      'a failure asked for by hand after the schedule ends it',
+      status(500),
+      { manual: true },
+      givenUp,
+    ],
+    [
+      'a failure asked for by hand leaves the schedule as it was',
+      status(503, { retryAfterMs: 9e6 }),
+      { manual: true, resumeAt: 77_000, attempt: 3 },
+      pendingAt(77_000),
+    ],
+    ['410 ends it, also by hand', status(410), { manual: true, resumeAt: 77_000 }, givenUp],
+    ['413 is followed at once', status(413, { retryAfterMs: 9 }), {}, pendingAt(1_000)],
+    ['also at the end of the schedule', status(413), { attempt: 3 }, pendingAt(1_000)],
+    ['413 of what was cut is tried again', status(413), { isCut: true }, pendingAt(6_000)],
     ['a success asked for by hand delivers', status(200), { manual: true }, delivered],
     [
       'what was delivered once stays so, whatever a repetition gave',
@@ -155,7 +174,11 @@ describe('CallbackDispatcher', () => {
   let ids = 0
 
   /** A task committed with its delivery, due now unless it is leased. */
-  async function commit(url: string, delivery?: NewDelivery): Promise<string> {
+  async function commit(
+    url: string,
+    delivery?: NewDelivery,
+    content = Buffer.from('a log'),
+  ): Promise<string> {
     ids += 1
     const taskId = `task ${ids}`
     await tasks.insert({
@@ -170,8 +193,8 @@ describe('CallbackDispatcher', () => {
       outcome: {
         ...{ status: 'succeeded', reason: 'completed', message: null, exitCode: 0, signal: null },
       },
-      log: { content: Buffer.from('a log'), totalBytes: 5 },
-      logBytes: 5,
+      log: { content, totalBytes: content.length },
+      logBytes: content.length,
       delivery: delivery ?? { webhookId: `msg_${ids}`, origin, leaseUntil: null },
       finishedAt: now(),
       keepWorker: false,
@@ -183,6 +206,13 @@ describe('CallbackDispatcher', () => {
     url,
     token: 'a token',
     traceparent: null,
+    facts: {
+      status: 'succeeded',
+      reason: 'completed',
+      exitCode: 0,
+      durationMs: null,
+    } as CallbackFacts,
+    isCut: false,
     payload: {
       ...{ taskName: 'a.sh', taskId, success: true },
       logs: storedLog(Buffer.from('a log')),
@@ -204,7 +234,7 @@ describe('CallbackDispatcher', () => {
     const taskId = await commit(A)
     open().start()
     await statusOf(taskId, 'delivered')
-    const { payload, ...rest } = contentOf(taskId, A)
+    const { payload, isCut: _, ...rest } = contentOf(taskId, A)
     const { logs, ...facts } = payload
     expect(sender.sent).toMatchObject([
       { ...rest, payload: facts, webhookId: `msg_${ids}`, timestamp: expect.any(Number) },
@@ -294,10 +324,22 @@ describe('CallbackDispatcher', () => {
     expect(sender.sent).toHaveLength(4)
   })
 
+  /** Lets the receiver answer once. */
+  async function haveAnswered(dispatcher: CallbackDispatcher, url: string): Promise<void> {
+    sender.answer = () => OK
+    const taskId = await commit(url)
+    dispatcher.wake()
+    await statusOf(taskId, 'delivered')
+    sender.answer = undefined
+    sender.sent.length = 0
+  }
+
   test('one origin has at most 16 attempts under way, and delays no other', async () => {
+    const dispatcher = open()
+    await haveAnswered(dispatcher, A)
     const toA = await Promise.all(Array.from({ length: 20 }, () => commit(A)))
     const toB = await commit(B)
-    open().start()
+    dispatcher.wake()
     await expect.poll(() => sender.to(B).length, { timeout: 10_000 }).toBe(1)
     expect(sender.to(A)).toHaveLength(16)
     sender.to(B)[0]?.end(OK)
@@ -309,9 +351,83 @@ describe('CallbackDispatcher', () => {
     expect(sender.to(A)).toHaveLength(20)
   })
 
-  test('a dead origin full of first attempts leaves room for another', async () => {
+  test('one origin has one attempt under way until it has answered', async () => {
+    const toA = await Promise.all(Array.from({ length: 5 }, () => commit(A)))
+    const toB = await commit(B)
     const dispatcher = open()
     dispatcher.start()
+    await expect.poll(() => sender.to(B).length, { timeout: 10_000 }).toBe(1)
+    expect(sender.to(A)).toHaveLength(1)
+    expect(dispatcher.prepare(A).leaseUntil).toBeNull()
+    sender.to(B)[0]?.end(OK)
+    await statusOf(toB, 'delivered')
+    expect(sender.to(A)).toHaveLength(1)
+    // Any answer counts.
+    sender.to(A)[0]?.end(REFUSED)
+    await expect.poll(() => sender.to(A).length, { timeout: 10_000 }).toBe(5)
+    for (const request of sender.to(A)) request.end(OK)
+    for (const taskId of toA.slice(1)) await statusOf(taskId, 'delivered')
+  })
+
+  test('a hundred origins that hang, with 16 deliveries each, do not delay one that was never called', async () => {
+    const hung = Array.from({ length: 100 }, (_, index) => `https://hung-${index}.example/hook`)
+    await Promise.all(hung.flatMap((url) => Array.from({ length: 16 }, () => commit(url))))
+    const dispatcher = open()
+    dispatcher.start()
+    await sentCount(100)
+    const first = dispatcher.prepare(A)
+    const startedAt = performance.now()
+    const taskId = await commit(A, first)
+    void dispatcher.attemptNow(taskId, first, contentOf(taskId, A))
+    await commit(B)
+    dispatcher.wake()
+    await expect.poll(() => sender.to(A).length + sender.to(B).length).toBe(2)
+    expect(performance.now() - startedAt).toBeLessThan(5 * 1_000)
+    expect(sender.sent).toHaveLength(102)
+  })
+
+  test('however many origins hang, there are places for those that answered last', async () => {
+    const dispatcher = open()
+    await haveAnswered(dispatcher, A)
+    const hung = Array.from({ length: 150 }, (_, index) => `https://hung-${index}.example/hook`)
+    await Promise.all(hung.map((url) => commit(url)))
+    dispatcher.wake()
+    await sentCount(128)
+    expect(dispatcher.prepare(B).leaseUntil).toBeNull()
+    const toA = await Promise.all(Array.from({ length: 3 }, () => commit(A)))
+    dispatcher.wake()
+    await expect.poll(() => sender.to(A).length, { timeout: 10_000 }).toBe(3)
+    for (const request of sender.to(A)) request.end(OK)
+    for (const taskId of toA) await statusOf(taskId, 'delivered')
+    // An attempt that ends makes room for one that waits.
+    for (const request of sender.sent.slice(0, 10)) request.end(REFUSED)
+    await sentCount(128 + 3 + 10)
+  })
+
+  test('origins that kept us waiting for nothing get fewer places than those that were never called', async () => {
+    const dispatcher = open({}, [1])
+    const hung = Array.from({ length: 100 }, (_, index) => `https://hung-${index}.example/hook`)
+    await Promise.all(hung.map((url) => commit(url)))
+    dispatcher.start()
+    await sentCount(100)
+    const startedAt = performance.now()
+    await expect
+      .poll(() => performance.now() - startedAt, { timeout: 5_000 })
+      .toBeGreaterThan(1_100)
+    for (const request of sender.sent.splice(0)) request.end(UNREACHED)
+    movedMs += 1_000
+    dispatcher.wake()
+    await sentCount(64)
+    for (let count = 0; count < 64; count += 1) {
+      expect(dispatcher.prepare(`https://new-${count}.example/hook`).leaseUntil).not.toBeNull()
+    }
+    expect(dispatcher.prepare(hung[99] ?? '').leaseUntil).toBeNull()
+    expect(sender.sent).toHaveLength(64)
+  })
+
+  test('a dead origin full of first attempts leaves room for another', async () => {
+    const dispatcher = open()
+    await haveAnswered(dispatcher, A)
     const toA = Array.from({ length: 17 }, () => dispatcher.prepare(A))
     expect(toA.filter(({ leaseUntil }) => leaseUntil !== null)).toHaveLength(16)
     expect(toA.at(-1)?.leaseUntil).toBeNull()
@@ -329,7 +445,7 @@ describe('CallbackDispatcher', () => {
 
   test('a delivery that found no room is sent soon, also when room comes before its commit', async () => {
     const dispatcher = open()
-    dispatcher.start()
+    await haveAnswered(dispatcher, A)
     const first = Array.from({ length: 16 }, () => dispatcher.prepare(A))
     const late = dispatcher.prepare(A)
     expect(late.leaseUntil).toBeNull()
@@ -428,6 +544,50 @@ describe('CallbackDispatcher', () => {
     await statusOf(taskId, 'delivered')
     expect(await attemptsOf(taskId)).toBe(3)
     expect(await dispatcher.redeliver('unknown')).toBeUndefined()
+  })
+
+  test('redelivering one that is tried again changes neither its schedule nor its count', async () => {
+    sender.answer = () => REFUSED
+    const dispatcher = open({}, [60_000, 60_000])
+    const taskId = await commit(A)
+    dispatcher.start()
+    await recorded(taskId, 1)
+    const { nextAttemptAt } = (await store.state(taskId)) ?? {}
+    for (let count = 2; count < 8; count += 1) {
+      expect(await dispatcher.redeliver(taskId)).toBe('queued')
+      await recorded(taskId, count)
+      expect(await store.state(taskId)).toMatchObject({ status: 'pending', nextAttemptAt })
+    }
+    movedMs += 90_000
+    dispatcher.wake()
+    await recorded(taskId, 8)
+    expect(await store.state(taskId)).toMatchObject({ status: 'pending' })
+    movedMs += 90_000
+    dispatcher.wake()
+    await statusOf(taskId, 'given_up')
+    const { attempts = [] } = (await store.state(taskId)) ?? {}
+    expect(attempts.map(({ manual }) => manual)).toEqual([
+      ...[false, true, true, true, true, true, true],
+      ...[false, false],
+    ])
+  })
+
+  test('a receiver that finds it too large gets the end of the log at once, and ever after', async () => {
+    const answers = [413, 500, 200]
+    sender.answer = () => ({ ...REFUSED, statusCode: answers.shift() ?? 0 })
+    const log = Buffer.from(`first ${'x'.repeat(100_000)} last`)
+    const dispatcher = open({}, [10, 60_000])
+    const taskId = await commit(A, undefined, log)
+    dispatcher.start()
+    await recorded(taskId, 2)
+    movedMs += 90_000
+    dispatcher.wake()
+    await statusOf(taskId, 'delivered')
+    const sent = await Promise.all(sender.sent.map(({ payload }) => payload.logs.read()))
+    expect(sent.map(({ content }) => content.length)).toEqual([log.length, 65_536, 65_536])
+    expect(sent[1]?.content.equals(log.subarray(-65_536))).toBe(true)
+    expect(sent.map(({ totalBytes }) => totalBytes)).toEqual(Array(3).fill(log.length))
+    expect(new Set(sender.sent.map(({ webhookId }) => webhookId)).size).toBe(1)
   })
 
   test('redelivering while an attempt is under way says so', async () => {

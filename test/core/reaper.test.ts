@@ -168,7 +168,7 @@ describe('a sweep', () => {
     for (const taskId of ['old', 'delivered', 'given-up', 'pending', 'young']) {
       await stores.tasks.workerTerminated(taskId)
     }
-    const attempt = { number: 1, startedAt: old, durationMs: 1, error: null }
+    const attempt = { number: 1, startedAt: old, durationMs: 1, error: null, manual: false }
     await stores.deliveries.recordAttempt(
       'delivered',
       { ...attempt, statusCode: 200 },

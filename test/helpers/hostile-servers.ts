@@ -131,6 +131,7 @@ export function testSender(
           token: CANARY_TOKEN,
           webhookId: 'msg_test',
           traceparent: null,
+          facts: { status: 'failed', reason: 'exit_code', exitCode: 3, durationMs: 1 },
           timestamp: Math.floor(Date.now() / 1000),
           payload: {
             taskName: 'a.sh',

@@ -25,7 +25,14 @@ function startScene() {
     async attempt(taskId: string, number: number) {
       await attempts.recordAttempt(
         taskId,
-        { number, startedAt: FINISHED_AT + 2_000, durationMs: 1, statusCode: 200, error: null },
+        {
+          number,
+          startedAt: FINISHED_AT + 2_000,
+          durationMs: 1,
+          statusCode: 200,
+          error: null,
+          manual: false,
+        },
         { status: 'delivered', nextAttemptAt: null },
       )
     },

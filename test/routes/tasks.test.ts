@@ -340,7 +340,11 @@ describe('callbacks', () => {
       webhook_id: receiver.received[0]?.headers['webhook-id'],
       next_attempt_at: null,
     })
-    const attempt = { started_at: expect.any(String), duration_ms: expect.any(Number) }
+    const attempt = {
+      started_at: expect.any(String),
+      duration_ms: expect.any(Number),
+      manual: false,
+    }
     expect(attempts).toEqual([
       { ...attempt, number: 1, status_code: 503, error: expect.stringContaining('503') },
       { ...attempt, number: 2, status_code: 204, error: null },

@@ -131,7 +131,7 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
         const startedAt = finishedAt + callbackAfter
         await deliveries.recordAttempt(
           taskId,
-          { number: 1, startedAt, durationMs: 5, statusCode: 200, error: null },
+          { ...attempt(1), startedAt, durationMs: 5 },
           { status: 'delivered', nextAttemptAt: null },
           leaseUntil,
         )
@@ -644,6 +644,7 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
         const taskId = await due(1_000, { webhookId: 'msg_x' })
         expect(await take(1_000)).toEqual({
           ...{ taskId, webhookId: 'msg_x', origin: ORIGIN },
+          ...{ manualAttempts: 0, resumeAt: null },
           ...{ attempts: 0, manual: false, deliveredBefore: false, leaseUntil: 1_001_000 },
         })
       })
@@ -701,8 +702,8 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
         const content = await deliveries.content(taskId)
         expect(await content?.payload.logs.read()).toEqual(log)
         expect(content).toEqual({
-          url: `${ORIGIN}/hook?x=1`,
-          token: 'token',
+          ...{ url: `${ORIGIN}/hook?x=1`, token: 'token', isCut: false },
+          facts: { status: 'succeeded', reason: 'completed', exitCode: 0, durationMs: null },
           traceparent: null,
           payload: {
             ...{ taskName: 'b.sh', taskId, success: true },
@@ -852,10 +853,41 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
         expect(await take(4_000)).toMatchObject({ manual: true, deliveredBefore: true })
       })
 
-      test('redelivering one whose schedule goes on makes it earlier, and keeps its schedule', async () => {
+      test('redelivering one whose schedule goes on remembers when, however often it is asked for', async () => {
         const taskId = await due(9_000)
         expect(await deliveries.redeliver(taskId, 4_000)).toBe('queued')
-        expect(await take(4_000)).toMatchObject({ taskId, manual: false })
+        expect(await deliveries.redeliver(taskId, 4_100)).toBe('queued')
+        expect(await take(4_100)).toMatchObject({ taskId, manual: true, resumeAt: 9_000 })
+        await deliveries.recordAttempt(
+          taskId,
+          { ...attempt(1), manual: true },
+          { status: 'pending', nextAttemptAt: 9_000 },
+        )
+        expect(await deliveries.state(taskId)).toMatchObject({
+          nextAttemptAt: 9_000,
+          attempts: [{ number: 1, manual: true }],
+        })
+        expect(await take(9_000)).toMatchObject({
+          ...{ taskId, attempts: 1, manualAttempts: 1, manual: false, resumeAt: null },
+        })
+      })
+
+      test('when the schedule goes on moves with a clock that is set', async () => {
+        const taskId = await due(9_000)
+        await deliveries.redeliver(taskId, 4_000)
+        await deliveries.shiftDue(-1_000)
+        expect(await take(4_000)).toMatchObject({ taskId, resumeAt: 8_000 })
+      })
+
+      test('once the receiver has answered 413, the content is cut', async () => {
+        const taskId = await due(1_000)
+        expect(await deliveries.content(taskId)).toMatchObject({ isCut: false })
+        await deliveries.recordAttempt(
+          taskId,
+          { ...attempt(1), statusCode: 413 },
+          { status: 'pending', nextAttemptAt: 2_000 },
+        )
+        expect(await deliveries.content(taskId)).toMatchObject({ isCut: true })
       })
 
       test('one whose attempt is under way is not made due, until its lease has run out', async () => {
@@ -882,7 +914,14 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
 }
 
 function attempt(number: number) {
-  return { number, startedAt: 1_000 * number, durationMs: 12, statusCode: 200, error: null }
+  return {
+    number,
+    startedAt: 1_000 * number,
+    durationMs: 12,
+    statusCode: 200,
+    error: null,
+    manual: false,
+  }
 }
 
 /** As a disk does that gives back other bytes than it was given. */

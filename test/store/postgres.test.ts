@@ -89,6 +89,7 @@ describe('migrations', () => {
       '0002-instances',
       '0003-listing',
       '0004-settings',
+      '0005-redeliveries',
     ])
   })
 
@@ -276,7 +277,14 @@ describe('a connection that fails', () => {
       const task = await claimed({ callbackUrl: `${ORIGIN}/hook` })
       const delivery = { webhookId: 'msg_attempt', origin: ORIGIN, leaseUntil: null }
       await store.finish(task, end({ delivery }))
-      const attempt = { number: 1, startedAt: 1, durationMs: 1, statusCode: 200, error: null }
+      const attempt = {
+        number: 1,
+        startedAt: 1,
+        durationMs: 1,
+        statusCode: 200,
+        error: null,
+        manual: false,
+      }
       const recorded = () =>
         deliveries.recordAttempt(task.taskId, attempt, { status: 'delivered', nextAttemptAt: null })
       await losing(what, 'commit', async () => {

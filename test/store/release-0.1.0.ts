@@ -56,7 +56,8 @@ export function describeReleaseBefore(
       for (const [index, step] of steps.entries()) {
         const { rows, numAffectedRows } = await run(connection, step)
         const what = `${index} ${step.step}`
-        if (step.rows) expect(rows.map(plain), what).toEqual(step.rows)
+        // It asks for all columns, and makes nothing of ours.
+        if (step.rows) expect(rows.map(plain), what).toMatchObject(step.rows)
         if (step.changes !== undefined) expect(Number(numAffectedRows), what).toBe(step.changes)
       }
     })
@@ -99,6 +100,8 @@ const BACK = [
   ...['priority', 'instance', 'log_cursor', 'traceparent', 'claimed_at', 'waiting_for'].map(
     (name) => `alter table tasks drop column ${name}`,
   ),
+  ...['manual_attempts', 'resume_at'].map((name) => `alter table deliveries drop column ${name}`),
+  'alter table delivery_attempts drop column manual',
   `delete from kysely_migration where name <> '0001-tasks-and-deliveries'`,
 ]
 
