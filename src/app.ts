@@ -139,8 +139,13 @@ export async function buildApp(options: AppOptions): Promise<App> {
     const { queue, shared } = storage
     const now = options.now ?? shared?.now ?? Date.now
 
-    const guard = new AddressGuard(config.callbackAllowedNetworks)
-    const gitGuard = new AddressGuard(config.gitAllowedNetworks)
+    const guard = new AddressGuard(config.callbackAllowedNetworks, {
+      setting: 'CALLBACK_ALLOWED_NETWORKS',
+      samplesAreOn: config.sampleCallbacks,
+    })
+    const gitGuard = new AddressGuard(config.gitAllowedNetworks, {
+      setting: 'GIT_ALLOWED_NETWORKS',
+    })
     http.addHook('onListen', async () => {
       const address = http.server.address()
       const port = typeof address === 'object' ? address?.port : undefined

@@ -110,7 +110,11 @@ async function prepare(
     const message = `There is no file "${fileName}" in ${config.tasksDir}`
     throw new TaskRunnerError('task_file_not_found', message)
   }
-  const setup = newWorkerSetup(config, files, new AddressGuard(config.gitAllowedNetworks))
+  const setup = newWorkerSetup(
+    config,
+    files,
+    new AddressGuard(config.gitAllowedNetworks, { setting: 'GIT_ALLOWED_NETWORKS' }),
+  )
   await setup.check(workerConfig)
   const { terminateOnCompletion = true } = options
   return setup.specFor({

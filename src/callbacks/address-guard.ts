@@ -1,16 +1,11 @@
-import { type LookupAddress, lookup as systemLookup } from 'node:dns'
+import type { LookupAddress } from 'node:dns'
 import { isIP } from 'node:net'
 import { networkInterfaces } from 'node:os'
 import ipaddr from 'ipaddr.js'
 import { buildConnector } from 'undici'
+import { BoundedLookup, type Lookup } from './bounded-lookup.ts'
 
 type Network = [ipaddr.IPv4 | ipaddr.IPv6, number]
-type Lookup = (
-  hostname: string,
-  options: { all: true },
-  done: (err: NodeJS.ErrnoException | null, addresses: LookupAddress[]) => void,
-) => void
-
 const NAMED: Record<string, readonly string[]> = {
   loopback: ['127.0.0.0/8', '::1/128'],
   private: ['10.0.0.0/8', '172.16.0.0/12', '192.168.0.0/16', 'fc00::/7'],
@@ -33,7 +28,22 @@ const NOT_PUBLIC = networks(['::/96', '100:0:0:1::/64', '192.31.196.0/24', '192.
 const TRANSLATED = networks(['64:ff9b::/96', '::ffff:0:0:0/96', '::/96'])
 const SIX_TO_FOUR: Network = ipaddr.parseCIDR('2002::/16')
 
-/** A connection that the rules forbid. Final: trying again would not change it. */
+export interface GuardOptions {
+  /** Names what the operator can set, in refusals. */
+  setting?: string
+  /** Our sample receivers take callbacks, at whatever address we listen. */
+  samplesAreOn?: boolean
+  /** Instead of the system's. */
+  lookup?: Lookup | undefined
+}
+
+/** Receivers of our own, below any base path. */
+const SAMPLE_PATH = /\/(sample-task-runner-callback2?|task-runner-callback)\/?$/
+
+/** One for the process: all lookups share its threads. */
+const names = new BoundedLookup()
+
+/** A connection that the rules forbid. */
 export class BlockedAddressError extends Error {
   override name = 'BlockedAddressError'
 }
@@ -45,28 +55,34 @@ export class BlockedAddressError extends Error {
  */
 export class AddressGuard {
   readonly #allowed: Network[]
-  readonly #lookup: Lookup
+  readonly #options: GuardOptions
+  readonly #names: BoundedLookup
   readonly #lookups = new Map<string, Promise<LookupAddress[]>>()
   /** Our own port: what listens there takes callbacks on the sample routes alone. */
   ownPort: number | undefined
 
   /** `allowed`: CIDRs, `private`, `loopback`. Throws on anything else. */
-  constructor(allowed: readonly string[], lookup: Lookup = systemLookup) {
+  constructor(allowed: readonly string[], options: GuardOptions = {}) {
+    const { lookup } = options
+    this.#options = options
     this.#allowed = networks(allowed.flatMap((name) => NAMED[name] ?? [name]))
-    this.#lookup = lookup
+    this.#names = lookup ? new BoundedLookup({ lookup, answers: async () => true }) : names
   }
 
   /** Why a URL can be refused without asking anybody; undefined when only connecting will tell. */
   refusal(url: URL): string | undefined {
     const host = bareHost(url.hostname)
     const literal = isIP(host) !== 0 ? host : isLocalhost(host) ? '127.0.0.1' : undefined
-    if (literal !== undefined && !this.allows(literal))
-      return 'may not be called: not a public address'
-    const isOwn = literal !== undefined && portOf(url) === this.ownPort && isOwnAddress(literal)
-    if (isOwn && !/\/sample-task-runner-callback2?\/?$/.test(url.pathname)) {
-      return 'may not be called: it is this service itself'
+    if (literal === undefined) return undefined
+    const isOwn = portOf(url) === this.ownPort && isOwnAddress(literal)
+    const isSample = SAMPLE_PATH.test(url.pathname)
+    if (isOwn && isSample && this.#options.samplesAreOn) return undefined
+    if (!this.allows(literal)) {
+      const { setting } = this.#options
+      const how = setting === undefined ? '' : `; the operator can allow it with ${setting}`
+      return `may not be called: not a public address${how}`
     }
-    return undefined
+    return isOwn && !isSample ? 'may not be called: it is this service itself' : undefined
   }
 
   /** Whether an address may be dialled. `address` in canonical text, as `URL` and resolvers give it. */
@@ -104,14 +120,21 @@ export class AddressGuard {
         },
       })
     const connect = build((address) => this.allows(address))
+    // Loopback names: `refusal` has looked at the path.
+    const connectToSamples = build((address) => this.allows(address) || isOwnAddress(address))
     // Our own port is reached by addresses and loopback names, for which `refusal` has looked at the path.
     const connectToOwnPort = build((address) => this.allows(address) && !isOwnAddress(address))
     return (target, done) => {
       const host = bareHost(target.hostname)
       const port = target.port || (target.protocol === 'https:' ? 443 : 80)
-      if (isIP(host) !== 0 && !this.allows(host)) {
-        done(new BlockedAddressError('the address may not be called'), null)
-      } else if (Number(port) === this.ownPort && !isLocalhost(host)) connectToOwnPort(target, done)
+      const isOwnPort = Number(port) === this.ownPort
+      if (isIP(host) !== 0) {
+        const isSample = isOwnPort && this.#options.samplesAreOn && isOwnAddress(host)
+        if (isSample || this.allows(host)) connect(target, done)
+        else done(new BlockedAddressError('the address may not be called'), null)
+      } else if (!isOwnPort) connect(target, done)
+      else if (!isLocalhost(host)) connectToOwnPort(target, done)
+      else if (this.#options.samplesAreOn) connectToSamples(target, done)
       else connect(target, done)
     }
   }
@@ -127,18 +150,14 @@ export class AddressGuard {
     return found.map(({ address }) => address)
   }
 
-  /** One lookup at a time for a name: a resolver that hangs holds up that name alone. */
+  /** One lookup at a time for a name. */
   async #resolve(
     hostname: string,
     isAllowed: (address: string) => boolean,
   ): Promise<LookupAddress[]> {
     const running =
       this.#lookups.get(hostname) ??
-      new Promise<LookupAddress[]>((resolve, reject) => {
-        this.#lookup(hostname, { all: true }, (err, addresses) =>
-          err ? reject(err) : resolve(addresses),
-        )
-      }).finally(() => this.#lookups.delete(hostname))
+      this.#names.addresses(hostname).finally(() => this.#lookups.delete(hostname))
     this.#lookups.set(hostname, running)
     const addresses = (await running).filter(({ address }) => isAllowed(address))
     if (addresses.length === 0) throw new BlockedAddressError('the address may not be called')

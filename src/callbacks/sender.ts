@@ -70,7 +70,7 @@ export class HttpCallbackSender implements CallbackSender {
     try {
       return await this.#postOnce(delivery, deadline.signal, posts)
     } catch (err) {
-      if (err instanceof BlockedAddressError) return BLOCKED
+      if (err instanceof BlockedAddressError) return MISDIRECTED
       const error = coarse(err, posts.at(-1)?.isBegun ?? false)
       return { statusCode: null, error, retryAfterMs: null }
     }
@@ -247,7 +247,14 @@ class Answer implements Dispatcher.DispatchHandler {
   }
 }
 
-/** Final, and told without saying which address it was. */
+/** A resolver may answer wrongly for a while, as those of hotels and ad blockers do: tried again. */
+const MISDIRECTED: AttemptResult = {
+  statusCode: null,
+  error: 'blocked: the name leads to an address that may not be called',
+  retryAfterMs: null,
+}
+
+/** Final: the URL names the address. */
 const BLOCKED: AttemptResult = {
   statusCode: null,
   error: 'blocked: the address may not be called',
@@ -282,7 +289,9 @@ function coarse(err: unknown, isBegun: boolean): string {
     return 'no answer in time'
   }
   if (isInterimAnswer(err)) return 'an interim answer came that was not asked for'
-  if (code === 'ENOTFOUND' || code === 'EAI_AGAIN') return 'the name could not be resolved'
+  if (code === 'ENOTFOUND' || code === 'EAI_AGAIN' || code === 'ETIMEOUT') {
+    return 'the name could not be resolved'
+  }
   if (typeof code === 'string' && /CERT|SSL|TLS|VERIFY/.test(code))
     return 'no trusted TLS connection'
   // One that answers early and closes may reset the connection before its answer is read.

@@ -7,9 +7,11 @@ const URL_ = new URL('https://git.example/project.git')
 
 /** A resolver that answers with an address, or fails with a code. */
 function hosts(answer: { address: string } | { code: string }, allowed: string[] = []) {
-  const guard = new AddressGuard(allowed, (_name, _options, done) => {
-    if ('address' in answer) done(null, [{ address: answer.address, family: 4 }])
-    else done(Object.assign(new Error(`getaddrinfo ${answer.code}`), answer), [])
+  const guard = new AddressGuard(allowed, {
+    lookup: (_name, _options, done) => {
+      if ('address' in answer) done(null, [{ address: answer.address, family: 4 }])
+      else done(Object.assign(new Error(`getaddrinfo ${answer.code}`), answer), [])
+    },
   })
   return new GuardedGitHosts(guard)
 }

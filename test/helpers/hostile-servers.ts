@@ -1,6 +1,7 @@
 import { createServer, type Server, type Socket } from 'node:net'
 import { expect } from 'vitest'
 import { AddressGuard } from '../../src/callbacks/address-guard.ts'
+import type { Lookup } from '../../src/callbacks/bounded-lookup.ts'
 import { HttpCallbackSender } from '../../src/callbacks/sender.ts'
 import type { AttemptResult, CallbackSender } from '../../src/core/ports.ts'
 import { storedLog } from './stored-log.ts'
@@ -87,8 +88,6 @@ export function requestsIn(text: string): number {
   }
 }
 
-type Lookup = NonNullable<ConstructorParameters<typeof AddressGuard>[1]>
-
 /** A resolver that knows these names alone; a name may answer differently each time it is asked. */
 export function lookupOf(names: Record<string, string[] | (() => string[])>): Lookup {
   return (hostname, _options, done) => {
@@ -119,7 +118,7 @@ export function testSender(
   options: { timeoutMs?: number; allowed?: string[]; lookup?: Lookup; signingKeys?: Buffer[] } = {},
 ): TestSender {
   const { timeoutMs = 5_000, allowed = ['loopback'], lookup, signingKeys = [] } = options
-  const guard = new AddressGuard(allowed, lookup)
+  const guard = new AddressGuard(allowed, { lookup })
   const sender = new HttpCallbackSender({ timeoutMs, guard, signingKeys, userAgent: 'test/1' })
   return {
     sender,
