@@ -275,12 +275,12 @@ export async function buildApp(options: AppOptions): Promise<App> {
     const kept = new KeptLogs(tasks)
     const { basePath } = config
     await http.register(fastifyCookie)
-    await publishOpenApi(http, { basePath })
-    await servePage(http, { basePath })
     const authentication = new Authentication({
       tokens: config.apiTokens,
       loopbackOnly: !config.authOff,
     })
+    await publishOpenApi(http, { basePath, needsToken: authentication.needsToken })
+    await servePage(http, { basePath })
     await http.register(
       async (api) => {
         await api.register(healthRoutes, {

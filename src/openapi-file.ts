@@ -6,7 +6,9 @@ import { buildApp } from './app.ts'
 import { loadConfig } from './config.ts'
 
 const dataDir = await mkdtemp(join(tmpdir(), 'task-runner-openapi-'))
-const app = await buildApp({ config: loadConfig({ DATA_DIR: dataDir, LOG_LEVEL: 'warn' }) })
+// A service with tokens is the usual one; nothing of this token is published.
+const env = { DATA_DIR: dataDir, LOG_LEVEL: 'warn', API_TOKENS: 'unused' }
+const app = await buildApp({ config: loadConfig(env) })
 const document = `${JSON.stringify(app.http.swagger(), null, 2)}\n`
 await app.http.close()
 await rm(dataDir, { recursive: true })

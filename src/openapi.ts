@@ -1,3 +1,4 @@
+import { isDeepStrictEqual } from 'node:util'
 import fastifySwagger from '@fastify/swagger'
 import fastifySwaggerUi from '@fastify/swagger-ui'
 import type { FastifyInstance } from 'fastify'
@@ -8,41 +9,33 @@ import {
 import { z } from 'zod'
 import { secureContent } from './content-security.ts'
 import { VERSION } from './version.ts'
+import { callbackDescription } from './wire/callback-description.ts'
 
 const DESCRIPTION = `Runs scripts on on-demand workers and calls back with the outcome.
 
 **Try it:** open *Run a task* below, press *Try it out*, then *Execute*. Then look at the task, its log, and its worker.
 Where the service wants a bearer token, press *Authorize* first.`
 
-/** How zod's schemas are told. */
-const zodToJsonConfig = {
-  override({
-    zodSchema,
-    jsonSchema,
-  }: {
-    zodSchema: z.core.$ZodType
-    jsonSchema: { examples?: unknown[] }
-  }) {
-    // zod leaves them out where anything inside takes other spellings of a value, such as "" for null.
-    const { examples } = z.globalRegistry.get(zodSchema) ?? {}
-    if (Array.isArray(examples)) jsonSchema.examples ??= examples
-  },
-}
+/** How zod's schemas are published. */
+const zodToJsonConfig = { override: asPublished }
 const jsonSchemaTransform = createJsonSchemaTransform({ zodToJsonConfig })
 const jsonSchemaTransformObject = createJsonSchemaTransformObject({ zodToJsonConfig })
 
 type Document = ReturnType<typeof jsonSchemaTransformObject>
 
-/** The API's description, made from the schemas that validate; `/docs` shows it. */
+/**
+ * Publishes the API's description, made from the schemas that validate; `/docs` shows it. Without `needsToken` nothing in it
+ * speaks of security.
+ */
 export async function publishOpenApi(
   app: FastifyInstance,
-  options: { basePath: string },
+  { basePath, needsToken }: { basePath: string; needsToken: boolean },
 ): Promise<void> {
   await app.register(fastifySwagger, {
     openapi: {
       openapi: '3.1.0',
       info: { title: 'Task runner', description: DESCRIPTION, version: VERSION },
-      servers: [{ url: options.basePath === '' ? '/' : options.basePath }],
+      servers: [{ url: basePath === '' ? '/' : basePath }],
       tags: [
         { name: 'Run', description: 'The main job' },
         { name: 'Tasks', description: 'What was accepted, and how it went' },
@@ -52,22 +45,26 @@ export async function publishOpenApi(
         { name: 'Health', description: 'For load balancers and orchestrators' },
         { name: 'Samples', description: 'Receivers to try callbacks with' },
       ],
-      components: {
-        securitySchemes: { bearer: { type: 'http', scheme: 'bearer' } },
-      },
-      security: [{ bearer: [] }],
+      ...(needsToken && {
+        components: { securitySchemes: { bearer: { type: 'http', scheme: 'bearer' } } },
+        security: [{ bearer: [] }],
+      }),
     },
     stripBasePath: true,
-    transform: jsonSchemaTransform,
-    transformObject: (document) => withPlainNames(jsonSchemaTransformObject(document)),
+    transform: (route) => {
+      const transformed = jsonSchemaTransform(route)
+      if (!needsToken) delete transformed.schema?.security
+      return transformed
+    },
+    transformObject: (document) => withPlainNames(completed(jsonSchemaTransformObject(document))),
   })
   await app.register(async (docs) => {
     // Where FastAPI has it, and tools look for it.
-    docs.get(`${options.basePath}/openapi.json`, { schema: { hide: true } }, () => app.swagger())
+    docs.get(`${basePath}/openapi.json`, { schema: { hide: true } }, () => app.swagger())
     // Swagger UI writes inline styles.
     await secureContent(docs, { inlineStyles: true })
     await docs.register(fastifySwaggerUi, {
-      routePrefix: `${options.basePath}/docs`,
+      routePrefix: `${basePath}/docs`,
       uiConfig: { docExpansion: 'list', displayRequestDuration: true },
       theme: {
         title: 'Task runner',
@@ -77,9 +74,68 @@ export async function publishOpenApi(
   })
 }
 
+/** Changes the JSON Schema that zod makes of one schema. */
+function asPublished({
+  zodSchema,
+  jsonSchema,
+}: {
+  zodSchema: z.core.$ZodType
+  jsonSchema: z.core.JSONSchema.BaseSchema
+}): void {
+  // zod leaves them out where anything inside takes other spellings of a value, such as "" for null.
+  const { examples } = z.globalRegistry.get(zodSchema) ?? {}
+  if (Array.isArray(examples)) jsonSchema.examples ??= examples
+  // A field that is added to an answer must not break a client. Requests are strict objects.
+  if (zodSchema instanceof z.ZodObject && zodSchema.def.catchall === undefined) {
+    delete jsonSchema.additionalProperties
+  }
+  // The format says it; the pattern has 300 characters.
+  if (jsonSchema.format === 'date-time') delete jsonSchema.pattern
+  if (jsonSchema.type === 'number') jsonSchema.format = 'double'
+  if (jsonSchema.type === 'integer') {
+    // zod publishes the range of JavaScript's numbers.
+    if (jsonSchema.minimum === Number.MIN_SAFE_INTEGER) delete jsonSchema.minimum
+    if (jsonSchema.maximum === Number.MAX_SAFE_INTEGER) delete jsonSchema.maximum
+    jsonSchema.format = (jsonSchema.maximum ?? Infinity) < 2 ** 31 ? 'int32' : 'int64'
+  }
+}
+
+interface Operation {
+  operationId?: string
+  requestBody?: { required: boolean; content: Record<string, { schema: BodySchema }> }
+  callbacks?: object
+}
+interface BodySchema {
+  type?: string
+  anyOf?: BodySchema[]
+}
+
 /**
- * zod's JSON Schema differs between what is read and what is written, so the library publishes each schema
- * twice, as `X` and `XInput`. Ours are only ever one of the two: keeps those that are used, under plain names.
+ * Adds what @fastify/swagger does not publish: the headers of callbacks, and which bodies may be left out. A missing body is
+ * null to fastify.
+ */
+function completed(document: Document): Document {
+  // Holds: what lies below a path is its operations, by their methods.
+  const paths = Object.values(document.paths ?? {}) as Array<Record<string, Operation>>
+  for (const operation of paths.flatMap((path) => Object.values(path))) {
+    if (operation.operationId === 'runTask') {
+      operation.callbacks = { outcome: callbackDescription(document.security) }
+    }
+    const { requestBody } = operation
+    for (const media of Object.values(requestBody?.content ?? {})) {
+      const [schema, none] = media.schema.anyOf ?? []
+      if (!requestBody || !schema || none?.type !== 'null') continue
+      requestBody.required = false
+      media.schema = schema
+    }
+  }
+  return document
+}
+
+/**
+ * Gives components their plain names. zod's JSON Schema differs between what is read and what is written, so the library
+ * publishes each schema twice, as `X` and `XInput`. Keeps those that are used; throws where a request and an answer use one
+ * schema that differs between them.
  */
 function withPlainNames(document: Document): Document {
   // Holds: publishOpenApi asks for OpenAPI 3, which has components.
@@ -96,15 +152,21 @@ function withPlainNames(document: Document): Document {
   visit(rest)
   const plain = (name: string) =>
     schemas.has(name.replace(/Input$/, '')) ? name.replace(/Input$/, '') : name
-  const kept = [...used].sort().map((name) => [plain(name), schemas.get(name)] as const)
-  if (new Set(kept.map(([name]) => name)).size !== kept.length) {
-    throw new Error('a schema is used both in requests and in answers')
+  const renamed = <T>(node: T): T =>
+    // Holds: only references change.
+    JSON.parse(JSON.stringify(node), (_key, value) =>
+      typeof value === 'string' && value.startsWith('#/components/schemas/')
+        ? `#/components/schemas/${plain(value.slice(21))}`
+        : value,
+    ) as T
+  const kept: Record<string, unknown> = {}
+  for (const name of [...used].sort()) {
+    const schema = renamed(schemas.get(name))
+    if (!isDeepStrictEqual(kept[plain(name)] ?? schema, schema)) {
+      throw new Error(`${plain(name)} differs between requests and answers`)
+    }
+    kept[plain(name)] = schema
   }
-  const whole = { ...rest, components: { ...components, schemas: Object.fromEntries(kept) } }
-  // Holds: only references were renamed.
-  return JSON.parse(JSON.stringify(whole), (_key, value) =>
-    typeof value === 'string' && value.startsWith('#/components/schemas/')
-      ? `#/components/schemas/${plain(value.slice(21))}`
-      : value,
-  ) as Document
+  // Holds: it has all that the document had.
+  return { ...renamed(rest), components: { ...components, schemas: kept } } as Document
 }

@@ -9,6 +9,7 @@ import { isFinal, type Task } from '../core/task.ts'
 import { LOG_BYTES_KEPT } from '../core/task-runner.ts'
 import { turn } from '../core/turns.ts'
 import { cutLine, incompleteBytes } from '../wire/log-text.ts'
+import { type logEndSchema, logEventSchema } from '../wire/responses.ts'
 import { begun, type KeptLogs, type LogPart, liveTail, sendLog } from './log-pieces.ts'
 import { errorResponses } from './responses.ts'
 import { closeWhenIdle, READER_IDLE_MS } from './slow-readers.ts'
@@ -23,6 +24,9 @@ const FOLLOW_TIMEOUT_MS = 2 ** 31 - 1
 const SMALL_BYTES_MAX = 4 * 1024
 /** Proxies close streams that are silent for a minute. */
 const KEEP_ALIVE_MS = 20_000
+
+const FLAGS: Readonly<Record<string, boolean>> = { true: true, false: false }
+const flag = z.preprocess((text: string) => FLAGS[text] ?? text, z.boolean())
 
 /** A task's log: its tail as text, or followed as Server-Sent Events. */
 export const taskLogRoutes: FastifyPluginAsyncZod<{
@@ -50,12 +54,12 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
         params: taskIdParams,
         querystring: z.strictObject({
           tail_mb: z.coerce.number().positive().max(TAIL_MB_MAX).optional().describe('Default 5'),
-          follow: z.enum(['true', 'false']).optional().describe('Default false'),
+          follow: flag.optional().describe('Default false'),
         }),
         headers: z.object({
           'last-event-id': z
             .string()
-            .regex(/^\d{0,15}$/)
+            .regex(/^[0-9]{0,15}$/, 'is not the id of an event')
             .optional(),
         }),
         response: {
@@ -63,7 +67,7 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
             description: 'The log; with `follow=true`, events',
             content: {
               'text/plain': { schema: z.string() },
-              'text/event-stream': { schema: z.string() },
+              'text/event-stream': { schema: logEventSchema },
             },
           },
           ...errorResponses(401, 404, 422, 503),
@@ -76,7 +80,7 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
       const gone = new AbortController()
       reply.raw.on('close', () => gone.abort())
       const signal = AbortSignal.any([gone.signal, closing.signal])
-      if (query.follow !== 'true') return sendLog(reply, await tailOf(task, { maxBytes, signal }))
+      if (!query.follow) return sendLog(reply, await tailOf(task, { maxBytes, signal }))
       // Empty, as clients send it that have no id yet, it counts as absent.
       const resumeAt = headers['last-event-id'] || undefined
       reply.hijack()
@@ -225,7 +229,8 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
       await sendPiece(Buffer.alloc(0), offset, { isLast: true })
     }
     const { status, reason } = ended
-    await send(response, signal, { event: 'end', data: JSON.stringify({ status, reason }) })
+    const end: z.input<typeof logEndSchema> = { status, reason }
+    await send(response, signal, { event: 'end', data: JSON.stringify(end) })
   }
 
   /** Waits while the task has no worker yet. Undefined: the task is final. */

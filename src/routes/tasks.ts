@@ -1,19 +1,14 @@
 import type { FastifyPluginAsyncZod } from 'fastify-type-provider-zod'
 import { z } from 'zod'
 import type { CallbackDispatcher } from '../core/callbacks.ts'
-import { InvalidRequestError, TaskRunnerError } from '../core/errors.ts'
+import { TaskRunnerError } from '../core/errors.ts'
 import type { DeliveryStore, TaskStore } from '../core/ports.ts'
-import {
-  CALLBACK_STATUSES,
-  isFinal,
-  TASK_STATUSES,
-  type Task,
-  type TaskSummary,
-} from '../core/task.ts'
+import { isFinal, type Task, type TaskSummary } from '../core/task.ts'
 import type { TaskRunner } from '../core/task-runner.ts'
 import { line } from '../wire/fields.ts'
 import {
   callbackStateSchema,
+  callbackStatus,
   cancelledSchema,
   doneSchema,
   fromDelivery,
@@ -21,14 +16,16 @@ import {
   fromTaskSummary,
   taskListSchema,
   taskSchema,
+  taskStatus,
 } from '../wire/responses.ts'
 import { answer, errorResponses } from './responses.ts'
 
 const PAGE_DEFAULT = 50
 const PAGE_MAX = 500
+const CURSOR = /^before-([0-9]{1,15})$/
 
 export const taskIdParams = z.object({
-  task_id: line(255).meta({ example: 'my-first-task' }),
+  task_id: line(255).meta({ examples: ['my-first-task'] }),
 })
 
 /** Tasks, their cancellation and their callbacks. Logs are in task-logs.ts. */
@@ -51,14 +48,12 @@ export const taskRoutes: FastifyPluginAsyncZod<{
         tags: ['Tasks'],
         operationId: 'listTasks',
         summary: 'List tasks',
-        description: 'Newest first, a page at a time.',
+        description:
+          'Newest first, a page at a time. With `callback_status=given_up` those that wait for a redelivery by hand.',
         querystring: z.strictObject({
-          status: z.enum(TASK_STATUSES).optional(),
+          status: taskStatus.optional(),
           task_file_name: line(512).optional(),
-          callback_status: z
-            .enum(CALLBACK_STATUSES)
-            .optional()
-            .describe('`given_up` lists what waits for a redelivery by hand'),
+          callback_status: callbackStatus.optional(),
           limit: z.coerce
             .number()
             .int()
@@ -66,7 +61,11 @@ export const taskRoutes: FastifyPluginAsyncZod<{
             .max(PAGE_MAX)
             .optional()
             .describe(`Default ${PAGE_DEFAULT}`),
-          cursor: z.string().max(100).optional().describe('`next_cursor` of the page before'),
+          cursor: z
+            .string()
+            .regex(CURSOR, 'is not a cursor')
+            .optional()
+            .describe('`next_cursor` of the page before'),
         }),
         response: {
           ...answer('A page of tasks', taskListSchema),
@@ -81,7 +80,7 @@ export const taskRoutes: FastifyPluginAsyncZod<{
         taskFileName: query.task_file_name,
         callbackStatus: query.callback_status,
         limit: limit + 1,
-        before: query.cursor === undefined ? undefined : fromCursor(query.cursor),
+        before: fromCursor(query.cursor),
       })
       const page = found.slice(0, limit)
       const last = page.at(-1)
@@ -184,12 +183,10 @@ export async function taskOr404(tasks: TaskStore, taskId: string): Promise<Task>
 
 /** Opaque to callers, so that what is inside can change. */
 function toCursor(seq: number): string {
-  return Buffer.from(`before:${seq}`).toString('base64url')
+  return `before-${seq}`
 }
 
-function fromCursor(cursor: string): number {
-  const seq = /^before:(\d{1,15})$/.exec(Buffer.from(cursor, 'base64url').toString())?.[1]
-  if (seq === undefined)
-    throw new InvalidRequestError([{ path: 'cursor', message: 'is not a cursor' }])
-  return Number(seq)
+function fromCursor(cursor = ''): number | undefined {
+  const seq = CURSOR.exec(cursor)?.[1]
+  return seq === undefined ? undefined : Number(seq)
 }

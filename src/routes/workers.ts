@@ -19,7 +19,9 @@ import { type KeptLogs, liveTail, sendLog } from './log-pieces.ts'
 import { answer, errorResponses } from './responses.ts'
 
 const CLEANUP_SECONDS_DEFAULT = 59
-const nameParams = z.object({ name: line(63).regex(/^[a-z0-9-]+$/, 'is not a worker name') })
+const nameParams = z.object({
+  name: line(63, { pattern: /^[a-z0-9-]+$/, message: () => 'is not a worker name' }),
+})
 
 /** Workers as they really are, not as they are remembered. */
 export const workerRoutes: FastifyPluginAsyncZod<{

@@ -10,6 +10,12 @@ import {
 } from '../core/task.ts'
 import { maskedWorkerConfig } from './worker-config.ts'
 
+export const taskStatus = z.enum(TASK_STATUSES).meta({ id: 'TaskStatus' })
+export const taskReason = z.enum(REASONS).meta({ id: 'TaskReason' })
+export const callbackStatus = z.enum(CALLBACK_STATUSES).meta({ id: 'CallbackStatus' })
+const workerStatus = z
+  .enum(['Provisioning', 'Running', 'Completed', 'Terminating'] satisfies WorkerStatus[])
+  .meta({ id: 'WorkerStatus' })
 const time = z.iso.datetime().describe('UTC, ISO 8601')
 
 export const acceptedSchema = z
@@ -33,13 +39,18 @@ const errorCode = z.string().meta({
   examples: ERROR_CODES,
 })
 
+const fieldErrorSchema = z.object({ path: z.string(), message: z.string() }).meta({
+  id: 'FieldError',
+  examples: [{ path: 'worker_config.log_level', message: 'must not be empty' }],
+})
+
 export const errorSchema = z
   .object({
     success: z.literal(false),
     code: errorCode,
     message: z.string().describe('What is wrong, in a sentence for people'),
     errors: z
-      .array(z.object({ path: z.string(), message: z.string() }))
+      .array(fieldErrorSchema)
       .optional()
       .describe('Where fields are wrong: each by its path'),
   })
@@ -54,8 +65,8 @@ export const errorSchema = z
 const summaryFields = {
   task_id: z.string(),
   task_file_name: z.string(),
-  status: z.enum(TASK_STATUSES),
-  reason: z.enum(REASONS).nullable().describe('Why it ended so; null while it has not ended'),
+  status: taskStatus,
+  reason: taskReason.nullable().describe('Why it ended so; null while it has not ended'),
   message: z.string().nullable().describe('A sentence for people that goes with the reason'),
   waiting_for: z
     .string()
@@ -71,7 +82,7 @@ const summaryFields = {
   instance: z.string().nullable().describe('The instance of the service that took it'),
   priority: z.int(),
   traceparent: z.string().nullable().describe('Of the trace that the caller belongs to'),
-  callback_status: z.enum(CALLBACK_STATUSES),
+  callback_status: callbackStatus,
 }
 
 const exampleSummary = {
@@ -133,12 +144,46 @@ export const taskListSchema = z
   })
   .meta({ id: 'TaskList', examples: [{ tasks: [exampleSummary], next_cursor: null }] })
 
+export const logEndSchema = z
+  .object({ status: taskStatus, reason: taskReason.nullable() })
+  .meta({ id: 'LogEnd', examples: [{ status: 'succeeded', reason: 'completed' }] })
+
+/** Events of a log that is followed. */
+export const logEventSchema = z.union([
+  z
+    .object({
+      id: z
+        .string()
+        .optional()
+        .describe('Bytes of log up to here: send it as `Last-Event-ID` to go on from there'),
+      data: z.string(),
+    })
+    .meta({
+      id: 'LogPieceEvent',
+      description: 'A piece of the log',
+      examples: [{ id: '6', data: 'hello\n' }],
+    }),
+  z
+    .object({
+      event: z.literal('end'),
+      data: z.string().meta({
+        contentMediaType: 'application/json',
+        contentSchema: { $ref: '#/components/schemas/LogEnd' },
+      }),
+    })
+    .meta({
+      id: 'LogEndEvent',
+      description: 'The task has ended, and its log is whole',
+      examples: [{ event: 'end', data: '{"status":"succeeded","reason":"completed"}' }],
+    }),
+])
+
 export const cancelledSchema = z
   .object({
     success: z.literal(true),
     message: z.string(),
     task_id: z.string(),
-    status: z.enum(TASK_STATUSES),
+    status: taskStatus,
   })
   .meta({
     id: 'CancelResponse',
@@ -147,22 +192,32 @@ export const cancelledSchema = z
     ],
   })
 
+const exampleAttempt = {
+  number: 1,
+  started_at: '2026-01-05T08:00:00.031Z',
+  duration_ms: 4,
+  status_code: 200,
+  error: null,
+  manual: false,
+}
+const attemptSchema = z
+  .object({
+    number: z.int(),
+    started_at: time,
+    duration_ms: z.int(),
+    status_code: z.int().nullable(),
+    error: z.string().nullable(),
+    manual: z.boolean().describe('A person asked for it: the schedule goes on without it'),
+  })
+  .meta({ id: 'CallbackAttempt', examples: [exampleAttempt] })
+
 export const callbackStateSchema = z
   .object({
     task_id: z.string(),
-    status: z.enum(CALLBACK_STATUSES),
+    status: callbackStatus,
     webhook_id: z.string().nullable().describe('The same for every attempt'),
     next_attempt_at: time.nullable(),
-    attempts: z.array(
-      z.object({
-        number: z.int(),
-        started_at: time,
-        duration_ms: z.int(),
-        status_code: z.int().nullable(),
-        error: z.string().nullable(),
-        manual: z.boolean().describe('A person asked for it: the schedule goes on without it'),
-      }),
-    ),
+    attempts: z.array(attemptSchema),
   })
   .meta({
     id: 'CallbackState',
@@ -172,16 +227,7 @@ export const callbackStateSchema = z
         status: 'delivered',
         webhook_id: 'msg_3f2a8c0e5b7d4a61b2c3d4e5f6a7b8c9',
         next_attempt_at: null,
-        attempts: [
-          {
-            number: 1,
-            started_at: '2026-01-05T08:00:00.031Z',
-            duration_ms: 4,
-            status_code: 200,
-            error: null,
-            manual: false,
-          },
-        ],
+        attempts: [exampleAttempt],
       },
     ],
   })
@@ -199,12 +245,7 @@ const exampleWorker = {
 export const workerSchema = z
   .object({
     name: z.string(),
-    status: z.enum([
-      'Provisioning',
-      'Running',
-      'Completed',
-      'Terminating',
-    ] satisfies WorkerStatus[]),
+    status: workerStatus,
     creation_time: time,
     backend: z.string(),
     image: z.string().nullable(),

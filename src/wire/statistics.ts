@@ -1,13 +1,35 @@
 import { z } from 'zod'
 import type { Bucket, Durations } from '../core/statistics.ts'
-import { REASONS, type Reason, type TaskStatus } from '../core/task.ts'
+import type { Reason, TaskStatus } from '../core/task.ts'
+import { taskReason } from './responses.ts'
 
-const durationsSchema = z.object({
-  mean: z.number().nullable(),
-  max: z.number().nullable(),
-})
 const none = { mean: null, max: null }
 const at = '2026-01-05T08:00:00.000Z'
+const exampleBucket = {
+  ...{ at, succeeded: 12, failed: 1, cancelled: 0 },
+  queue_wait_seconds: { mean: 0.004, max: 0.02 },
+  callback_delay_seconds: none,
+}
+const exampleCount = { reason: 'exit_code', count: 1 } as const
+
+const durationsSchema = z
+  .object({ mean: z.number().nullable(), max: z.number().nullable() })
+  .meta({ id: 'Durations', examples: [exampleBucket.queue_wait_seconds] })
+
+const bucketSchema = z
+  .object({
+    at: z.iso.datetime(),
+    succeeded: z.int(),
+    failed: z.int(),
+    cancelled: z.int(),
+    queue_wait_seconds: durationsSchema.describe('From accepted to claimed'),
+    callback_delay_seconds: durationsSchema.describe('From the end to the first attempt'),
+  })
+  .meta({ id: 'StatisticsBucket', examples: [exampleBucket] })
+
+const reasonCountSchema = z
+  .object({ reason: taskReason, count: z.int() })
+  .meta({ id: 'ReasonCount', examples: [exampleCount] })
 
 /** Buckets are told with the counts of what ended in them; durations are null where nothing was measured. */
 export const statisticsSchema = z
@@ -15,18 +37,9 @@ export const statisticsSchema = z
     from: z.iso.datetime(),
     to: z.iso.datetime(),
     bucket_seconds: z.number(),
-    buckets: z.array(
-      z.object({
-        at: z.iso.datetime(),
-        succeeded: z.int(),
-        failed: z.int(),
-        cancelled: z.int(),
-        queue_wait_seconds: durationsSchema.describe('From accepted to claimed'),
-        callback_delay_seconds: durationsSchema.describe('From the end to the first attempt'),
-      }),
-    ),
+    buckets: z.array(bucketSchema),
     reasons: z
-      .array(z.object({ reason: z.enum(REASONS), count: z.int() }))
+      .array(reasonCountSchema)
       .describe('Of tasks that did not succeed, the most frequent first'),
     live: z.object({ queued: z.int(), provisioning: z.int(), running: z.int() }),
     oldest_queued_seconds: z.number().nullable(),
@@ -38,14 +51,8 @@ export const statisticsSchema = z
         from: at,
         to: '2026-01-05T09:00:00.000Z',
         bucket_seconds: 60,
-        buckets: [
-          {
-            ...{ at, succeeded: 12, failed: 1, cancelled: 0 },
-            queue_wait_seconds: { mean: 0.004, max: 0.02 },
-            callback_delay_seconds: none,
-          },
-        ],
-        reasons: [{ reason: 'exit_code', count: 1 }],
+        buckets: [exampleBucket],
+        reasons: [exampleCount],
         live: { queued: 0, provisioning: 0, running: 3 },
         oldest_queued_seconds: null,
       },

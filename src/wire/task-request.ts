@@ -2,20 +2,27 @@ import { posix } from 'node:path'
 import { z } from 'zod'
 import type { TaskRequest } from '../core/task.ts'
 import { TASK_FILE_EXTENSIONS } from '../core/task-files.ts'
-import { line } from './fields.ts'
+import { CONTROL, line } from './fields.ts'
 import { type BackendRules, toWorkerConfig, workerConfigSchema } from './worker-config.ts'
 
+/** More than dots, or at least three of them: no `.` and no `..`, which lead elsewhere. */
+const NO_DOTS = (others: string) => `(?:\\.*[^.${others}][^${others}]*|\\.{3,})`
+const ENDING = new RegExp(`(?:${TASK_FILE_EXTENSIONS.join('|').replaceAll('.', '\\.')})$`)
+const IN_PATH = `/\\\\${CONTROL}`
+
 /** A task file, by its path below the tasks folder or a repository. */
-export const taskFileName = line(512)
-  .refine(
-    (name) => TASK_FILE_EXTENSIONS.some((extension) => name.endsWith(extension)),
-    `must end in ${TASK_FILE_EXTENSIONS.join(', ')}`,
-  )
-  .refine(
-    (name) =>
-      !name.includes('\\') && !name.split('/').some((part) => ['', '.', '..'].includes(part)),
-    'must be a plain relative path inside the tasks folder',
-  )
+export const taskFileName = line(512, {
+  pattern: new RegExp(`^(?:${NO_DOTS(IN_PATH)}/)*[^${IN_PATH}]*${ENDING.source}`),
+  message: (name) =>
+    ENDING.test(name)
+      ? 'must be a plain relative path inside the tasks folder'
+      : `must end in ${TASK_FILE_EXTENSIONS.join(', ')}`,
+})
+
+const taskId = line(255, {
+  pattern: new RegExp(`^${NO_DOTS(CONTROL)}$`),
+  message: () => 'must not be a relative path',
+})
 
 const callbackUrl = z
   .string()
@@ -46,11 +53,9 @@ function optionalText<T extends z.ZodType>(schema: T) {
 export function taskRequestSchema(timeoutSecondsMax: number) {
   return z
     .strictObject({
-      task_id: line(255)
-        .refine((id) => id !== '.' && id !== '..', 'must not be a relative path')
-        .describe(
-          'Your name for this run, and its idempotency key: the same id with the same request starts nothing new',
-        ),
+      task_id: taskId.describe(
+        'Your name for this run, and its idempotency key: the same id with the same request starts nothing new',
+      ),
       task_file_name: taskFileName.describe(
         `A file of the tasks folder (${TASK_FILE_EXTENSIONS.join(' ')})`,
       ),
