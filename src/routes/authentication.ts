@@ -64,13 +64,13 @@ export class Authentication {
           'Without API tokens, only loopback names are served',
         )
       }
-      if (isOfAnotherSite(request)) throw refusedSite()
+      if (isOfAnotherSite(request)) throw refusedSite(request)
       return
     }
     const header = request.headers.authorization
     const cookie = request.cookies[TOKEN_COOKIE]
     if (header === undefined && cookie !== undefined) {
-      if (isOfAnotherSite(request)) throw refusedSite()
+      if (isOfAnotherSite(request)) throw refusedSite(request)
       if (!(await this.knows(cookie))) {
         throw new TaskRunnerError('unauthorized', 'Sign in again')
       }
@@ -99,8 +99,13 @@ function isOfAnotherSite({ headers }: FastifyRequest): boolean {
   return origin !== undefined && (!URL.canParse(origin) || new URL(origin).host !== headers.host)
 }
 
-function refusedSite(): TaskRunnerError {
-  return new TaskRunnerError('site_refused', 'Requests of other sites are not served')
+/** Behind a proxy that sends a `Host` of its own, our page looks like one of another site. */
+function refusedSite({ headers }: FastifyRequest): TaskRunnerError {
+  const { origin = 'none', host } = headers
+  const what = `Requests of other sites are not served: Origin is ${origin}, and Host is ${host}`
+  const how =
+    'A proxy has to pass on Host, and the port with it: in nginx, proxy_set_header Host $http_host'
+  return new TaskRunnerError('site_refused', `${what.slice(0, 600)}. ${how}`)
 }
 
 function digest(token: string): Buffer {

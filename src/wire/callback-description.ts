@@ -29,6 +29,16 @@ export function callbackDescription(apiSecurity: object | undefined) {
           ),
           header('authorization', '`Bearer` and the `callback_url_token`, where there is one'),
           header('traceparent', 'W3C Trace Context, where the request brought one'),
+          header(
+            'task-status',
+            'How the task ended, as its record says. Not signed, like all `task-` headers',
+            {
+              required: true,
+            },
+          ),
+          header('task-reason', 'Why it ended so'),
+          header('task-exit-code', 'Where it ended by itself'),
+          header('task-duration-ms', 'From its start to its end, where it was started'),
         ],
         requestBody: {
           required: true,

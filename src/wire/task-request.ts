@@ -37,11 +37,11 @@ const callbackUrl = z
     }
   })
 
-/** RFC 6750, section 2.1: what can follow "Bearer". */
+/** Wider than RFC 6750, section 2.1: some receivers have tokens such as `12|AbCd`. */
 const bearerToken = z
   .string()
   .max(8192)
-  .regex(/^[A-Za-z0-9._~+/-]+=*$/, 'is not a bearer token (RFC 6750)')
+  .regex(/^[!-~]+$/, 'must be visible ASCII characters, without spaces')
 
 /** A field in which the empty text and null mean the same as leaving it out. */
 function optionalText<T extends z.ZodType>(schema: T) {

@@ -188,6 +188,21 @@ describe('fields', () => {
     })
   })
 
+  test.each(['12|AbCdEfGh', 'user:secret1', 'p@ss!word#1', '"quoted"', '~'])(
+    'the token %s reaches the receiver as it is',
+    async (token) => {
+      await using receiver = await startReceiver()
+      const request = taskRequest({ callback_url: receiver.url, callback_url_token: token })
+      expect(await app.submit(request)).toMatchObject({ status: 200 })
+      const { headers } = await receiver.callbackOf(request.task_id)
+      expect(headers).toMatchObject({
+        ...{ authorization: `Bearer ${token}`, 'task-status': 'succeeded' },
+        ...{ 'task-reason': 'completed', 'task-exit-code': '0' },
+        'task-duration-ms': expect.stringMatching(/^[0-9]+$/),
+      })
+    },
+  )
+
   test('an empty callback_url or callback_url_token means none', async () => {
     const request = taskRequest({ callback_url: '', callback_url_token: '' })
     expect(await app.submit(request)).toMatchObject({ status: 200 })
@@ -212,7 +227,7 @@ describe('fields', () => {
     ['task_file_name', './a.sh', 'must be a plain relative path inside the tasks folder'],
     ['callback_url', 'here', 'is not a URL'],
     ['callback_url', 'ftp://example.com', 'must be http or https'],
-    ['callback_url_token', 'two words', 'is not a bearer token (RFC 6750)'],
+    ['callback_url_token', 'two words', 'must be visible ASCII characters, without spaces'],
     ['timeout_seconds', 0.5, 'must be a whole number'],
     ['timeout_seconds', 0, 'must be at least 1'],
     ['priority', 10, 'must be at most 9'],

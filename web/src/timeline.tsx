@@ -50,6 +50,7 @@ export function Timeline(props: { task: Task; callback: CallbackState; now: numb
             key={attempt.number}
           >
             {[
+              ...(attempt.manual ? ['by hand'] : []),
               duration(attempt.duration_ms),
               ...(attempt.status_code === null ? [] : [`HTTP ${attempt.status_code}`]),
               ...(attempt.error === null ? [] : [visible(attempt.error)]),
