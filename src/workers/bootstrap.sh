@@ -227,8 +227,9 @@ guard() {
   for __tr_spelling in "$__tr_origin/" "git@$__tr_host:" "ssh://git@$__tr_host/" "https://$__tr_host/"; do
     git_config "url.$__tr_origin/.insteadOf" "$__tr_spelling"
   done
-  git_config url.unchecked://.insteadOf http://
-  git_config url.unchecked://.insteadOf https://
+  for __tr_spelling in http:// https:// http:: https::; do
+    git_config url.unchecked://.insteadOf "$__tr_spelling"
+  done
   case $1 in
     ssh:*)
       # Nothing of the user that the worker happens to run as: no configuration, no keys. Submodules are elsewhere.

@@ -239,6 +239,8 @@ describe.each(SHELLS.map((shell) => ({ shell, name: shell.join(' ') })))(
       'http://user@host.invalid/a.git',
       'http://host.invalid:81/a.git',
       'HTTP://other.invalid/a.git',
+      'http::http://other.invalid/a.git',
+      'https::https://other.invalid/a.git',
       'git@other.invalid:a.git',
       'git://host.invalid/a.git',
       'ext::sh -c :',
