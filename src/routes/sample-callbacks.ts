@@ -18,6 +18,10 @@ const LARGE_BYTES_MIN = 16 * 1024
 const LARGE_AT_A_TIME = 2
 const LOG_SHOWN_MAX = 2_000
 
+const anyObject = z
+  .record(z.string(), z.unknown())
+  .meta({ id: 'AnyObject', examples: [{ task_id: 'my-first-task', success: true }] })
+
 /** Receivers to try callbacks with; open, since a callback brings its own token or none. */
 export const sampleCallbackRoutes: FastifyPluginAsyncZod = async (app) => {
   let large = 0
@@ -79,7 +83,7 @@ export const sampleCallbackRoutes: FastifyPluginAsyncZod = async (app) => {
         summary: 'A receiver that takes any JSON object',
         description: 'Or a JSON string that holds one, as the predecessor of this service sent it.',
         security: [],
-        body: z.union([z.record(z.string(), z.unknown()), z.string()]),
+        body: z.union([anyObject, z.string()]),
         response: {
           ...answer('Done', callbackResponseSchema),
           ...errorResponses(413, 415, 422, 503),

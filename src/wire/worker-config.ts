@@ -75,6 +75,10 @@ const secretReferences = z
   )
   .max(1000)
 
+const modulesLogLevels = z
+  .record(z.string(), z.string())
+  .meta({ id: 'ModulesLogLevels', examples: [{ urllib3: 'DEBUG' }] })
+
 const pullPolicy = z.enum(['Always', 'IfNotPresent', 'Never']).meta({ id: 'PullPolicy' })
 
 /** Fields of `image_config` that mean something here; those of a builder of images do not. */
@@ -124,8 +128,8 @@ const fields = {
   image_config: imageConfig.nullish(),
   log_level: line(50).nullish().describe('Reaches the task as `LOG_LEVEL` and `PRT_LOG_LEVEL`'),
   modules_log_level: z
-    .union([line(10_000), z.record(z.string(), z.string())])
-    .nullish()
+    .union([line(10_000), modulesLogLevels, z.null()])
+    .optional()
     .describe(
       'Reaches the task as `MODULES_LOG_LEVEL` and `PRT_MODULES_LOG_LEVEL`; an object as JSON',
     ),
