@@ -83,7 +83,7 @@ export const sampleCallbackRoutes: FastifyPluginAsyncZod = async (app) => {
         summary: 'A receiver that takes any JSON object',
         description: 'Or a JSON string that holds one, as the predecessor of this service sent it.',
         security: [],
-        body: z.union([anyObject, z.string()]),
+        body: z.union([anyObject, z.string()], 'must be an object, or a string that holds one'),
         response: {
           ...answer('Done', callbackResponseSchema),
           ...errorResponses(413, 415, 422, 503),

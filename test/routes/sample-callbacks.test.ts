@@ -103,6 +103,16 @@ describe('what the sample receivers take', () => {
       body: { errors: [{ path: 'logs', message: 'is required' }] },
     })
   })
+
+  test.each(['5', '[]', 'null', 'true'])('the second takes no %s, and says so', async (payload) => {
+    await using app = await startApp()
+    const headers = { 'content-type': 'application/json' }
+    const reply = await app.http.inject({ method: 'POST', url: `${PATH}2`, headers, payload })
+    expect(reply.statusCode).toBe(422)
+    expect(reply.json().errors).toEqual([
+      { path: '', message: 'must be an object, or a string that holds one' },
+    ])
+  })
 })
 
 describe('where the sample receivers are off', () => {
