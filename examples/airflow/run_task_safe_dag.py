@@ -1,12 +1,13 @@
 """Two ways to run a task of the task runner from Airflow 2.9+ or 3; README.md beside this file has the set-up.
 
-- submit >> wait >> cancel: operators of the HTTP provider alone. While it waits it takes no worker slot.
-- deploy: one @task with the helper module. Less to read; it takes a worker slot while it waits.
+- name >> submit >> wait >> cancel: operators of the HTTP provider alone. While it waits it takes no worker slot.
+- run_safe: one @task with the helper module. Less to read; it takes a worker slot while it waits.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -21,22 +22,65 @@ except ImportError:
     from airflow.decorators import task
     from airflow.models.dag import DAG
 
-from task_runner import TaskRunner, run_task_safe, task_id_for, worker_config_from_file
+from task_runner import (
+    LOG_TAIL_CHARACTERS,
+    TaskRunner,
+    run_task_safe,
+    task_id_for,
+    worker_config_from_file,
+)
 
 CONNECTION = "task_runner"
 HERE = Path(__file__).parent
 TIMEOUT = timedelta(hours=6)
-# The id that `submit` got the answer for.
-TASK_PATH = "tasks/{{ ti.xcom_pull(task_ids='submit') | urlencode }}"
+TASK_ID = "{{ ti.xcom_pull(task_ids='name') }}"
+TASK_PATH = "tasks/{{ ti.xcom_pull(task_ids='name') | urlencode }}"
+# The checks below judge the status. Without this the hook would call every refusal an outage, and it would be repeated.
+JUDGED_BELOW = {"check_response": False}
+
+log = logging.getLogger(__name__)
+
+
+def is_accepted(response, also: tuple = ()) -> bool:
+    """False while the service is busy or fails: what asked is repeated. A refusal fails at once, with its reason."""
+    if response.status_code < 300 or response.status_code in also:
+        return True
+    if response.status_code == 429 or response.status_code >= 500:
+        return False
+    raise AirflowFailException(f"the service refused it with {response.status_code}: {response.text[:2000]}")
+
+
+def is_cancelled(response) -> bool:
+    """A task that was never accepted needs no cancelling."""
+    return is_accepted(response, also=(404,))
 
 
 def has_succeeded(response) -> bool:
+    if not is_accepted(response):
+        return False
     record = response.json()
-    if record["status"] in ("failed", "cancelled"):
+    if record["status"] not in ("succeeded", "failed", "cancelled"):
+        return False
+    show_end_of_log(record["task_id"])
+    if record["status"] != "succeeded":
         # Not to be tried again by the sensor: what has ended stays so.
         outcome = f"{record['status']}: {record['reason']}, {record['message']}"
         raise AirflowFailException(f"task {record['task_id']} {outcome}")
-    return record["status"] == "succeeded"
+    return True
+
+
+def show_end_of_log(task_id: str) -> None:
+    try:
+        log.info("log of task %s:\n%s", task_id, client().logs(task_id)[-LOG_TAIL_CHARACTERS:])
+    except Exception as err:
+        # The outcome counts, and the service keeps the log.
+        log.warning("the log of task %s could not be had: %s", task_id, err)
+
+
+def client() -> TaskRunner:
+    hook = HttpHook(http_conn_id=CONNECTION)
+    token = hook.get_conn().headers.get("Authorization", "").split(" ")[-1]
+    return TaskRunner(hook.base_url, token)
 
 
 with DAG(
@@ -44,9 +88,22 @@ with DAG(
     schedule=None,
     start_date=datetime(2024, 1, 1),
     catchup=False,
-    default_args={"retries": 5, "retry_delay": timedelta(seconds=20)},
-    user_defined_macros={"task_id_for": task_id_for},
+    # Some fifteen minutes in all: every request may be repeated, and a service that is away comes back.
+    default_args={
+        "retries": 10,
+        "retry_delay": timedelta(seconds=10),
+        "retry_exponential_backoff": True,
+        "max_retry_delay": timedelta(minutes=2),
+    },
 ) as dag:
+
+    # The id has a task of its own, which ends before anything is sent: whatever becomes of `submit`, also when the run is
+    # marked failed while it is at work, `cancel` knows what to cancel. Clearing the task in Airflow changes max_tries,
+    # and so the id: it runs anew.
+    @task
+    def name(ti=None) -> str:
+        return task_id_for(ti.dag_id, ti.run_id, ti.task_id, ti.max_tries)
+
     submit = HttpOperator(
         task_id="submit",
         http_conn_id=CONNECTION,
@@ -55,15 +112,15 @@ with DAG(
         headers={"Content-Type": "application/json"},
         data=json.dumps(
             {
-                # max_tries instead of try_number: a retry of this operator posts the same id again, which starts
-                # nothing new, and only clearing the task in Airflow changes max_tries, which runs it anew.
-                "task_id": "{{ task_id_for(dag.dag_id, run_id, task.task_id, ti.max_tries) }}",
+                # A retry posts the same id again, which starts nothing new.
+                "task_id": TASK_ID,
                 "task_file_name": "hello.py",
                 "worker_config": worker_config_from_file(HERE / "default_worker.json"),
                 "timeout_seconds": int(TIMEOUT.total_seconds()),
             }
         ),
-        response_filter=lambda response: response.json()["task_id"],
+        extra_options=JUDGED_BELOW,
+        response_check=is_accepted,
     )
 
     # Not deferrable=True: the sensor's trigger cannot look into a body, it fires at the first answer that is not a 404.
@@ -74,44 +131,47 @@ with DAG(
         http_conn_id=CONNECTION,
         endpoint=TASK_PATH,
         method="GET",
+        extra_options=JUDGED_BELOW,
         response_check=has_succeeded,
-        response_error_codes_allowlist=["429", "500", "502", "503", "504"],
+        # A service that cannot be reached is asked again until the timeout: its tasks run on meanwhile.
+        silent_fail=True,
         deferrable=False,
         mode="reschedule",
         poke_interval=15,
         timeout=TIMEOUT.total_seconds(),
     )
 
-    # A teardown runs whatever became of `wait`, also when the DAG run is marked failed by hand. A task that has ended
+    # A teardown runs whatever became of the others, also when the DAG run is marked failed by hand. A task that has ended
     # is not touched by it.
     cancel = HttpOperator(
         task_id="cancel",
         http_conn_id=CONNECTION,
         endpoint=TASK_PATH + "/cancel",
         method="POST",
+        extra_options=JUDGED_BELOW,
+        response_check=is_cancelled,
     )
 
-    submit >> wait >> cancel.as_teardown(setups=submit)
+    named = name()
+    named >> submit >> wait >> cancel.as_teardown(setups=named)
 
     # The helper repeats what is safe to repeat. Whether the script may run twice is for you to say, with `retries`.
     @task(retries=0, execution_timeout=TIMEOUT)
-    def deploy(ti=None) -> dict:
-        hook = HttpHook(http_conn_id=CONNECTION)
-        token = hook.get_conn().headers.get("Authorization", "").split(" ")[-1]
-        client = TaskRunner(hook.base_url, token)
+    def run_safe(ti=None) -> dict:
+        runner = client()
 
         def id_of(try_number: int) -> str:
             return task_id_for(ti.dag_id, ti.run_id, ti.task_id, try_number, ti.map_index)
 
         # An earlier try that was killed outright could not cancel its task.
         for earlier in range(1, ti.try_number):
-            client.cancel(id_of(earlier))
+            runner.cancel(id_of(earlier))
         request = {
             "task_id": id_of(ti.try_number),
-            "task_file_name": "deployer_task.py",
-            "worker_config": worker_config_from_file(HERE / "deploy_worker.json"),
+            "task_file_name": "hello.py",
+            "worker_config": worker_config_from_file(HERE / "default_worker.json"),
             "timeout_seconds": int(TIMEOUT.total_seconds()),
         }
-        return run_task_safe(client, request)
+        return run_task_safe(runner, request)
 
-    deploy()
+    run_safe()

@@ -21,7 +21,7 @@ import urllib.parse
 import urllib.request
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
-from typing import Any, Iterator, Optional
+from typing import Any, Iterator, Mapping, Optional
 
 log = logging.getLogger(__name__)
 
@@ -152,12 +152,25 @@ def run_task_safe(
 
 
 def worker_config_from_file(path: Any) -> dict[str, Any]:
-    """A `worker_config` from a file as the Practicus SDK writes it, where null, "" and "None" stand for absent."""
+    """A `worker_config` from a file as the Practicus SDK writes it."""
     with open(path, encoding="utf-8") as file:
         config = json.load(file)
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not a JSON object")
-    return {name: value for name, value in config.items() if value not in (None, "", "None")}
+    return worker_config_from_params(config)
+
+
+def worker_config_from_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """A `worker_config` from the params of a DAG run, as the Practicus SDK's form has them: null, "" and "None" stand for
+    absent, and names of secrets are text with blanks between them."""
+    config = {name: value for name, value in params.items() if value not in (None, "", "None")}
+    for name in ("personal_secrets", "shared_secrets"):
+        if isinstance(config.get(name), str):
+            config[name] = config[name].split()
+    # Of how the SDK shows a run, and of a virtual environment that its images have.
+    for name in ("capture_task_output", "python_venv_name"):
+        config.pop(name, None)
+    return config
 
 
 def task_id_for(dag_id: str, run_id: str, task_id: str, try_number: int, map_index: int = -1) -> str:

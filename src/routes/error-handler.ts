@@ -98,6 +98,11 @@ export function answerError(
   const retryAfter = known.retryAfterSeconds ?? (status === 503 ? RETRY_AFTER_SECONDS : undefined)
   if (retryAfter !== undefined) reply.header('retry-after', retryAfter)
   if (known.code === 'unauthorized') reply.header('www-authenticate', 'Bearer')
+  if (known.code === 'request_too_large') {
+    // Closed at once, the connection would break for who still sends, before the answer is read: the rest is read, and dropped.
+    reply.header('connection', 'keep-alive')
+    request.raw.resume()
+  }
   // Already text: these answers have no schema on routes that do not declare their status.
   reply.code(status).type('application/json').serializer(String).send(bodyOf(known))
 }

@@ -64,11 +64,13 @@ class DAG:
         operators[arguments["dag_id"]] = self
     def __enter__(self): return self
     def __exit__(self, *_): pass
-def task(**arguments):
+def task(function=None, **arguments):
     def decorate(function):
-        def call(): callables[function.__name__] = function
+        def call():
+            callables[function.__name__] = function
+            return Operator(task_id=function.__name__, **arguments)
         return call
-    return decorate`,
+    return decorate if function is None else decorate(function)`,
 }
 const VERSIONS: Record<string, Record<string, string>> = {
   '2': {
@@ -100,48 +102,58 @@ test.each(['2', '3'])('with Airflow %s the operators are wired', async (version)
 arguments = {id: each.arguments for id, each in stub.operators.items()}
 print(json.dumps({"arguments": arguments, "edges": stub.edges}, default=lambda value: f"<{type(value).__name__}>"))`,
   )
-  const task_path = "tasks/{{ ti.xcom_pull(task_ids='submit') | urlencode }}"
+  const task_path = "tasks/{{ ti.xcom_pull(task_ids='name') | urlencode }}"
+  const judged = { extra_options: { check_response: false } }
   expect(given).toEqual({
     run_task_safe: {
       dag_id: 'run_task_safe',
       schedule: null,
       start_date: '<datetime>',
       catchup: false,
-      default_args: { retries: 5, retry_delay: '<timedelta>' },
-      user_defined_macros: { task_id_for: '<function>' },
+      default_args: {
+        ...{ retries: 10, retry_delay: '<timedelta>' },
+        ...{ retry_exponential_backoff: true, max_retry_delay: '<timedelta>' },
+      },
     },
+    name: {},
     submit: {
       http_conn_id: 'task_runner',
       endpoint: 'task-runner',
       method: 'POST',
       headers: { 'Content-Type': 'application/json' },
       data: expect.any(String),
-      response_filter: '<function>',
+      response_check: '<function>',
+      ...judged,
     },
     wait: {
       http_conn_id: 'task_runner',
       endpoint: task_path,
       method: 'GET',
       response_check: '<function>',
-      response_error_codes_allowlist: ['429', '500', '502', '503', '504'],
+      silent_fail: true,
       deferrable: false,
       mode: 'reschedule',
       poke_interval: 15,
       timeout: 21600,
+      ...judged,
     },
     cancel: {
       http_conn_id: 'task_runner',
       endpoint: `${task_path}/cancel`,
       method: 'POST',
-      teardown_of: 'submit',
+      response_check: '<function>',
+      teardown_of: 'name',
+      ...judged,
     },
+    run_safe: { retries: 0, execution_timeout: '<timedelta>' },
   })
   expect(edges).toEqual([
+    ['name', 'submit'],
     ['submit', 'wait'],
     ['wait', 'cancel'],
   ])
   expect(JSON.parse(given.submit.data)).toEqual({
-    task_id: '{{ task_id_for(dag.dag_id, run_id, task.task_id, ti.max_tries) }}',
+    task_id: "{{ ti.xcom_pull(task_ids='name') }}",
     task_file_name: 'hello.py',
     worker_config: { worker_image: 'practicus', worker_size: 'X-Small' },
     timeout_seconds: 21600,
@@ -153,42 +165,57 @@ test('what submit sends is accepted, and its checks read the real answers', asyn
   const answers = await dag(
     '3',
     `
-import os
+import os, urllib.error, urllib.request
 from airflow.exceptions import AirflowFailException
 from task_runner import TaskRunner
 client = TaskRunner(os.environ["TASK_RUNNER_URL"], os.environ["TASK_RUNNER_TOKEN"])
-arguments = stub.operators["submit"].arguments
-request = json.loads(arguments["data"])
-request["task_id"] = module.task_id_for("run_task_safe", "manual__2024-01-01T00:00:00+00:00", "submit", 5)
-answer = lambda body: types.SimpleNamespace(json=lambda: body)
-task_id = arguments["response_filter"](answer(client.submit(request)))
-check = stub.operators["wait"].arguments["response_check"]
-succeeded = client.wait_for_task(task_id)
-results = [check(answer(succeeded)), check(answer({**succeeded, "status": "running"}))]
-for status in ("failed", "cancelled"):
+ti = types.SimpleNamespace(dag_id="run_task_safe", run_id="manual__2024-01-01T00:00:00+00:00", task_id="name", max_tries=5)
+task_id = stub.callables["name"](ti)
+sent = json.loads(stub.operators["submit"].arguments["data"])
+def response(method, path, body=None):
+    headers = {**client._headers, "Content-Type": "application/json"}
+    request = urllib.request.Request(client.url + path, body and json.dumps(body).encode(), headers, method=method)
     try:
-        check(answer({**succeeded, "status": status}))
+        answer = urllib.request.urlopen(request)
+    except urllib.error.HTTPError as err:
+        answer = err
+    text = answer.read().decode()
+    return types.SimpleNamespace(status_code=answer.status, text=text, json=lambda: json.loads(text))
+def judged(operator, response):
+    try:
+        return stub.operators[operator].arguments["response_check"](response)
     except AirflowFailException as err:
-        results.append(str(err).replace(task_id, "ID"))
-print(json.dumps(results))`,
+        return str(err).replace(task_id, "ID")
+answer = lambda code, **body: types.SimpleNamespace(status_code=code, text=json.dumps(body), json=lambda: body)
+submitted = judged("submit", response("POST", "/task-runner", {**sent, "task_id": task_id}))
+succeeded = client.wait_for_task(task_id)
+print(json.dumps({
+    "submit": [submitted, judged("submit", answer(503)), judged("submit", answer(429)),
+        judged("submit", response("POST", "/task-runner", {**sent, "task_id": "other", "task_file_name": "nothere.py"}))],
+    "wait": [judged("wait", response("GET", "/tasks/" + task_id)), judged("wait", answer(200, **{**succeeded, "status": "running"})),
+        judged("wait", answer(502)), judged("wait", response("GET", "/tasks/unknown")), judged("wait", answer(401)),
+        *(judged("wait", answer(200, **{**succeeded, "status": status})) for status in ("failed", "cancelled"))],
+    "cancel": [judged("cancel", response("POST", "/tasks/unknown/cancel")), judged("cancel", response("POST", "/tasks/" + task_id + "/cancel")),
+        judged("cancel", answer(500)), judged("cancel", answer(401))],
+}))`,
     service.env,
   )
-  expect(answers).toEqual([
-    true,
-    false,
-    'task ID failed: completed, None',
-    'task ID cancelled: completed, None',
-  ])
+  const refused = (status: number, why = '') =>
+    expect.stringContaining(`the service refused it with ${status}: ${why}`)
+  expect(answers).toEqual({
+    submit: [true, false, false, refused(404, '{"success":false,"code":"task_file_not_found"')],
+    wait: [
+      ...[true, false, false, refused(404), refused(401)],
+      ...['task ID failed: completed, None', 'task ID cancelled: completed, None'],
+    ],
+    cancel: [true, true, false, refused(401)],
+  })
 })
 
-test('deploy runs the deployer with its worker file, and ends what an earlier try left', async () => {
+test('run_safe runs its file, and ends what an earlier try left', async () => {
   const tasks = join(folder, 'tasks')
   await mkdir(tasks)
-  // Stands in for the deployer, whose own tests hold what it does.
-  await writeFile(
-    join(tasks, 'deployer_task.py'),
-    'import os\nprint(os.environ["DEPLOYMENT_KEY"])\n',
-  )
+  await writeFile(join(tasks, 'hello.py'), 'print("hello")\n')
   await writeFile(join(tasks, 'endless.sh'), 'sleep 60\n')
   await using service = await startExampleService({ TASKS_DIR: tasks })
   const [earlier, record] = await dag(
@@ -197,13 +224,13 @@ test('deploy runs the deployer with its worker file, and ends what an earlier tr
 import os
 from task_runner import TaskRunner
 client = TaskRunner(os.environ["TASK_RUNNER_URL"], os.environ["TASK_RUNNER_TOKEN"])
-ti = types.SimpleNamespace(dag_id="d", run_id="r", task_id="deploy", try_number=2, map_index=-1)
-earlier = module.task_id_for("d", "r", "deploy", 1)
+ti = types.SimpleNamespace(dag_id="d", run_id="r", task_id="run_safe", try_number=2, map_index=-1)
+earlier = module.task_id_for("d", "r", "run_safe", 1)
 client.submit({"task_id": earlier, "task_file_name": "endless.sh", "worker_config": {}})
-print(json.dumps([earlier, stub.callables["deploy"](ti)]))`,
+print(json.dumps([earlier, stub.callables["run_safe"](ti)]))`,
     service.env,
   )
-  expect(record).toMatchObject({ task_file_name: 'deployer_task.py', status: 'succeeded' })
+  expect(record).toMatchObject({ task_file_name: 'hello.py', status: 'succeeded' })
   await service.expectStatus(earlier, 'cancelled')
 })
 

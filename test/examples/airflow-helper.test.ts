@@ -44,6 +44,32 @@ test('a task is run, and its final record returned', async () => {
   expect(JSON.parse(stdout)).toMatchObject({ status: 'succeeded', exit_code: 0 })
 })
 
+test('a request that is too large is refused at once', async () => {
+  const { stdout, stderr } = await python(`
+try:
+    client.submit(request("large", "hello.py", env_variables={"A": "x" * 20_000_000}))
+except RequestRefused as err:
+    print(json.dumps([err.status, str(err)]))
+`).ended
+  expect(stderr).toBe('')
+  expect(JSON.parse(stdout)).toEqual([413, '413: The request body is too large'])
+})
+
+test('params of a run become a worker_config, names of secrets text or a list', async () => {
+  const { stdout, stderr } = await python(`
+print(json.dumps(worker_config_from_params({
+    "worker_size": "Small", "service_url": "", "email": None, "refresh_token": "None", "log_level": "INFO",
+    "personal_secrets": "one two", "shared_secrets": ["three"], "env_variables": {"A": ""},
+    "capture_task_output": True, "python_venv_name": "mine", "startup_script": "echo a",
+})))
+`).ended
+  expect(stderr).toBe('')
+  expect(JSON.parse(stdout)).toEqual({
+    ...{ worker_size: 'Small', log_level: 'INFO', startup_script: 'echo a' },
+    ...{ personal_secrets: ['one', 'two'], shared_secrets: ['three'], env_variables: { A: '' } },
+  })
+})
+
 test('a task that fails raises TaskFailed with reason, message and the end of its log', async () => {
   const { stdout, stderr } = await python(`
 try:

@@ -60,7 +60,7 @@ async function raw(text: string): Promise<{ status: number; body: unknown }> {
     const socket = connect(port, '127.0.0.1', () => socket.write(text))
     socket.on('data', (chunk) => {
       received += chunk
-      if (/\r\n\r\n.*\}$/s.test(received)) socket.end()
+      if (/\r\n\r\n.*\}$/s.test(received)) socket.destroy()
     })
     socket.on('error', reject)
     socket.on('close', () => resolve(received))
