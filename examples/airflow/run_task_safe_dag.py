@@ -22,7 +22,7 @@ except ImportError:
     from airflow.decorators import task
     from airflow.models.dag import DAG
 
-from task_runner import (
+from task_runner_client import (
     LOG_TAIL_CHARACTERS,
     TaskRunner,
     run_task_safe,

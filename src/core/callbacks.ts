@@ -238,7 +238,8 @@ export class CallbackDispatcher {
   }
 
   #wakeIn(sleepMs: number): void {
-    const at = this.#now() + sleepMs
+    // The clock may be set: of two times by it, the later may look like the earlier.
+    const at = performance.now() + sleepMs
     if (this.#closed || at >= this.#timerAt) return
     clearTimeout(this.#timer)
     this.#timerAt = at
@@ -273,7 +274,13 @@ export class CallbackDispatcher {
     const nextDueAt = await this.#store.nextDueAt()
     if (nextDueAt === undefined) return POLL_MS
     // Due, yet not taken: there was no room, and the end of an attempt wakes us before this does.
-    return Math.min(Math.max(nextDueAt - this.#now(), 0) || STORE_RETRY_MS, POLL_MS)
+    return Math.min(Math.max(nextDueAt - this.#heededNow(), 0) || STORE_RETRY_MS, POLL_MS)
+  }
+
+  /** The time by the clock as it was heeded last: what the store holds was not moved yet along with a jump since then. */
+  #heededNow(): number {
+    if (!this.#isClockOurs) return this.#now()
+    return this.#clock.now + (performance.now() - this.#clock.steady)
   }
 
   /** A clock that is set back would put off every delivery by as much: they are moved along with it. */
@@ -365,7 +372,8 @@ export class CallbackDispatcher {
       else if (next.status === 'given_up') this.#log.error(fields, 'callback given up')
       else
         this.#log.warn({ ...fields, nextAttemptAt: next.nextAttemptAt }, 'callback attempt failed')
-      if (next.nextAttemptAt !== null) this.#wakeIn(Math.max(next.nextAttemptAt - this.#now(), 0))
+      const { nextAttemptAt } = next
+      if (nextAttemptAt !== null) this.#wakeIn(Math.max(nextAttemptAt - this.#heededNow(), 0))
     } catch (err) {
       // The lease runs out and the attempt is made again: at least once, never lost.
       this.#log.error({ err, taskId }, 'callback attempt could not be made or recorded')

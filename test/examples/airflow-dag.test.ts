@@ -12,7 +12,7 @@ beforeAll(async () => {
 afterAll(() => rm(folder, { recursive: true, force: true }))
 
 test('the files compile', async () => {
-  for (const file of ['run_task_safe_dag.py', 'task_runner.py']) {
+  for (const file of ['run_task_safe_dag.py', '../python/task_runner_client.py']) {
     const { code, stderr } = await run(
       PYTHON,
       ['-W', 'error', '-m', 'py_compile', join(FOLDER, file)],
@@ -89,7 +89,7 @@ async function dag(version: string, code: string, env: Record<string, string> = 
   const preamble =
     'import json, types\nimport run_task_safe_dag as module\nfrom airflow import stub\n'
   const result = await run(PYTHON, ['-c', preamble + code], {
-    env: { PYTHONPATH: `${stubs}:${FOLDER}`, ...env },
+    env: { PYTHONPATH: `${stubs}:${FOLDER}:${join(EXAMPLES, 'python')}`, ...env },
   }).ended
   expect(result.stderr).toBe('')
   return JSON.parse(result.stdout)
@@ -167,7 +167,7 @@ test('what submit sends is accepted, and its checks read the real answers', asyn
     `
 import os, urllib.error, urllib.request
 from airflow.exceptions import AirflowFailException
-from task_runner import TaskRunner
+from task_runner_client import TaskRunner
 client = TaskRunner(os.environ["TASK_RUNNER_URL"], os.environ["TASK_RUNNER_TOKEN"])
 ti = types.SimpleNamespace(dag_id="run_task_safe", run_id="manual__2024-01-01T00:00:00+00:00", task_id="name", max_tries=5)
 task_id = stub.callables["name"](ti)
@@ -222,7 +222,7 @@ test('run_safe runs its file, and ends what an earlier try left', async () => {
     '3',
     `
 import os
-from task_runner import TaskRunner
+from task_runner_client import TaskRunner
 client = TaskRunner(os.environ["TASK_RUNNER_URL"], os.environ["TASK_RUNNER_TOKEN"])
 ti = types.SimpleNamespace(dag_id="d", run_id="r", task_id="run_safe", try_number=2, map_index=-1)
 earlier = module.task_id_for("d", "r", "run_safe", 1)

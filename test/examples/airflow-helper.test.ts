@@ -22,7 +22,7 @@ afterAll(async () => {
 
 const PREAMBLE = `
 import json, os
-from task_runner import *
+from task_runner_client import *
 client = TaskRunner(os.environ["TASK_RUNNER_URL"], os.environ.get("TASK_RUNNER_TOKEN"))
 def request(task_id, file, **worker_config):
     return {"task_id": task_id, "task_file_name": file, "worker_config": worker_config}
@@ -30,7 +30,7 @@ def request(task_id, file, **worker_config):
 
 function python(code: string, env: Record<string, string> = service.env) {
   return run(PYTHON, ['-c', PREAMBLE + code], {
-    env: { PYTHONPATH: join(EXAMPLES, 'airflow'), ...env },
+    env: { PYTHONPATH: join(EXAMPLES, 'python'), ...env },
   })
 }
 
@@ -42,6 +42,24 @@ test('a task is run, and its final record returned', async () => {
   expect(code).toBe(0)
   expect(JSON.parse(stdout)).toEqual(await service.task('good'))
   expect(JSON.parse(stdout)).toMatchObject({ status: 'succeeded', exit_code: 0 })
+})
+
+test('a log is followed until the task has ended', async () => {
+  const { stdout, stderr } = await python(`
+client.submit(request("followed", "progress.sh", env_variables={"STEPS": 3}))
+text = "".join(client.follow("followed"))
+print(json.dumps([text, client.logs("followed"), client.get_task("followed")["status"]]))
+try:
+    next(client.follow("unknown"))
+except RequestRefused as err:
+    print(json.dumps(err.status))
+`).ended
+  expect(stderr).toBe('')
+  const [followed = '', unknown] = stdout.trim().split('\n')
+  const [text, log, status] = JSON.parse(followed)
+  expect(text).toBe(log)
+  expect(text).toContain('done')
+  expect([status, unknown]).toEqual(['succeeded', '404'])
 })
 
 test('a request that is too large is refused at once', async () => {

@@ -1,7 +1,6 @@
 import { createHmac, randomBytes } from 'node:crypto'
 import { join } from 'node:path'
 import { expect, test } from 'vitest'
-import { needs } from '../helpers/needs.ts'
 import {
   EXAMPLES,
   type ExampleService,
@@ -9,8 +8,6 @@ import {
   run,
   startExampleService,
 } from './example-service.ts'
-
-const testWithRequests = needs('python3-requests')
 
 const newSecret = () => `whsec_${randomBytes(32).toString('base64')}`
 
@@ -34,85 +31,83 @@ function sign(secret: string, id: string, body: string, at = Date.now()): Record
   }
 }
 
-testWithRequests(
-  'python_client.py waits for its callback, prints the log, and exits by the outcome',
-  async () => {
-    const { service, secret } = await startSigning()
-    await using _ = service
-    const client = (...args: string[]) =>
-      run(PYTHON, [join(EXAMPLES, 'python_client.py'), ...args], {
-        env: { ...service.env, CALLBACK_SIGNING_SECRET: secret },
-      }).ended
-    const good = client('parameters.sh', 'MY_FIRST_PARAM=one', 'MY_SECOND_PARAM=a=b')
-    const bad = client('failing.py')
-    expect(await good).toEqual({
-      code: 0,
-      stdout: 'MY_FIRST_PARAM=one\nMY_SECOND_PARAM=a=b\n',
-      stderr: '',
-    })
-    const { code, stdout } = await bad
-    expect(code).toBe(1)
-    expect(stdout).toContain('ZeroDivisionError: division by zero\n')
-    const { tasks } = await service.get('/tasks?callback_status=delivered')
-    expect(tasks).toHaveLength(2)
-  },
-)
+test('run_with_callback.py waits for its callback, prints the log, and exits by the outcome', async () => {
+  const { service, secret } = await startSigning()
+  await using _ = service
+  const client = (...args: string[]) =>
+    run(PYTHON, [join(EXAMPLES, 'python/run_with_callback.py'), ...args], {
+      env: { ...service.env, CALLBACK_SIGNING_SECRET: secret },
+    }).ended
+  const good = client('parameters.sh', 'MY_FIRST_PARAM=one', 'MY_SECOND_PARAM=a=b')
+  const bad = client('failing.py')
+  expect(await good).toEqual({
+    code: 0,
+    stdout: 'MY_FIRST_PARAM=one\nMY_SECOND_PARAM=a=b\n',
+    stderr: '',
+  })
+  const { code, stdout } = await bad
+  expect(code).toBe(1)
+  expect(stdout).toContain('ZeroDivisionError: division by zero\n')
+  const { tasks } = await service.get('/tasks?callback_status=delivered')
+  expect(tasks).toHaveLength(2)
+  const refused = await client('nothere.py')
+  expect(refused).toMatchObject({ code: 3, stdout: '' })
+  expect(refused.stderr).toContain('the task was refused: 404: There is no task file "nothere.py"')
+})
 
-testWithRequests(
-  'python_client.py refuses what is not signed with the secret, or long ago',
-  async () => {
-    const secret = newSecret()
-    const body = '{"success": true}'
-    const good = sign(secret, 'msg_1', body)
-    const cases: Array<[Record<string, string>, string]> = [
-      [good, body],
-      [{ ...good, 'webhook-signature': `v1,AAAA ${good['webhook-signature']}` }, body],
-      [good, '{"success": false}'],
-      [{ ...good, 'webhook-id': 'msg_2' }, body],
-      [sign(newSecret(), 'msg_1', body), body],
-      [sign(secret, 'msg_1', body, Date.now() - 302_000), body],
-      [sign(secret, 'msg_1', body, Date.now() + 302_000), body],
-      [{ ...good, 'webhook-signature': 'v1,ü' }, body],
-      [{}, body],
-    ]
-    const code = `
+test('task_runner_client.py refuses what is not signed with the secret, or long ago', async () => {
+  const secret = newSecret()
+  const body = '{"success": true}'
+  const good = sign(secret, 'msg_1', body)
+  const cases: Array<[Record<string, string>, string]> = [
+    [good, body],
+    [{ ...good, 'webhook-signature': `v1,AAAA ${good['webhook-signature']}` }, body],
+    [good, '{"success": false}'],
+    [{ ...good, 'webhook-id': 'msg_2' }, body],
+    [sign(newSecret(), 'msg_1', body), body],
+    [sign(secret, 'msg_1', body, Date.now() - 302_000), body],
+    [sign(secret, 'msg_1', body, Date.now() + 302_000), body],
+    [{ ...good, 'webhook-signature': 'v1,ü' }, body],
+    [{}, body],
+  ]
+  const code = `
 import json, sys
-from python_client import verify_signature
+from task_runner_client import verify
 for headers, body in json.loads(sys.argv[1]):
     try:
-        verify_signature(headers, body.encode(), sys.argv[2])
-        print("verified")
+        print("verified", verify(headers, body.encode(), sys.argv[2])["success"])
     except ValueError as err:
         print(err)
 `
-    const { stdout, stderr } = await run(PYTHON, ['-c', code, JSON.stringify(cases), secret], {
-      env: { PYTHONPATH: EXAMPLES },
-    }).ended
-    expect(stderr).toBe('')
-    expect(stdout.trim().split('\n')).toEqual([
-      'verified',
-      'verified',
-      'no signature matches',
-      'no signature matches',
-      'no signature matches',
-      'its timestamp is more than five minutes away',
-      'its timestamp is more than five minutes away',
-      'no signature matches',
-      'it is not signed',
-    ])
-  },
-)
+  const { stdout, stderr } = await run(PYTHON, ['-c', code, JSON.stringify(cases), secret], {
+    env: { PYTHONPATH: join(EXAMPLES, 'python') },
+  }).ended
+  expect(stderr).toBe('')
+  expect(stdout.trim().split('\n')).toEqual([
+    'verified True',
+    'verified True',
+    'no signature matches',
+    'no signature matches',
+    'no signature matches',
+    'its timestamp is more than five minutes away',
+    'its timestamp is more than five minutes away',
+    'no signature matches',
+    'it is not signed',
+  ])
+})
 
-testWithRequests("python_client.py takes no callback without its task's token", async () => {
+test("run_with_callback.py takes no callback without its task's token", async () => {
   const secret = newSecret()
   const code = `
 import queue, sys
-from python_client import start_receiver
+from run_with_callback import start_receiver
 callbacks = queue.Queue()
 print(start_receiver("127.0.0.1", 0, "the-token", sys.argv[1], callbacks).server_port, flush=True)
 print(callbacks.get())
 `
-  const receiver = run(PYTHON, ['-c', code, secret], { env: { PYTHONPATH: EXAMPLES } })
+  const receiver = run(PYTHON, ['-c', code, secret], {
+    env: { PYTHONPATH: join(EXAMPLES, 'python') },
+  })
   await expect.poll(() => receiver.stdout).toMatch(/^\d+\n/)
   const body = '{"success": true}'
   const post = async (token: string, text: string) => {

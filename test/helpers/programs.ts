@@ -22,10 +22,6 @@ const PROGRAMS = {
     () => succeeds('/usr/bin/python3', '-m', 'pip', '--version'),
     'python3-pip (pip for /usr/bin/python3)',
   ],
-  'python3-requests': [
-    () => succeeds('/usr/bin/python3', '-c', 'import requests'),
-    'python3-requests (requests for /usr/bin/python3)',
-  ],
   'pid-namespace': [
     () => succeeds('unshare', '--pid', '--fork', '--kill-child', '--mount-proc', 'true'),
     'the right to make a PID namespace (root, and unshare of util-linux)',

@@ -1,14 +1,20 @@
-"""Runs tasks on the task runner from any Airflow DAG, or any Python program. Standard library only, Python 3.8+.
+"""A client of the task runner in one file, for any Python program or Airflow DAG. Standard library only, Python 3.8+.
 
     client = TaskRunner("https://task-runner.example.com", token)
     task = run_task_safe(client, {"task_id": "nightly-1", "task_file_name": "hello.py", "worker_config": {}})
 
 Safe: when the caller stops waiting, for whatever reason, the task is cancelled, so that no worker is left behind.
+
+    for text in client.follow("nightly-1"):   # the log as it comes, until the task has ended
+        print(text, end="")
+    callback = verify(headers, body, secret)  # in a receiver
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import hmac
 import http.client
 import json
 import logging
@@ -31,6 +37,9 @@ RETRY_WAIT_SECONDS, RETRY_WAIT_SECONDS_MAX = 0.5, 60.0
 POLL_SECONDS, POLL_SECONDS_MAX = 0.5, 15.0
 CANCEL_RETRY_SECONDS = 20
 LOG_TAIL_CHARACTERS = 4000
+# A stream is silent for 20 seconds at most.
+STREAM_SECONDS = 60
+TOLERANCE_SECONDS = 300
 
 
 class TaskRunnerError(Exception):
@@ -79,6 +88,30 @@ class TaskRunner:
     def logs(self, task_id: str) -> str:
         """The last 5 MB."""
         return self._call("GET", f"{_task_path(task_id)}/logs").decode(errors="replace")
+
+    def follow(self, task_id: str) -> Iterator[str]:
+        """The log as it comes, until the task has ended. Goes on after a break where it was."""
+        seen, deadline = "", time.monotonic() + self.retry_seconds
+        while True:
+            headers = {**self._headers, **({"Last-Event-ID": seen} if seen else {})}
+            request = urllib.request.Request(f"{self.url}{_task_path(task_id)}/logs?follow=true", headers=headers)
+            try:
+                with _opener.open(request, timeout=STREAM_SECONDS) as response:
+                    for event in _events(response):
+                        if event.get("event") == "end":
+                            return
+                        yield event["data"]
+                        # Only now: whoever was given it has it.
+                        seen = event.get("id", seen)
+                        deadline = time.monotonic() + self.retry_seconds
+            except urllib.error.HTTPError as err:
+                if err.code not in RETRIED_STATUSES:
+                    raise RequestRefused(err.code, _message(err)) from None
+            except (OSError, http.client.HTTPException) as err:
+                log.warning("the log of %s broke off: %s", task_id, err)
+            if time.monotonic() > deadline:
+                raise TaskRunnerError(f"the log of {task_id} cannot be read")
+            time.sleep(RETRY_WAIT_SECONDS)
 
     def cancel(self, task_id: str) -> None:
         """A task that has ended stays as it is; one that was never accepted is no error."""
@@ -179,6 +212,42 @@ def task_id_for(dag_id: str, run_id: str, task_id: str, try_number: int, map_ind
     digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
     readable = re.sub(r"[^A-Za-z0-9._:+~-]", "_", ".".join(names))
     return f"{readable[:TASK_ID_LENGTH_MAX - len(digest) - 1]}-{digest}"
+
+
+def verify(headers: Mapping[str, str], body: bytes, secret: str) -> dict[str, Any]:
+    """The callback that `body` holds, byte for byte as it came. Raises ValueError unless it was signed with `secret`
+    (`whsec_…`) in the last five minutes (Standard Webhooks). `headers` may be in any case."""
+    named = {name.lower(): value for name, value in headers.items()}
+    try:
+        webhook_id, timestamp = named["webhook-id"], named["webhook-timestamp"]
+        given = named["webhook-signature"].split(" ")
+    except KeyError:
+        raise ValueError("it is not signed") from None
+    if not timestamp.isdigit() or abs(time.time() - int(timestamp)) > TOLERANCE_SECONDS:
+        raise ValueError("its timestamp is more than five minutes away")
+    key = base64.b64decode(secret[len("whsec_") :] if secret.startswith("whsec_") else secret)
+    digest = hmac.new(key, f"{webhook_id}.{timestamp}.".encode() + body, hashlib.sha256).digest()
+    expected = b"v1," + base64.b64encode(digest)
+    # More than one while the service's secrets are rotated.
+    if not any(hmac.compare_digest(expected, each.encode()) for each in given):
+        raise ValueError("no signature matches")
+    return json.loads(body)
+
+
+def _events(response: Any) -> Iterator[dict[str, str]]:
+    """Server-Sent Events (HTML Standard, section 9.2.6), as the service writes them."""
+    event: dict[str, str] = {}
+    for raw in response:
+        line = raw.decode().rstrip("\n")
+        name, _, value = line.partition(": ")
+        if line == "":
+            if event:
+                yield event
+            event = {}
+        elif name == "data":
+            event["data"] = f"{event['data']}\n{value}" if "data" in event else value
+        elif name in ("id", "event"):
+            event[name] = value
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
