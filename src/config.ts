@@ -30,7 +30,7 @@ export interface Config {
   workerSizes: WorkerSizes
   /** `source:/target[:ro]`, in container workers. */
   workerMounts: readonly string[]
-  /** Of container workers; undefined: in the worker's folder. */
+  /** Home of container workers; undefined: in the worker's folder. */
   workerHome: string | undefined
   dockerEngine: EngineAddress
   dockerNetwork: string

@@ -12,7 +12,7 @@ export type Lookup = (
  */
 const QUICK_MAX = 6
 const SLOW_MAX = 2
-/** Of names whose server is silent; more are refused for the moment. */
+/** How many names whose server is silent may wait; more are refused for the moment. */
 const SLOW_WAITING_MAX = 128
 /** How long a name server may take to say anything. */
 const ANSWER_MS = 1_500

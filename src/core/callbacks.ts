@@ -16,10 +16,11 @@ import { type CallbackStatus, type Task, traceOf } from './task.ts'
 const RETRY_AFTER_MAX_MS = 24 * 60 * 60 * 1000
 /** Attempts under way at a time, in all. */
 const ATTEMPTS_MAX = 192
-/** To an origin that answered last. Any other gets one attempt at a time, so that a dead receiver delays only itself. */
+/** Attempts to an origin that answered last. Any other gets one at a time, so that a dead receiver delays only itself. */
 const ATTEMPTS_PER_ORIGIN_MAX = 16
-/** To all origins that did not answer last, or were not called yet; to those that did not answer. */
+/** Attempts to all origins that did not answer last, or were not called yet. */
 const ATTEMPTS_TO_OTHERS_MAX = 128
+/** Attempts to all origins that did not answer last. */
 const ATTEMPTS_TO_SILENT_MAX = 64
 /** Origins whose last answer is remembered. */
 const ORIGINS_KNOWN_MAX = 1_000

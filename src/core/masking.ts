@@ -177,7 +177,7 @@ export class MaskedStream {
   }
 }
 
-/** Of longer values, such as keys, a task prints a line at most. */
+/** A longer value, such as a key, is hardly printed encoded. */
 const ENCODED_BYTES_MAX = 4096
 
 /** A value as it is, and as JSON, URLs and base64 spell it. */

@@ -416,7 +416,7 @@ export interface CallbackFacts {
   status: TaskStatus
   reason: Reason | null
   exitCode: number | null
-  /** From the task's start to its end; null: it never started. */
+  /** Time from the task's start to its end; null: it never started. */
   durationMs: number | null
 }
 

@@ -13,9 +13,9 @@ export interface WorkerConfig {
     pullPolicy?: 'Always' | 'IfNotPresent' | 'Never'
     username?: string
     password?: string
-    /** Of the secret that is the password. */
+    /** Name of the secret that is the password. */
     secretName?: string
-    /** Of a secret of the cluster. */
+    /** Name of a secret of the cluster. */
     pullSecretName?: string
   }
   logLevel?: string

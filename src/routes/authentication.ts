@@ -99,7 +99,7 @@ function isOfAnotherSite({ headers }: FastifyRequest): boolean {
   return origin !== undefined && (!URL.canParse(origin) || new URL(origin).host !== headers.host)
 }
 
-/** Behind a proxy that sends a `Host` of its own, our page looks like one of another site. */
+/** Names both hosts: where a proxy sends a `Host` of its own, our page looks like one of another site. */
 function refusedSite({ headers }: FastifyRequest): TaskRunnerError {
   const { origin = 'none', host } = headers
   const what = `Requests of other sites are not served: Origin is ${origin}, and Host is ${host}`

@@ -27,7 +27,7 @@ const PLAIN_NUMBER = /^(0|-?[1-9]\d{0,14})$/
 
 const [QUOTE, COMMA, BACKSLASH] = [0x22, 0x2c, 0x5c]
 const [MINUS, ZERO, NINE, FIRST_OF_NAN, FIRST_OF_INFINITY] = [0x2d, 0x30, 0x39, 0x4e, 0x49]
-/** Beside digits. */
+/** What a number may have beside digits. */
 const IN_NUMBERS: readonly number[] = [...Buffer.from('+-.eE')]
 const [LIST, LIST_END, OBJECT, OBJECT_END] = [0x5b, 0x5d, 0x7b, 0x7d]
 

@@ -37,7 +37,7 @@ const callbackUrl = z
     }
   })
 
-/** Wider than RFC 6750, section 2.1: some receivers have tokens such as `12|AbCd`. */
+/** A token may be more than in RFC 6750, section 2.1: some receivers have such as `12|AbCd`. */
 const bearerToken = z
   .string()
   .max(8192)

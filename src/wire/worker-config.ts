@@ -183,7 +183,7 @@ const additionalSchema = sparse(
     PRT_MODULES_LOG_LEVEL: fields.modules_log_level,
     PRT_INTERACTIVE: fields.interactive,
     startup_script_b64: scriptInBase64.nullish(),
-    /** Of older SDKs. */
+    /** What older SDKs write. */
     image_pull_policy: pullPolicy.nullish(),
   }),
 )

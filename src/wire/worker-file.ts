@@ -88,7 +88,7 @@ function inOrder(names: string[], fields: Record<string, unknown>): Record<strin
   return { ...Object.fromEntries(first), ...fields }
 }
 
-/** Without members that are null or undefined, at any depth. */
+/** Leaves out members that are null or undefined, at any depth. */
 function withoutNulls<T>(value: T): T {
   if (Array.isArray(value)) return value.map(withoutNulls) as T
   if (!isObject(value) || JSON.isRawJSON(value)) return value

@@ -43,7 +43,7 @@ export interface DockerSettings {
   images: ImageNames
   network: string
   mounts: readonly string[]
-  /** Of workers; undefined: in their folder. */
+  /** Home of workers; undefined: in their folder. */
   home?: string | undefined
   terminationGraceMs: number
   /** Bytes of each log that are kept here, to be read at once. */

@@ -36,7 +36,7 @@ export interface JobSettings {
   provisioningTimeoutMs: number
   terminationGraceMs: number
   keptWorkerMs: number
-  /** Of workers; undefined: in their folder. */
+  /** Home of workers; undefined: in their folder. */
   home?: string | undefined
   /** The clock by which the age of workers is judged. */
   now: () => number

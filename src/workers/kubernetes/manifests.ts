@@ -59,7 +59,7 @@ export interface JobOptions {
   /** Workers kept for a look inside are removed after this, should we never come back. */
   keptWorkerSeconds: number
   createdAt: number
-  /** Of the worker; undefined: in its folder. */
+  /** Home of the worker; undefined: in its folder. */
   home?: string | undefined
 }
 
