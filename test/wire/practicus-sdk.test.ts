@@ -148,18 +148,22 @@ describe.each(cases)('$case', (dump) => {
       }
     },
   )
-
-  test.skipIf('refused' in meaning || SPELLED_OTHERWISE.includes(dump.case))(
-    'is written as the SDK writes it, byte for byte, from its fields and from itself',
-    () => {
-      const fields = dump.fields as WorkerConfigInput
-      expect(encodeWorkerFile(fields)).toBe(dump.model_dump_json_exclude_none)
-      const written = parseJson(Buffer.from(dump.model_dump_json)) as WorkerConfigInput
-      expect(encodeWorkerFile(written)).toBe(dump.model_dump_json_exclude_none)
-      expect(encodeWorkerFile(decodeWorkerFile(written))).toBe(dump.model_dump_json_exclude_none)
-    },
-  )
 })
+
+const written = cases.filter(
+  (dump) => !('refused' in meaningOf(dump.case)) && !SPELLED_OTHERWISE.includes(dump.case),
+)
+
+test.each(written)(
+  '$case is written as the SDK writes it, byte for byte, from its fields and from itself',
+  (dump) => {
+    const fields = dump.fields as WorkerConfigInput
+    expect(encodeWorkerFile(fields)).toBe(dump.model_dump_json_exclude_none)
+    const itself = parseJson(Buffer.from(dump.model_dump_json)) as WorkerConfigInput
+    expect(encodeWorkerFile(itself)).toBe(dump.model_dump_json_exclude_none)
+    expect(encodeWorkerFile(decodeWorkerFile(itself))).toBe(dump.model_dump_json_exclude_none)
+  },
+)
 
 function errorsOf(read: () => unknown) {
   try {
