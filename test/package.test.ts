@@ -54,7 +54,7 @@ test('plain JavaScript runs a task, encodes a worker file and verifies a callbac
   `
   await writeFile(join(project, 'consumer.js'), script)
   expect(await run(NODE, ['consumer.js'])).toBe(
-    'from a worker\nfalse 4 true\n{"worker_size":"Small"}\ntrue it is not signed\nfunction\n',
+    'from a worker\nfalse 4 true\n{"worker_size":"Small","additional_params":"e30="}\ntrue it is not signed\nfunction\n',
   )
 })
 
