@@ -54,12 +54,13 @@ export function parseJson(json: Buffer, prefix: readonly string[] = []): unknown
   const { needsLook } = scanJson(json, prefix)
   const text = fromUtf8(json)
   let isExact = true
+  let hasProto = false
   try {
     // Many times as fast as with a look at each value.
     if (!needsLook) return JSON.parse(text)
-    return JSON.parse(text, (key, value, { source }) => {
+    const value = JSON.parse(text, (key, value, { source }) => {
       // It would set a prototype.
-      if (key === '__proto__') throw new SyntaxError()
+      hasProto ||= key === '__proto__'
       if (typeof value === 'number' && source !== undefined && String(value) !== source) {
         isExact = false
         return JSON.rawJSON(source)
@@ -67,9 +68,11 @@ export function parseJson(json: Buffer, prefix: readonly string[] = []): unknown
       if (!isExact && key !== 'env_variables') asNumbers(value)
       return value
     })
+    if (!hasProto) return JSON.isRawJSON(value) ? Number(value.rawJSON) : value
   } catch {
     throw new SyntaxError('is not valid JSON')
   }
+  throw new SyntaxError('must not have a field named __proto__')
 }
 
 function fromUtf8(json: Buffer): string {
