@@ -88,7 +88,7 @@ export const gitConfigSchema = z
       .max(1000)
       .nullish()
       .describe('Only these folders, and the files at the top'),
-    fetch_depth: z.int().positive().nullish().describe('Only so many of the last commits'),
+    fetch_depth: z.int32().positive().nullish().describe('Only so many of the last commits'),
   })
   .superRefine((config, context) => {
     const wrong = (field: string, message: string) =>

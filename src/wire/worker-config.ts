@@ -144,7 +144,7 @@ const fields = {
     .unknown()
     .refine((value) => !isSet(value), 'not supported')
     .optional()
-    .describe('Not supported: any value but null is refused'),
+    .meta({ type: 'null', description: 'Not supported: any value but null is refused' }),
 }
 
 /** Accepted so that existing files load; each that is set is noted in the task's log. */
