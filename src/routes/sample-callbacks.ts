@@ -43,7 +43,7 @@ export const sampleCallbackRoutes: FastifyPluginAsyncZod = async (app) => {
   // The tutorial of the old app names the second path.
   for (const [path, operationId] of [
     ['/sample-task-runner-callback', 'sampleCallback'],
-    ['/task-runner-callback', 'taskRunnerCallback'],
+    ['/task-runner-callback', 'sampleTaskRunnerCallback'],
   ] as const) {
     app.post(
       path,
