@@ -65,6 +65,16 @@ export async function publishOpenApi(
     await secureContent(docs, { inlineStyles: true })
     await docs.register(fastifySwaggerUi, {
       routePrefix: `${basePath}/docs`,
+      // The page and what it calls are found from its own address, since a proxy may have stripped a
+      // prefix that nobody told us of.
+      uiHooks: {
+        onRequest: (request, reply, done) => {
+          if (/\/docs(\?|$)/.test(request.url)) reply.redirect('docs/')
+          else done()
+        },
+      },
+      transformSpecification: (document) => ({ ...document, servers: [{ url: '..' }] }),
+      transformSpecificationClone: false,
       uiConfig: { docExpansion: 'list', displayRequestDuration: true },
       theme: {
         title: 'Task runner',

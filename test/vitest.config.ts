@@ -13,6 +13,7 @@ export const SLOW = [
   'recovery/**/*.test.ts',
   'routes/slow-readers.test.ts',
   'security/secrets.test.ts',
+  'web/docs.test.ts',
   'web/page.test.ts',
   'workers/bootstrap-contain.test.ts',
   'workers/docker.test.ts',

@@ -31,7 +31,7 @@ const SECURED = [
 ] as const
 const OPEN = [
   ...(['/health/live', '/health/ready'] as const),
-  ...(['/docs', '/docs/json', '/docs/yaml', '/openapi.json'] as const),
+  ...(['/docs/', '/docs/json', '/docs/yaml', '/openapi.json'] as const),
 ]
 
 describe('with tokens', () => {
