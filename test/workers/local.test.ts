@@ -1,5 +1,6 @@
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
+import { cpSync, renameSync } from 'node:fs'
 import { chmod, cp, mkdir, readdir, rm, stat, symlink, writeFile } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -8,9 +9,13 @@ import { UnavailableError } from '../../src/core/errors.ts'
 import type { Worker, WorkerSpec } from '../../src/core/ports.ts'
 import { workerNameFor } from '../../src/core/task.ts'
 import { localEnvironment } from '../../src/workers/local/environment.ts'
-import type { Contents, WorkerRecord } from '../../src/workers/local/folders.ts'
+import {
+  type Contents,
+  fill,
+  makeDirectories,
+  type WorkerRecord,
+} from '../../src/workers/local/folders.ts'
 import { identify, type ProcessIdentity } from '../../src/workers/local/processes.ts'
-import { WorkerFolders } from '../../src/workers/local/worker-folders.ts'
 import { FIXTURE_TASKS } from '../helpers/app.ts'
 import { kill, type LocalHarness, openDisposable, openLocal, slotShells } from '../helpers/local.ts'
 import { needs } from '../helpers/needs.ts'
@@ -27,9 +32,13 @@ import {
   touch,
 } from './contract.ts'
 
-/** As a service made it before. */
-function prepare(folder: string, tasksDir: string, contents: Contents): void {
-  new WorkerFolders(dirname(folder)).prepare(folder, tasksDir, contents)
+/** Makes a worker's folder as a service made it before, which was killed then. */
+function prepare(folder: string, contents: Contents): void {
+  const draft = `${dirname(folder)}-draft`
+  makeDirectories(draft)
+  cpSync(FIXTURE_TASKS, join(draft, 'tasks'), { recursive: true })
+  fill(draft, contents)
+  renameSync(draft, folder)
 }
 
 describeWorkerBackend('LocalBackend', openLocal)
@@ -244,11 +253,7 @@ describe('local workers', () => {
     test('is provisioned anew when its slot is gone: the script runs once', async () => {
       const runs = join(harness.sharedDir, marker())
       const wanted = spec(`echo ran >>${runs}`)
-      prepare(
-        folderOf(wanted.name),
-        FIXTURE_TASKS,
-        contentsOf(wanted, { pid: 2 ** 22 + 1, startedAt: 'never' }),
-      )
+      prepare(folderOf(wanted.name), contentsOf(wanted, { pid: 2 ** 22 + 1, startedAt: 'never' }))
       const worker = await run(wanted)
       expect(await worker.completion(NEVER)).toMatchObject({ reason: 'completed' })
       await run(wanted)
@@ -261,7 +266,7 @@ describe('local workers', () => {
       const slot = spawn('sleep', ['1000'])
       const identity = identify(slot.pid ?? 0)
       if (!identity) throw new Error('no process')
-      prepare(folderOf(wanted.name), FIXTURE_TASKS, contentsOf(wanted, identity))
+      prepare(folderOf(wanted.name), contentsOf(wanted, identity))
       const provisioning = harness.backend.provision(wanted, NEVER)
       // Answered after a turn of the thread that `provision` waits on.
       await harness.backend.list()
@@ -279,7 +284,7 @@ describe('local workers', () => {
       const identity = identify(slot.pid ?? 0)
       if (!identity) throw new Error('no process')
       try {
-        prepare(folderOf(wanted.name), FIXTURE_TASKS, contentsOf(wanted, identity))
+        prepare(folderOf(wanted.name), contentsOf(wanted, identity))
         const provisioning = harness.backend.provision(wanted, NEVER)
         await harness.backend.list()
         await writeFile(join(folderOf(wanted.name), 'exit'), 'begun\n')
@@ -298,7 +303,7 @@ describe('local workers', () => {
       const slot = spawn('sleep', ['1000'], { detached: true })
       const identity = identify(slot.pid ?? 0)
       if (!identity) throw new Error('no process')
-      prepare(folderOf(wanted.name), FIXTURE_TASKS, contentsOf(wanted, identity))
+      prepare(folderOf(wanted.name), contentsOf(wanted, identity))
       const over = new AbortController()
       const provisioning = harness.backend.provision(wanted, over.signal)
       await harness.backend.list()

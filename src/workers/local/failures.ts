@@ -110,6 +110,11 @@ export function isOurs(err: unknown): boolean {
   return known instanceof LocalFailure && FAULT_OF[known.kind] === 'ours'
 }
 
+/** True where what the task made of its worker's folder tells no outcome any more. */
+export function isLoss(err: unknown): err is LocalFailure {
+  return err instanceof LocalFailure && FAULT_OF[err.kind] === 'lost'
+}
+
 /** What the core makes of an error that came from the thread of the workers. */
 export function toCore(err: unknown): unknown {
   const kind = err instanceof Error && 'kind' in err ? (err.kind as FailureKind) : undefined

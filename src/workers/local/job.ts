@@ -1,6 +1,11 @@
-/** The text that makes a slot shell run one task. Pure. */
+/** The text that makes a slot shell run one task. */
+import { join } from 'node:path'
 import type { WorkerSpec } from '../../core/ports.ts'
 import { quote } from '../quote.ts'
+import { repositoryFiles } from '../repositories.ts'
+import { localEnvironment } from './environment.ts'
+import type { Contents } from './folders.ts'
+import { TASK_RUNNER_FOLDER } from './processes.ts'
 
 /** Descriptor of the pipe in a slot shell. */
 export const SLOT_PIPE = 3
@@ -66,4 +71,39 @@ export function jobText(job: Job, interpreters: Interpreters, bootstrap: string)
     '}',
     '',
   ].join('\n')
+}
+
+/** Returns the files that the bootstrap needs in the worker's folder to prepare the task. */
+export function filesOf({ startupScript, repositories }: WorkerSpec): Contents['files'] {
+  return [
+    ...(startupScript === undefined ? [] : [{ name: 'startup.sh', content: startupScript }]),
+    ...(repositories.length === 0 ? [] : repositoryFiles(repositories)),
+  ]
+}
+
+/** Returns the text for the task of `spec` in the worker's folder. `tmp`: a short path to that of the worker. */
+export function jobOf(
+  spec: WorkerSpec,
+  {
+    folder,
+    tmp,
+    settings: { environment, interpreters, bootstrap },
+  }: {
+    folder: string
+    tmp: string
+    settings: { environment: Record<string, string>; interpreters: Interpreters; bootstrap: string }
+  },
+): string {
+  const { name, taskFolder, taskFileName } = spec
+  const places = { home: join(folder, 'home'), tmp }
+  const isRoot = process.getuid?.() === 0
+  const job = {
+    ...{ name, folder, taskFolder, taskFileName, needsPreparing: filesOf(spec).length > 0 },
+    environment: {
+      ...localEnvironment(environment, places, isRoot),
+      ...spec.environment,
+      [TASK_RUNNER_FOLDER]: folder,
+    },
+  }
+  return jobText(job, interpreters, bootstrap)
 }
