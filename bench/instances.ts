@@ -1,6 +1,7 @@
 import { setTimeout as pause } from 'node:timers/promises'
 import pg from 'pg'
-import { PgBoss } from 'pg-boss'
+import { openPostgres } from '../src/store/postgres.ts'
+import { taskWrites } from '../src/store/task-writes.ts'
 import { type Postgres, startPostgres } from '../test/helpers/postgres.ts'
 import { open } from './open.ts'
 import { quantile, type Row } from './report.ts'
@@ -13,7 +14,8 @@ const INSTANCES = [1, 2, 4]
 /** A pace at which nothing queues up: what is left is the way from the answer to the claim. */
 const PACE_MS = 20
 const WAITING = [1_000, 10_000, 100_000, 1_000_000]
-const FETCHED = 16
+/** As the queue does. */
+const CLAIMED = 16
 
 /** Tasks that start no process: what instances over one Postgres make of them, beside one over SQLite. */
 export async function instances(context: Context): Promise<Row[]> {
@@ -108,34 +110,36 @@ async function allDone([service]: Service[]): Promise<void> {
   }
 }
 
-/** What it takes to fetch tasks out of many that wait. It should not grow with them. */
+/** What it takes to claim tasks out of many that wait. It should not grow with them. */
 export async function waiting(context: Context): Promise<Row[]> {
   await using postgres = await startPostgres()
   const url = await postgres.database()
-  const boss = new PgBoss({ connectionString: url, supervise: false, schedule: false })
-  await boss.start()
-  await boss.createQueue('task', { heartbeatSeconds: 10 })
+  const connection = await openPostgres(url, { instance: 'bench', poolSize: 1 })
+  const { claimNext } = taskWrites(connection)
   const client = new pg.Client(url)
   await client.connect()
   const figures = new Map<number, number[]>()
   let there = 0
   for (const size of context.quick ? WAITING.slice(0, 3) : WAITING) {
-    // As the service sends them: each a second later than the one before, so that the oldest goes first.
+    // Each a second later than the one before, so that the oldest goes first.
     await client.query(
-      `insert into pgboss.job (name, data, priority, heartbeat_seconds)
-       select 'task', jsonb_build_object('taskId', 'waiting-' || n), -n, 10
+      `insert into tasks (task_id, task_file_name, status, worker_name, worker_state, claim, digest,
+         terminate_on_completion, timeout_seconds, has_callback, created_at, sealed)
+       select 'waiting-' || n, 'trivial.sh', 'queued', 'worker-' || n, 'none', 0, '',
+         1, 60, 0, n * 1000::bigint, ''
        from generate_series($1::int, $2::int) as n`,
       [there + 1, size],
     )
     there = size
-    await client.query('vacuum analyze pgboss.job')
+    await client.query('vacuum analyze tasks')
     await context.quiet()
     const times: number[] = []
     for (let index = 0; index < 50; index += 1) {
       const startedAt = performance.now()
-      const jobs = await boss.fetch('task', { batchSize: FETCHED })
+      const claim = claimNext({ at: 0, limit: CLAIMED, instance: 'bench' })
+      const tasks = await connection.atomically(claim)
       times.push(performance.now() - startedAt)
-      if (jobs.length !== FETCHED) throw new Error(`fetched ${jobs.length}`)
+      if (tasks?.length !== CLAIMED) throw new Error(`claimed ${tasks?.length}`)
     }
     figures.set(
       size,
@@ -144,9 +148,9 @@ export async function waiting(context: Context): Promise<Row[]> {
     context.note(`${size} waiting: ${quantile(times, 0.5).toFixed(2)} ms`)
   }
   await client.end()
-  await boss.stop()
+  await connection.close()
   const yardstick = { name: `of ${WAITING[0]}`, figures: figures.get(WAITING[0] ?? 0) ?? [] }
   return [...figures].map(([size, measured]) => ({
-    ...{ what: `fetch ${FETCHED} of ${size} waiting tasks`, unit: 'ms', measured, yardstick },
+    ...{ what: `claim ${CLAIMED} of ${size} waiting tasks`, unit: 'ms', measured, yardstick },
   }))
 }

@@ -16,6 +16,7 @@ import { Statistics } from './core/statistics.ts'
 import { Submissions } from './core/submissions.ts'
 import type { Task } from './core/task.ts'
 import { TaskFiles } from './core/task-files.ts'
+import { TaskQueue } from './core/task-queue.ts'
 import { TaskRunner } from './core/task-runner.ts'
 import { Metrics } from './metrics/metrics.ts'
 import { publishOpenApi } from './openapi.ts'
@@ -136,7 +137,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
 
     const storage = await openStorage(config, sealer, { log, onThreadDeath })
     http.addHook('onClose', () => storage.close())
-    const { queue, shared } = storage
+    const { shared } = storage
     const now = options.now ?? shared?.now ?? Date.now
 
     const guard = new AddressGuard(config.callbackAllowedNetworks, {
@@ -205,13 +206,22 @@ export async function buildApp(options: AppOptions): Promise<App> {
     const rules = backendRules(config)
     const files = new TaskFiles(config.tasksDir, (content) => parseWorkerFile(content, rules))
     const setup = newWorkerSetup(config, files, gitGuard)
+    const queue = new TaskQueue({
+      store: tasks,
+      hints: shared?.hints,
+      concurrency: config.concurrency,
+      runningMax: config.clusterConcurrency,
+      queuedMax: config.queuedMax,
+      now,
+      log,
+    })
     const runner = new TaskRunner({
       store: tasks,
       queue,
       backend,
       callbacks,
       cluster: shared?.cluster,
-      concurrency: config.concurrency,
+      hints: shared?.hints,
       provisioningTimeoutMs: config.provisioningTimeoutMs,
       setup,
       onProvisioningFailed: () => reaper.cleanUpStuck(),
@@ -243,7 +253,6 @@ export async function buildApp(options: AppOptions): Promise<App> {
         log,
       },
     )
-    shared?.onCancel((taskId) => runner.hearCancel(taskId))
     let isStopping = false
     const stop = async () => {
       isStopping = true
@@ -317,15 +326,20 @@ export async function buildApp(options: AppOptions): Promise<App> {
       { prefix: basePath },
     )
     await http.ready()
+    await queue.count()
     const address = options.listen && (await http.listen(options.listen))
     await runner.start()
     callbacks.start()
-    if (!shared) reaper.start()
-    else if (!isHostBound) await shared.everyMinute(() => reaper.sweep())
-    else {
-      reaper.start(() => reaper.sweepWorkers())
-      await shared.everyMinute(() => reaper.sweepTasks())
-    }
+    shared?.listen({
+      tasksWait: () => queue.look(),
+      cancelRequested: (taskId) => runner.hearCancel(taskId),
+    })
+    reaper.start(async () => {
+      const leads = shared === undefined || (await shared.leads())
+      // Workers of this host can be reached from here alone.
+      if (leads || isHostBound) await reaper.sweepWorkers()
+      if (leads) await reaper.sweepTasks()
+    })
     return { http, address, stop, reaper }
   }
 }

@@ -1,10 +1,9 @@
-/** Where tasks are kept and wait, as a configuration says: a file of our own, or a Postgres that instances share. */
+/** Where tasks are kept, as a configuration says: a file of our own, or a Postgres that instances share. */
 import { hostname } from 'node:os'
 import { join } from 'node:path'
 import type { Config } from './config.ts'
-import type { Cluster, DeliveryStore, Logger, TaskQueue } from './core/ports.ts'
+import type { Cluster, DeliveryStore, Hints, Logger } from './core/ports.ts'
 import type { StatisticsStore } from './core/statistics.ts'
-import { EmbeddedQueue } from './queue/embedded.ts'
 import { SqlDeliveryStore } from './store/delivery-store.ts'
 import { keptInstanceName, newInstanceName } from './store/instance-name.ts'
 import { lockFile } from './store/lock-file.ts'
@@ -21,14 +20,16 @@ export interface Storage {
   tasks: SqlTaskStore
   deliveries: DeliveryStore
   statistics: StatisticsStore
-  queue: TaskQueue
   /** Undefined: nobody else works on these tasks. */
   shared?: {
     cluster: Cluster
     now: () => number
-    onCancel(hear: (taskId: string) => void): void
-    /** Calls once a minute, on one of the instances. */
-    everyMinute(work: () => Promise<unknown>): Promise<void>
+    /** Reaches the other instances. */
+    hints: Hints
+    /** Passes on what they say. */
+    listen(hear: Hints): void
+    /** Whether this instance is the one that does periodic work. */
+    leads(): Promise<boolean>
   }
   close(): Promise<void>
 }
@@ -62,7 +63,6 @@ async function openEmbedded(
       ...{ instance, deployment, tasks },
       deliveries: new SqlDeliveryStore(connection, tasks),
       statistics: new SqlStatistics(connection),
-      queue: new EmbeddedQueue(),
       close: () => connection.close(),
     }
   } catch (err) {
@@ -75,12 +75,13 @@ async function openShared(
   config: Config,
   { url, seal, log }: { url: string; seal: Seal; log: Logger },
 ): Promise<Storage> {
-  const [{ connectionOptions, openPostgres }, { PostgresCluster }, { PgBossQueue }] =
-    await Promise.all([
+  const [{ newClient, openPostgres }, { PostgresCluster }, { PostgresSession }] = await Promise.all(
+    [
       import('./store/postgres.ts'),
       import('./store/postgres-cluster.ts'),
-      import('./queue/pg-boss.ts'),
-    ])
+      import('./store/postgres-session.ts'),
+    ],
+  )
   const closing: Array<() => Promise<void>> = []
   const close = async () => {
     for (const each of closing.splice(0).reverse()) await each()
@@ -103,23 +104,19 @@ async function openShared(
       hostGraceMs: config.hostGraceMs,
     })
     await cluster.beat()
-    const queue = await PgBossQueue.open({
-      connection: connectionOptions(url, instance),
-      runningMax: config.clusterConcurrency,
-      queuedMax: config.queuedMax,
-      log,
-    })
-    closing.push(() => queue.close())
-    const tasks = new SqlTaskStore(connection, seal, { instance, queue })
+    const session = new PostgresSession(() => newClient(url, instance), log)
+    closing.push(() => session.close())
+    const tasks = new SqlTaskStore(connection, seal, { instance, isShared: true })
     return {
-      ...{ instance, deployment, tasks, queue, close },
+      ...{ instance, deployment, tasks, close },
       deliveries: new SqlDeliveryStore(connection, tasks),
       statistics: new SqlStatistics(connection),
       shared: {
         cluster,
         now: cluster.now,
-        onCancel: (hear) => queue.onCancel(hear),
-        everyMinute: (work) => queue.everyMinute(work),
+        hints: session,
+        listen: (hear) => session.listen(hear),
+        leads: () => session.leads(),
       },
     }
   } catch (err) {

@@ -8,7 +8,6 @@ export const SLOW = [
   'conformance/**/*.test.ts',
   'examples/**/*.test.ts',
   'package.test.ts',
-  'queue/pg-boss.test.ts',
   'readme.test.ts',
   'recovery/**/*.test.ts',
   'routes/slow-readers.test.ts',

@@ -1,5 +1,4 @@
 /** What the rules need from the outside world. Adapters implement these; nothing here knows which. */
-import type { Slot } from './slots.ts'
 import type {
   CallbackStatus,
   Outcome,
@@ -189,44 +188,11 @@ export interface GitHosts {
   addresses(url: URL): Promise<string[]>
 }
 
-// ---------------------------------------------------------------- queue
-
 /** A live task as it was when it was looked at: whoever takes it on names this claim, and is the only one to. */
 export interface SeenTask {
   taskId: string
   /** 0: nobody has claimed it yet. */
   claim: number
-}
-
-export interface WaitingTask {
-  taskId: string
-  createdAt: number
-  priority: number
-}
-
-/**
- * Settles when the task has been run. False: there was nothing to run, the task is final or somebody else's. While the task
- * waits for something that is ours to mend, it gives its slot to others.
- */
-export type Handler = (task: SeenTask, slot: Slot) => Promise<boolean>
-
-/** How a waiting task reaches an instance that will run it. */
-export interface TaskQueue {
-  /** Tasks that wait, on all instances. */
-  readonly length: number
-  /** The task is stored; a queue that is part of the store has it already. */
-  enqueue(task: WaitingTask): void
-  /** Takes a waiting task out again, if it still waits. */
-  remove(taskId: string): void
-  /** Hands out a task at once, whatever the limit: it runs already. It counts against the limit. */
-  resume(task: SeenTask): void
-  /** Hands waiting tasks to `handler`, by their `queuePosition`, at most `concurrency` at a time. */
-  work(concurrency: number, handler: Handler): void
-  /** Hands out nothing new until `goOn`: workers are unavailable. Idempotent, as that is. */
-  hold(): void
-  goOn(): void
-  /** Hands out no more. Idempotent. */
-  stop(): Promise<void>
 }
 
 // ---------------------------------------------------------------- other instances
@@ -257,6 +223,14 @@ export interface Cluster {
   leave(): Promise<void>
 }
 
+/** Messages between instances. One may get lost: they only make things quicker. */
+export interface Hints {
+  /** Says that tasks wait. */
+  tasksWait(): void
+  /** Says that someone wants the task ended. */
+  cancelRequested(taskId: string): void
+}
+
 // ---------------------------------------------------------------- store
 
 export interface NewTask extends TaskRequest {
@@ -274,6 +248,8 @@ export interface NewTask extends TaskRequest {
 /** What a claim tells beyond the task itself. */
 export interface ClaimedTask extends Task {
   cancelRequested: boolean
+  /** Set where its sealed parameters cannot be read: the task has none of them, and can only be ended. */
+  damage?: DamagedTaskError
 }
 
 /**
@@ -291,9 +267,8 @@ export class DamagedTaskError extends Error {
   }
 }
 
-export interface LiveTask extends SeenTask, WaitingTask {
+export interface LiveTask extends SeenTask {
   status: TaskStatus
-  cancelRequested: boolean
 }
 
 export interface TaskFilter {
@@ -331,10 +306,23 @@ export interface TaskStore {
   list(filter: TaskFilter): Promise<TaskSummary[]>
   log(taskId: string): Promise<LogTail | undefined>
   /**
+   * Claims up to `limit` waiting tasks, the first by `queuePosition`, and returns them in that
+   * order; with `runningMax`, no more than that many tasks run on all instances. A claim whose
+   * answer is lost is found by `Cluster.ours`.
+   */
+  claimNext(options: {
+    at: number
+    limit: number
+    runningMax?: number | undefined
+  }): Promise<ClaimedTask[]>
+  /** Makes a task wait again that `claimNext` has given out and nothing was done for. */
+  putBack(task: Pick<Task, 'taskId' | 'claim'>): Promise<void>
+  /** Counts waiting tasks of all instances, up to `max`. */
+  countQueued(max: number): Promise<number>
+  /**
    * Takes a live task that is still at the claim `seen`, or was taken by this very call before:
    * raises its claim, moves `queued` to `provisioning`. Without `seen`: one that nobody has
-   * claimed. Undefined: it is final, gone, or someone else's. Safe to repeat. Throws
-   * `DamagedTaskError`, with the task claimed.
+   * claimed. Undefined: it is final, gone, or someone else's. Safe to repeat.
    */
   claim(taskId: string, at: number, seen?: number): Promise<ClaimedTask | undefined>
   /** Keeps, sealed, what must not show in the task's log, until the task ends. */
@@ -366,7 +354,10 @@ export interface TaskStore {
   requestCancel(taskId: string, at: number): Promise<TaskSummary | undefined>
   /** Of all instances. */
   countLive(): Promise<Array<{ status: TaskStatus; count: number; oldestCreatedAt: number }>>
-  /** Live tasks that are for this instance to take up at its start, in the order they came. */
+  /**
+   * Live tasks that are for this instance to take up at its start, in the order they came: those
+   * that it had claimed, and waiting ones that someone wants ended.
+   */
   live(): Promise<LiveTask[]>
   /** What is remembered about the task a worker says it is for. */
   workerOwner(taskId: string): Promise<WorkerOwner | undefined>

@@ -1,17 +1,14 @@
 /** Counts the tasks that run on this instance at a time. Those that come back go before new ones. */
 export class Slots {
+  readonly #limit: number
   readonly #onFree: () => void
   readonly #returning: Array<() => void> = []
-  #limit = 0
   #taken = 0
 
   /** `onFree` is called when a new task may have a slot. */
-  constructor(onFree: () => void) {
-    this.#onFree = onFree
-  }
-
-  set limit(limit: number) {
+  constructor(limit: number, onFree: () => void) {
     this.#limit = limit
+    this.#onFree = onFree
   }
 
   /** Slots for new tasks. */
@@ -19,7 +16,12 @@ export class Slots {
     return Math.max(0, this.#limit - this.#taken)
   }
 
-  /** Takes a slot, whatever the limit: for a task that runs already, or where one is free. */
+  /** Takes the slots that are free, `max` at most. */
+  takeFree(max: number): Slot[] {
+    return Array.from({ length: Math.min(this.free, max) }, () => this.take())
+  }
+
+  /** Takes a slot, whatever the limit: for a task that runs already. */
   take(): Slot {
     this.#taken += 1
     let isHeld = true

@@ -1,8 +1,9 @@
 import { createHmac } from 'node:crypto'
 import { InvalidRequestError, TaskRunnerError } from './errors.ts'
-import type { Logger, TaskQueue, TaskStore } from './ports.ts'
+import type { Logger, TaskStore } from './ports.ts'
 import { type TaskRequest, type TaskStatus, traceOf, workerNameFor } from './task.ts'
 import type { TaskFiles } from './task-files.ts'
+import type { TaskQueue } from './task-queue.ts'
 import { mergeWorkerConfigs } from './worker-config.ts'
 import { locateInRepository, type WorkerSetup } from './worker-setup.ts'
 
@@ -120,24 +121,22 @@ export class Submissions {
     await this.#setup.check(workerConfig)
     const problem = await this.#options.taskFilesProblem()
     if (problem) throw new InvalidRequestError([{ path: 'task_file_name', message: problem }])
-    const { priority = 0 } = request
-    const createdAt = this.#options.now()
     const inserted = await this.#store.insert({
       ...request,
       workerConfig,
       timeoutSeconds: request.timeoutSeconds ?? this.#options.defaultTimeoutSeconds,
-      priority,
+      priority: request.priority ?? 0,
       traceparent,
       digest,
       workerName: workerNameFor(taskId),
-      createdAt,
+      createdAt: this.#options.now(),
     })
     if (!inserted) {
       const raced = await this.#known(taskId, digest)
       if (raced) return raced
       throw new TaskRunnerError('store_unavailable', 'The task could not be stored')
     }
-    this.#queue.enqueue({ taskId, priority, createdAt })
+    this.#queue.added()
     const fields = { taskId, ...traceOf({ traceparent }), taskFileName }
     this.#options.log.info(fields, 'task accepted')
     return { isNew: true }

@@ -18,11 +18,11 @@ import type {
   Cluster,
   Completion,
   DeliveryContent,
+  Hints,
   Logger,
   NewDelivery,
   OrphanedTask,
   SeenTask,
-  TaskQueue,
   TaskStore,
   Worker,
   WorkerBackend,
@@ -31,6 +31,7 @@ import { DamagedTaskError, WorkerError } from './ports.ts'
 import { Provisioning } from './provisioning.ts'
 import type { Slot } from './slots.ts'
 import { isFinal, type Outcome, type Task, traceOf } from './task.ts'
+import type { TaskQueue } from './task-queue.ts'
 import type { WorkerSetup } from './worker-setup.ts'
 
 export const LOG_BYTES_KEPT = 5 * 1024 * 1024
@@ -48,7 +49,8 @@ export interface TaskRunnerOptions {
   callbacks: CallbackDispatcher
   /** Undefined: nobody else works on these tasks. */
   cluster?: Cluster | undefined
-  concurrency: number
+  /** Tells the other instances of a cluster. */
+  hints?: Hints | undefined
   provisioningTimeoutMs: number
   setup: WorkerSetup
   /** A worker could not be had: what hinders it may hold up others that wait, too. Never rejects. */
@@ -147,12 +149,13 @@ export class TaskRunner {
       this.#store.live(),
       this.#store.workersToTerminate(),
     ])
-    this.#queue.work(this.#options.concurrency, (task, slot) => this.#runOnce(task, slot))
     for (const task of live) {
-      if (task.status !== 'queued') this.#queue.resume(task)
-      else if (task.cancelRequested) this.#background(this.cancel(task.taskId))
-      else this.#queue.enqueue(task)
+      if (task.status === 'queued') this.#background(this.cancel(task.taskId))
+      else this.#resume(task)
     }
+    this.#queue.start((task, slot) =>
+      this.#inSlot(task.taskId, slot, (run) => this.#seeTaskThrough(task, run, slot)),
+    )
     this.#membership?.start()
     for (const left of leftWorkers) this.#background(this.#terminate(left))
     if (live.length > 0) this.#log.info({ tasks: live.length }, 'took up unfinished tasks')
@@ -176,12 +179,13 @@ export class TaskRunner {
   async cancel(taskId: string): Promise<Task> {
     const task = await this.#store.requestCancel(taskId, this.#options.now())
     if (task?.status === 'queued') {
-      this.#queue.remove(taskId)
       const full = await this.#known(taskId)
-      if (full) await this.#settle({ ...full, claim: task.claim }, CANCELLED)
+      const isEnded = full && (await this.#settle({ ...full, claim: task.claim }, CANCELLED))
+      if (isEnded) this.#queue.removed()
     }
     // A run that claimed the task meanwhile reads the request with its claim, or hears it here or elsewhere.
     this.hearCancel(taskId)
+    if (task && task.status !== 'queued') this.#options.hints?.cancelRequested(taskId)
     const now = await this.#known(taskId)
     if (!now) throw new TaskRunnerError('task_not_found', `There is no task "${taskId}"`)
     return now
@@ -202,14 +206,21 @@ export class TaskRunner {
     this.#runs.get(taskId)?.cancel.abort()
   }
 
-  /** False: there is nothing to run. */
-  async #runOnce(seen: SeenTask, slot: Slot): Promise<boolean> {
-    return (await this.#once(seen.taskId, (run) => this.#run(seen, run, slot))) ?? true
+  /** Takes on a task that runs already, whatever the limit; it counts against it. */
+  #resume(seen: SeenTask): void {
+    if (this.#closing.signal.aborted || this.#runs.has(seen.taskId)) return
+    const slot = this.#queue.takeSlot()
+    this.#inSlot(seen.taskId, slot, (run) => this.#takeOn(seen, run, slot))
   }
 
-  /** Undefined: the task is in hand already. `work` never rejects. */
-  async #once<T>(taskId: string, work: (run: Run) => Promise<T>): Promise<T | undefined> {
-    if (this.#runs.has(taskId)) return undefined
+  /** `work` never rejects. */
+  #inSlot(taskId: string, slot: Slot, work: (run: Run) => Promise<void>): void {
+    void this.#once(taskId, work).finally(() => slot.release())
+  }
+
+  /** Does nothing when the task is in hand already. `work` never rejects. */
+  async #once(taskId: string, work: (run: Run) => Promise<void>): Promise<void> {
+    if (this.#runs.has(taskId)) return
     const done = Promise.withResolvers<void>()
     const run: Run = {
       claim: undefined,
@@ -219,42 +230,32 @@ export class TaskRunner {
       waitingFor: null,
     }
     this.#runs.set(taskId, run)
-    const answer = await work(run)
+    await work(run)
     this.#runs.delete(taskId)
     done.resolve()
-    return answer
   }
 
-  /** The whole story. Never rejects. False: the task is final, or somebody else's. */
-  async #run({ taskId, claim }: SeenTask, run: Run, slot: Slot): Promise<boolean> {
-    const letGo = run.letGo.signal
-    const claiming = async () => {
-      try {
-        return await this.#store.claim(taskId, this.#options.now(), claim)
-      } catch (err) {
-        if (err instanceof DamagedTaskError) return err
-        throw err
-      }
-    }
+  /** Claims a task that runs already, and sees it through. Never rejects. */
+  async #takeOn({ taskId, claim }: SeenTask, run: Run, slot: Slot): Promise<void> {
+    const claiming = () => this.#store.claim(taskId, this.#options.now(), claim)
     const task = await this.#repeat('claiming a task', claiming, {
-      signal: letGo,
+      signal: run.letGo.signal,
       onFailure: async (err) => {
-        if (claim > 0 && err instanceof StoreFullError) await this.#freeSpaceOf(taskId)
+        if (err instanceof StoreFullError) await this.#freeSpaceOf(taskId)
       },
     })
-    if (!task) return letGo.aborted
-    if (task instanceof DamagedTaskError) {
-      // No waiting mends that, and nobody can know what the worker was given.
-      await this.#settle(task.task, failure('internal_error', task.message))
-      return true
-    }
-    await this.#seeTaskThrough(task, run, slot)
-    return true
+    if (task) await this.#seeTaskThrough(task, run, slot)
   }
 
+  /** The whole story of a task that was claimed. Never rejects. */
   async #seeTaskThrough(task: ClaimedTask, run: Run, slot: Slot): Promise<void> {
     const letGo = run.letGo.signal
     run.claim = task.claim
+    if (task.damage) {
+      // No waiting mends that, and nobody can know what the worker was given.
+      await this.#settle(task, failure('internal_error', task.damage.message))
+      return
+    }
     if (task.cancelRequested) run.cancel.abort()
     const cancelled = run.cancel.signal
     let worker: Worker | undefined
@@ -420,20 +421,20 @@ export class TaskRunner {
 
   /**
    * The end of a run: take the log, commit outcome + log + delivery, and the slot is free. Then make the
-   * first attempt and end the worker whatever it gave.
+   * first attempt and end the worker whatever it gave. False: someone else was first.
    */
   async #settle(
     task: Task,
     outcome: Outcome,
     { worker, run }: { worker?: Worker | undefined; run?: Run | undefined } = {},
-  ): Promise<void> {
+  ): Promise<boolean> {
     const { taskId } = task
     const keepWorker =
       !task.terminateOnCompletion && worker !== undefined && outcome.status !== 'cancelled'
     const committed = await this.#commit(task, outcome, { worker, run, keepWorker })
     if (!committed) {
       if (worker) this.#leave(task)
-      return
+      return false
     }
     const { status, reason, exitCode } = outcome
     this.#log.info({ taskId, ...traceOf(task), status, reason, exitCode }, 'task finished')
@@ -444,6 +445,7 @@ export class TaskRunner {
         if (!keepWorker && task.claim > 0) await this.#terminate(task, worker)
       }),
     )
+    return true
   }
 
   /** Undefined: it is somebody else's task. On its own, so that nothing that comes later holds a large log. */
@@ -560,7 +562,7 @@ export class TaskRunner {
           const run = runs.get(taskId)
           if (run?.claim === claim) run.letGo.abort()
         },
-        resume: (task) => this.#queue.resume(task),
+        resume: (task) => this.#resume(task),
         giveUp: (orphan) => {
           this.#background(this.#once(orphan.taskId, (run) => this.#giveUp(orphan, run)))
         },

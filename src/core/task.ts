@@ -3,6 +3,8 @@
  * - task: one accepted request to run a task file, known by its `taskId`.
  * - task file: a script in the tasks folder.
  * - backend: the kind of place a task runs on. worker: one such place, made for one task.
+ * - queue: the tasks with status `queued`. slot: a place among the tasks that run at a time on an
+ *   instance; a task that waits for something gives it to others.
  * - claim: a number that rises when an instance takes the task; every later write names it, so that
  *   an instance that was thought dead changes nothing when it wakes up (a fencing token).
  * - callback: what the caller asked for. delivery: sending it, over one or more attempts.
@@ -117,10 +119,13 @@ export function traceOf({ traceparent }: Pick<TaskSummary, 'traceparent'>): { tr
   return traceparent === null ? {} : { traceId: traceparent.split('-')[1] ?? '' }
 }
 
-/** A step of priority is worth so much waiting: whoever waits for long passes everybody that comes later. */
-const PRIORITY_STEP_MS = 60_000
+/**
+ * Waiting that a step of priority is worth, so that nobody waits for ever. The store's index of
+ * waiting tasks holds it as well.
+ */
+export const PRIORITY_STEP_MS = 60_000
 
-/** Where a waiting task stands in its queue, in ms: the lowest goes first. Needs no updates for tasks to age. */
+/** Returns where a waiting task stands in the queue, in ms: the lowest goes first. It ages by itself. */
 export function queuePosition(task: { createdAt: number; priority: number }): number {
   return task.createdAt - task.priority * PRIORITY_STEP_MS
 }

@@ -79,10 +79,10 @@ export class Metrics {
   }
 
   tasks(store: TaskStore): TaskStore {
-    const claim: TaskStore['claim'] = async (taskId, at, seen) => {
-      const task = await store.claim(taskId, at, seen)
-      if (task?.claim === 1) this.#queueWait.observe((at - task.createdAt) / 1000)
-      return task
+    const claimNext: TaskStore['claimNext'] = async (options) => {
+      const tasks = await store.claimNext(options)
+      for (const { createdAt } of tasks) this.#queueWait.observe((options.at - createdAt) / 1000)
+      return tasks
     }
     const finish: TaskStore['finish'] = async (task, end) => {
       const committed = await store.finish(task, end)
@@ -95,7 +95,7 @@ export class Metrics {
       if (delivery) this.#await(task.taskId, finishedAt)
       return committed
     }
-    return this.#timed(store, { claim, finish })
+    return this.#timed(store, { claimNext, finish })
   }
 
   deliveries(store: DeliveryStore): DeliveryStore {

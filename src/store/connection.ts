@@ -1,4 +1,4 @@
-import type { Compilable, Kysely, SelectQueryBuilder, Transaction } from 'kysely'
+import type { Compilable, Kysely, SelectQueryBuilder } from 'kysely'
 import { StoreFullError, TaskRunnerError } from '../core/errors.ts'
 import type { Database } from './schema.ts'
 
@@ -12,8 +12,9 @@ export interface Connection {
   atomically<Row>(
     first: Compilable<Row>,
     others?: readonly Compilable[],
-    more?: InTransaction,
   ): Promise<Row[] | undefined>
+  /** Runs the statement while no instance runs another one in this way. */
+  inTurn<Row>(statement: Compilable<Row>): Promise<Row[]>
   /** Of rows to be taken, leaves out those that someone else is taking. */
   untaken<Table extends keyof Database, Row>(
     rows: SelectQueryBuilder<Database, Table, Row>,
@@ -27,9 +28,6 @@ export interface Connection {
   identity(): Promise<string>
   close(): Promise<void>
 }
-
-/** What else belongs to a transaction, where the database can do more than hold tables. */
-export type InTransaction = (transaction: Transaction<Database>) => Promise<unknown>
 
 /** SQLite's result code for a full disk: https://sqlite.org/rescode.html#full */
 const SQLITE_FULL = 13

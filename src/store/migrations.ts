@@ -4,14 +4,20 @@ import * as instances from './migrations/0002-instances.ts'
 import * as listing from './migrations/0003-listing.ts'
 import * as settings from './migrations/0004-settings.ts'
 import * as redeliveries from './migrations/0005-redeliveries.ts'
+import * as oneQueue from './migrations/0006-one-queue.ts'
 
 /** In their order. `types` are the database's own names for those types. */
-export function migrations(types: { serial: string; bytes: string }): Record<string, Migration> {
+export function migrations(types: {
+  serial: string
+  bytes: string
+  hasSchemas: boolean
+}): Record<string, Migration> {
   return {
     '0001-tasks-and-deliveries': { up: (db) => tasksAndDeliveries.up(db, types) },
     '0002-instances': { up: (db) => instances.up(db) },
     '0003-listing': { up: (db) => listing.up(db) },
     '0004-settings': { up: (db) => settings.up(db) },
     '0005-redeliveries': { up: (db) => redeliveries.up(db) },
+    '0006-one-queue': { up: (db) => oneQueue.up(db, types) },
   }
 }

@@ -56,16 +56,16 @@ export class PostgresCluster implements Cluster {
     const sentOn = Date.now()
     const row = await this.#connection.db
       .insertInto('instances')
-      .values({ name: this.#instance, host_bound: this.#hostBound ? 1 : 0, seen_at: CLOCK })
+      .values({ name: this.#instance, host_bound: this.#hostBound ? 1 : 0, beat_at: CLOCK })
       .onConflict((conflict) =>
-        conflict.column('name').doUpdateSet((eb) => ({ seen_at: eb.ref('excluded.seen_at') })),
+        conflict.column('name').doUpdateSet((eb) => ({ beat_at: eb.ref('excluded.beat_at') })),
       )
-      .returning('seen_at')
+      .returning('beat_at')
       .executeTakeFirstOrThrow()
     const answeredAt = performance.now()
     // Of an answer that was long on its way nobody knows when it was true.
     if (this.#clock.database === 0 || answeredAt - sentAt < CLOCK_TOLERANCE_MS) {
-      this.#clock = { database: Number(row.seen_at), steady: (sentAt + answeredAt) / 2 }
+      this.#clock = { database: Number(row.beat_at), steady: (sentAt + answeredAt) / 2 }
     }
     const wasMember = this.isMember()
     if (!wasMember) this.#memberSince = sentAt
@@ -88,7 +88,7 @@ export class PostgresCluster implements Cluster {
   async orphans(): Promise<OrphanedTask[]> {
     const memberMs = performance.now() - this.#memberSince
     const { db } = this.#connection
-    const silentFor = (ms: number) => sql<boolean>`instances.seen_at < ${CLOCK} - ${ms}::bigint`
+    const silentFor = (ms: number) => sql<boolean>`instances.beat_at < ${CLOCK} - ${ms}::bigint`
     const rows = await db
       .selectFrom('instances')
       .innerJoin('tasks', 'tasks.instance', 'instances.name')
@@ -98,7 +98,7 @@ export class PostgresCluster implements Cluster {
       .where((eb) =>
         eb.or([
           // Those that have left are not waited for.
-          eb('seen_at', '=', 0),
+          eb('beat_at', '=', 0),
           ...(memberMs < SILENT_MS
             ? []
             : [eb.and([eb('host_bound', '=', 0), silentFor(SILENT_MS)])]),
@@ -141,7 +141,7 @@ export class PostgresCluster implements Cluster {
         this.#ofThisInstance().select(eb.fn.countAll().as('count')).as('ours'),
         db
           .selectFrom('instances')
-          .where(sql<boolean>`seen_at >= ${CLOCK} - ${SILENT_MS}::bigint`)
+          .where(sql<boolean>`beat_at >= ${CLOCK} - ${SILENT_MS}::bigint`)
           .select(eb.fn.countAll().as('count'))
           .as('living'),
       ])
@@ -162,7 +162,7 @@ export class PostgresCluster implements Cluster {
     if (this.#hostBound) return
     await this.#connection.db
       .updateTable('instances')
-      .set({ seen_at: 0 })
+      .set({ beat_at: 0 })
       .where('name', '=', this.#instance)
       .execute()
   }

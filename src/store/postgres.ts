@@ -1,3 +1,4 @@
+import { setTimeout as pause } from 'node:timers/promises'
 import {
   type Compilable,
   Kysely,
@@ -8,11 +9,14 @@ import {
 } from 'kysely'
 import { Migrator } from 'kysely/migration'
 import pg from 'pg'
-import { type Connection, type InTransaction, storeUnavailable } from './connection.ts'
+import { type Connection, storeUnavailable } from './connection.ts'
 import { migrations } from './migrations.ts'
+import { SILENT_MS } from './postgres-cluster.ts'
 import type { Database } from './schema.ts'
 
-const TYPES = { serial: 'bigserial primary key', bytes: 'bytea' }
+const TYPES = { serial: 'bigserial primary key', bytes: 'bytea', hasSchemas: true }
+/** The advisory lock of `inTurn`. */
+const TURN_LOCK = 0x7461736b
 const CONNECT_TIMEOUT_MS = 5_000
 /** On the server. */
 const STATEMENT_TIMEOUT_MS = 10_000
@@ -33,7 +37,7 @@ class HeardClient extends pg.Client {
 }
 
 /** What every connection of ours to the database is made with. */
-export function connectionOptions(url: string, instance: string) {
+function connectionOptions(url: string, instance: string) {
   return {
     connectionString: withDurableCommits(url),
     application_name: `task-runner ${instance}`.slice(0, 63),
@@ -42,6 +46,14 @@ export function connectionOptions(url: string, instance: string) {
     keepAlive: true,
     Client: HeardClient,
   }
+}
+
+/** Returns a connection of its own, not yet made, that breaks unheard. */
+export function newClient(url: string, instance: string): pg.Client {
+  return new HeardClient({
+    ...connectionOptions(url, instance),
+    query_timeout: ANSWER_TIMEOUT_MS,
+  })
 }
 
 /** What is acknowledged is on disk, whatever the server's default. The URL's own options stay. */
@@ -75,24 +87,20 @@ export async function openPostgres(
   const db = new Kysely<Database>({ dialect: new PostgresDialect({ pool: telling(pool) }) })
   return {
     db,
-    atomically: <Row>(
-      first: Compilable<Row>,
-      others: readonly Compilable[] = [],
-      more?: InTransaction,
-    ) => {
-      if (others.length === 0 && !more) return changed(db, first)
-      const work = db.transaction().execute(async (transaction) => {
+    async atomically<Row>(first: Compilable<Row>, others: readonly Compilable[] = []) {
+      if (others.length === 0) return changed(db, first)
+      return db.transaction().execute(async (transaction) => {
         const rows = await changed(transaction, first)
         if (rows === undefined) return undefined
         for (const other of others) await transaction.executeQuery(other.compile())
-        await more?.(transaction)
         return rows
       })
-      // What else took part in it may fail in words of its own.
-      return work.catch((err: unknown) => {
-        throw storeUnavailable(err)
-      })
     },
+    inTurn: (statement) =>
+      db.transaction().execute(async (transaction) => {
+        await sql`select pg_advisory_xact_lock(${sql.lit(TURN_LOCK)})`.execute(transaction)
+        return (await transaction.executeQuery(statement.compile())).rows
+      }),
     untaken: (rows) => rows.forUpdate().skipLocked(),
     identity: () => identityOf(db),
     close: () => db.destroy(),
@@ -136,6 +144,7 @@ async function migrate(pool: pg.Pool): Promise<void> {
   pool.on('error', () => {})
   const db = new Kysely<unknown>({ dialect: new PostgresDialect({ pool }) })
   try {
+    await untilOldInstancesEnded(pool)
     const provider = { getMigrations: async () => ({ ...(await applied(pool)), ...ours }) }
     const ours = migrations(TYPES)
     const { error } = await new Migrator({ db, provider }).migrateToLatest()
@@ -143,6 +152,32 @@ async function migrate(pool: pg.Pool): Promise<void> {
   } finally {
     await db.destroy()
   }
+}
+
+/**
+ * Waits until instances of the version before are silent, which kept what waits elsewhere: beside
+ * ours they would leave it. Throws when they go on. One that was stopped just now may seem alive
+ * for a while.
+ */
+async function untilOldInstancesEnded(pool: pg.Pool): Promise<void> {
+  const { rowCount: isOld } = await pool.query(
+    `select from pg_attribute where attrelid = to_regclass('instances') and attname = 'seen_at'`,
+  )
+  if (!isOld) return
+  const alive = async () => {
+    const { rows } = await pool.query<{ name: string }>(
+      `select name from instances
+       where seen_at > extract(epoch from clock_timestamp()) * 1000 - ${SILENT_MS}`,
+    )
+    return rows.map(({ name }) => name).join(', ')
+  }
+  if ((await alive()) === '') return
+  await pause(SILENT_MS)
+  const names = await alive()
+  if (names === '') return
+  throw new Error(
+    `instances of an earlier version still use this database: ${names}. Stop all of them, then start this version`,
+  )
 }
 
 /** Migrations of a newer release are no mistake: instances of two releases run side by side while they are exchanged. */

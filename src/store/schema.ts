@@ -88,7 +88,7 @@ export interface InstancesTable {
   /** Its workers can be reached from its host only. */
   host_bound: number
   /** By the database's clock; 0: it has left. */
-  seen_at: number
+  beat_at: number
 }
 
 /** What holds for the database as a whole. */

@@ -19,7 +19,7 @@ import { migrations } from './migrations.ts'
 import type { Database } from './schema.ts'
 import type { Batch, StatementResult } from './sqlite-thread.ts'
 
-const TYPES = { serial: 'integer primary key autoincrement', bytes: 'blob' }
+const TYPES = { serial: 'integer primary key autoincrement', bytes: 'blob', hasSchemas: false }
 
 /**
  * Opens the SQLite file, made when missing, and brings its tables up to date. The file is ours alone while
@@ -65,13 +65,14 @@ export async function openSqlite(
   }
   return {
     db,
+    // One statement at a time: there is nobody else.
+    inTurn: async (statement) => (await db.executeQuery(statement.compile())).rows,
     async atomically<Row>(first: Compilable<Row>, others: readonly Compilable[] = []) {
       const statements = [first, ...others].map((statement) => toStatement(statement.compile()))
       const [result] = await thread.run({ statements, guarded: true })
       // Holds: kysely typed the row after the query it compiled.
       return result?.rows as Row[] | undefined
     },
-    // One statement at a time: there is nobody else.
     untaken: (rows) => rows,
     identity: () => fileIdentity(path),
     close: () => db.destroy(),

@@ -39,6 +39,9 @@ export type SummaryRow = Pick<
   (typeof SUMMARY_COLUMNS)[number] extends `tasks.${infer Name}` ? Name & keyof TasksTable : never
 > & { delivery_status?: Exclude<CallbackStatus, 'none'> | null }
 
+/** What a claim returns. */
+export type ClaimedRow = SummaryRow & { sealed: Uint8Array; cancel_requested_at: number | null }
+
 /** Values of variables and secrets have served: the log is masked by now. The token may be needed for a delivery on request. */
 export function withoutSpentSecrets(task: Task): Task {
   const { envVariables, imageConfig, ...config } = task.workerConfig

@@ -8,12 +8,12 @@ import {
   type NewTask,
   type TaskFilter,
   type TaskStore,
-  type WaitingTask,
 } from '../core/ports.ts'
-import { LIVE_STATUSES, type Task, type TaskSummary } from '../core/task.ts'
-import type { Connection, InTransaction } from './connection.ts'
+import { LIVE_STATUSES, queuePosition, type Task, type TaskSummary } from '../core/task.ts'
+import type { Connection } from './connection.ts'
 import { decodeLog, encodeLog } from './log-codec.ts'
 import {
+  type ClaimedRow,
   numberOrNull,
   type Sealed,
   SUMMARY_COLUMNS,
@@ -32,35 +32,27 @@ export interface Seal {
   unseal(sealed: Uint8Array, context: string): string
 }
 
-/** What goes along with a task's moves, in the same transaction, where instances share the database. */
-export interface SharedQueue {
-  add(task: WaitingTask): InTransaction
-  /** The task waits no more. */
-  taken(taskId: string): InTransaction
-  cancelRequested(taskId: string): InTransaction
-}
-
 /** The `TaskStore` of both databases. */
 export class SqlTaskStore implements TaskStore {
   readonly #connection: Connection
   readonly #writes: ReturnType<typeof taskWrites>
   readonly #sealer: Seal
   readonly #instance: string
-  readonly #queue: SharedQueue | undefined
+  readonly #isShared: boolean
   /** Tasks whose outcome may have been committed, though it could not be told. */
   readonly #unanswered = new Set<string>()
 
-  /** `queue`: waiting tasks are kept there, and tasks of other instances are none of ours. */
+  /** `isShared`: other instances use the database, too, and what they have claimed is theirs. */
   constructor(
     connection: Connection,
     sealer: Seal,
-    { instance, queue }: { instance: string; queue?: SharedQueue | undefined },
+    { instance, isShared = false }: { instance: string; isShared?: boolean },
   ) {
     this.#connection = connection
-    this.#writes = taskWrites(connection.db)
+    this.#writes = taskWrites(connection)
     this.#sealer = sealer
     this.#instance = instance
-    this.#queue = queue
+    this.#isShared = isShared
   }
 
   get #db() {
@@ -75,7 +67,7 @@ export class SqlTaskStore implements TaskStore {
       terminates: task.terminateOnCompletion ? 1 : 0,
       hasCallback: task.callbackUrl === null ? 0 : 1,
     })
-    return (await this.#connection.atomically(row, [], this.#queue?.add(task))) !== undefined
+    return (await this.#connection.atomically(row)) !== undefined
   }
 
   async digestOf(taskId: string) {
@@ -121,15 +113,51 @@ export class SqlTaskStore implements TaskStore {
     return row && { content: await decodeLog(row), totalBytes: Number(row.total_bytes) }
   }
 
+  async claimNext(options: Parameters<TaskStore['claimNext']>[0]): Promise<ClaimedTask[]> {
+    const { at, limit, runningMax } = options
+    const claim = { at, limit, instance: this.#instance }
+    const rows =
+      runningMax === undefined
+        ? await this.#connection.atomically(this.#writes.claimNext(claim))
+        : await this.#connection.inTurn(this.#writes.claimNextWithin({ ...claim, runningMax }))
+    const tasks = (rows ?? []).map((row) => this.#claimed(row))
+    // Neither database returns changed rows in an order.
+    return tasks.sort((a, b) => queuePosition(a) - queuePosition(b) || a.seq - b.seq)
+  }
+
+  async putBack({ taskId, claim }: Pick<Task, 'taskId' | 'claim'>): Promise<void> {
+    await this.#db
+      .updateTable('tasks')
+      .set({ status: 'queued', instance: null, worker_state: 'none', claimed_at: null })
+      .where('task_id', '=', taskId)
+      .where('claim', '=', claim)
+      .where('status', '=', 'provisioning')
+      .execute()
+  }
+
+  async countQueued(max: number): Promise<number> {
+    const waiting = this.#db.selectFrom('tasks').select('seq').where('status', '=', 'queued')
+    const { count } = await this.#db
+      .selectFrom(waiting.limit(max).as('waiting'))
+      .select(({ fn }) => fn.countAll().as('count'))
+      .executeTakeFirstOrThrow()
+    return Number(count)
+  }
+
   async claim(taskId: string, at: number, seen = 0): Promise<ClaimedTask | undefined> {
     const taken = this.#writes.claim({ taskId, at, seen, next: seen + 1, instance: this.#instance })
-    const [row] = (await this.#connection.atomically(taken, [], this.#queue?.taken(taskId))) ?? []
-    return (
-      row && {
-        ...this.#unsealed(row),
-        cancelRequested: row.cancel_requested_at !== null,
-      }
-    )
+    const [row] = (await this.#connection.atomically(taken)) ?? []
+    return row && this.#claimed(row)
+  }
+
+  #claimed(row: ClaimedRow): ClaimedTask {
+    const cancelRequested = row.cancel_requested_at !== null
+    try {
+      return { ...this.#unsealed(row), cancelRequested }
+    } catch (err) {
+      if (!(err instanceof DamagedTaskError)) throw err
+      return { ...err.task, cancelRequested, damage: err }
+    }
   }
 
   async keepSecretValues(task: Task, secretValues: readonly string[]): Promise<void> {
@@ -167,7 +195,6 @@ export class SqlTaskStore implements TaskStore {
     end: Parameters<TaskStore['finish']>[1],
   ): Promise<boolean> {
     const { outcome, log, delivery, finishedAt } = end
-    const taken = task.claim === 0 ? this.#queue?.taken(task.taskId) : undefined
     const setOutcome = this.#writes.setOutcome({
       ...outcome,
       message: withoutNul(outcome.message),
@@ -192,7 +219,7 @@ export class SqlTaskStore implements TaskStore {
     const rows = openDelivery ? [keepLog, openDelivery] : [keepLog]
     let isDone: boolean
     try {
-      isDone = (await this.#connection.atomically(setOutcome, rows, taken)) !== undefined
+      isDone = (await this.#connection.atomically(setOutcome, rows)) !== undefined
       // Done before, perhaps, with its answer lost.
       if (!isDone && this.#unanswered.has(task.taskId))
         isDone = await this.#hasEnded(task, delivery)
@@ -216,14 +243,13 @@ export class SqlTaskStore implements TaskStore {
   }
 
   async requestCancel(taskId: string, at: number): Promise<TaskSummary | undefined> {
-    const noted = this.#db
+    const row = await this.#db
       .updateTable('tasks')
       .set((eb) => ({ cancel_requested_at: eb.fn.coalesce('cancel_requested_at', eb.val(at)) }))
       .where('task_id', '=', taskId)
       .where('status', 'in', LIVE_STATUSES)
       .returning(SUMMARY_COLUMNS)
-    const tell = this.#queue?.cancelRequested(taskId)
-    const [row] = (await this.#connection.atomically(noted, [], tell)) ?? []
+      .executeTakeFirst()
     return row && summaryFromRow(row)
   }
 
@@ -240,22 +266,14 @@ export class SqlTaskStore implements TaskStore {
   }
 
   async live(): Promise<LiveTask[]> {
-    let query = this.#db
-      .selectFrom('tasks')
-      .select(['task_id', 'status', 'cancel_requested_at', 'claim', 'priority', 'created_at'])
-      .where('status', 'in', LIVE_STATUSES)
-      .orderBy('seq')
-    if (this.#queue) {
-      query = query.where('instance', '=', this.#instance).where('status', '!=', 'queued')
-    }
-    return (await query.execute()).map((row) => ({
-      taskId: row.task_id,
-      status: row.status,
-      cancelRequested: row.cancel_requested_at !== null,
-      claim: row.claim,
-      priority: row.priority,
-      createdAt: Number(row.created_at),
-    }))
+    const live = this.#db.selectFrom('tasks').select(['task_id', 'status', 'claim', 'seq'])
+    let claimed = live.where('status', 'in', ['provisioning', 'running'])
+    if (this.#isShared) claimed = claimed.where('instance', '=', this.#instance)
+    const unwanted = live
+      .where('status', '=', 'queued')
+      .where('cancel_requested_at', 'is not', null)
+    const rows = await claimed.unionAll(unwanted).orderBy('seq').execute()
+    return rows.map(({ task_id: taskId, status, claim }) => ({ taskId, status, claim }))
   }
 
   async workerOwner(taskId: string) {
@@ -280,7 +298,7 @@ export class SqlTaskStore implements TaskStore {
       .select(['task_id', 'worker_name'])
       .where('worker_state', '=', 'live')
       .where('status', 'not in', LIVE_STATUSES)
-    if (this.#queue) query = query.where('instance', '=', this.#instance)
+    if (this.#isShared) query = query.where('instance', '=', this.#instance)
     return (await query.execute()).map(({ task_id, worker_name }) => ({
       taskId: task_id,
       workerName: worker_name,

@@ -1,13 +1,18 @@
-import { type Kysely, sql } from 'kysely'
+import { type RawBuilder, sql } from 'kysely'
 import type { NewDelivery, NewTask } from '../core/ports.ts'
-import { LIVE_STATUSES, type Outcome } from '../core/task.ts'
+import { LIVE_STATUSES, type Outcome, PRIORITY_STEP_MS } from '../core/task.ts'
+import type { Connection } from './connection.ts'
 import type { encodeLog } from './log-codec.ts'
 import { prepared } from './prepared.ts'
-import type { Database } from './schema.ts'
 import { SUMMARY_COLUMNS } from './task-row.ts'
 
+/** `queuePosition`, as the index of waiting tasks spells it. */
+const POSITION = sql<number>`created_at - priority * ${sql.lit(PRIORITY_STEP_MS)}`
+/** Spelt out, not a parameter: only then are partial indices used. */
+const QUEUED = sql.lit('queued' as const)
+
 /** What every task writes on its way. */
-export const taskWrites = (db: Kysely<Database>) => ({
+export const taskWrites = ({ db, untaken }: Connection) => ({
   insert: prepared((p: NewTask & { sealed: Uint8Array; terminates: 0 | 1; hasCallback: 0 | 1 }) =>
     db
       .insertInto('tasks')
@@ -41,6 +46,15 @@ export const taskWrites = (db: Kysely<Database>) => ({
       })
       .onConflict((conflict) => conflict.column('task_id').doNothing()),
   ),
+
+  claimNext: prepared((p: NextClaim) => claimNext({ db, untaken }, p, p.limit)),
+
+  /** Postgres alone. What runs is counted in the same statement: it must be the only one of its kind. */
+  claimNextWithin: prepared((p: NextClaim & { runningMax: number }) => {
+    const running = sql`(select count(*) from tasks where status in ('provisioning', 'running'))`
+    const room = sql<number>`greatest(0, least(${p.limit}::int, ${p.runningMax}::int - ${running}))`
+    return claimNext({ db, untaken }, p, room)
+  }),
 
   claim: prepared(
     (p: { taskId: string; at: number; seen: number; next: number; instance: string }) =>
@@ -140,3 +154,37 @@ export const taskWrites = (db: Kysely<Database>) => ({
     db.updateTable('tasks').set({ worker_state: 'gone' }).where('task_id', '=', p.taskId),
   ),
 })
+
+interface NextClaim {
+  at: number
+  limit: number
+  instance: string
+}
+
+function claimNext(
+  { db, untaken }: Pick<Connection, 'db' | 'untaken'>,
+  { at, instance }: NextClaim,
+  limit: number | RawBuilder<number>,
+) {
+  const next = db
+    .selectFrom('tasks')
+    .select('seq')
+    .where('status', '=', QUEUED)
+    .orderBy(POSITION)
+    .orderBy('seq')
+    .limit(limit)
+  // As a common table expression, which Postgres runs once; a subquery that locks may run again.
+  return db
+    .with('next', () => untaken(next))
+    .updateTable('tasks')
+    .set({
+      claim: sql<number>`claim + 1`,
+      instance,
+      claimed_at: at,
+      status: 'provisioning',
+      worker_state: 'live',
+      waiting_for: null,
+    })
+    .where('seq', 'in', (eb) => eb.selectFrom('next').select('next.seq'))
+    .returning([...SUMMARY_COLUMNS, 'sealed', 'cancel_requested_at'])
+}

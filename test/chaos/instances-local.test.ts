@@ -81,7 +81,7 @@ describe.concurrent('an instance with local workers', () => {
       // Longer than containers wait, and long enough for some more beats of the other.
       await eventually(async () => {
         const [row] = await sql(
-          'select extract(epoch from clock_timestamp()) * 1000 - seen_at as ms from instances where name = $1',
+          'select extract(epoch from clock_timestamp()) * 1000 - beat_at as ms from instances where name = $1',
           [owner],
         )
         expect(Number(row?.ms)).toBeGreaterThan(SILENT_MS + 4_000)
@@ -261,7 +261,7 @@ describe.concurrent('an instance with local workers', () => {
   )
 
   test(
-    'that is paused while it fetches holds up nobody, though they are limited together',
+    'that is paused while it claims holds up nobody, though they are limited together',
     async () => {
       await using instances = await startInstances(postgres, { env: { MAX_CLUSTER_TASKS: '5' } })
       const { stage, sql } = instances
@@ -269,9 +269,9 @@ describe.concurrent('an instance with local workers', () => {
       const blocking = new pg.Client(instances.databaseUrl)
       await blocking.connect()
       try {
-        await blocking.query('begin; lock table pgboss.job in access exclusive mode')
+        await blocking.query('begin; lock table tasks in exclusive mode')
         await eventually(async () => {
-          // It has the turn to fetch, and waits for the table.
+          // It has the turn to claim, and waits for the table.
           const waiting = await sql(
             `select from pg_locks as held join pg_locks as wanted using (pid)
              where held.locktype = 'advisory' and held.granted and not wanted.granted`,

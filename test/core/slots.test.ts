@@ -4,9 +4,7 @@ import { Slots } from '../../src/core/slots.ts'
 const never = new AbortController().signal
 
 function slotsOf(limit: number, onFree = () => {}) {
-  const slots = new Slots(onFree)
-  slots.limit = limit
-  return slots
+  return new Slots(limit, onFree)
 }
 
 test('a slot that is released is free for a new task', () => {

@@ -19,10 +19,10 @@ import {
   type WorkerSpec,
 } from '../../src/core/ports.ts'
 import { isFinal, type Task } from '../../src/core/task.ts'
+import { TaskQueue } from '../../src/core/task-queue.ts'
 import { LOG_BYTES_KEPT, TaskRunner } from '../../src/core/task-runner.ts'
 import { WorkerSetup } from '../../src/core/worker-setup.ts'
 import { DEFAULT_WORKER_SIZES } from '../../src/core/worker-sizes.ts'
-import { EmbeddedQueue } from '../../src/queue/embedded.ts'
 import { Sealer } from '../../src/secrets/sealing.ts'
 import type { Connection } from '../../src/store/connection.ts'
 import { SqlDeliveryStore } from '../../src/store/delivery-store.ts'
@@ -209,7 +209,20 @@ describe('TaskRunner', () => {
     cluster?: Cluster,
     { hopelessMs }: { hopelessMs?: number } = {},
   ) {
-    const queue = new EmbeddedQueue()
+    // Methods of the store, each replaceable by the test.
+    const tasks = new Proxy<TaskStore>(store, {
+      get(target, name) {
+        const method = overrides[name as keyof TaskStore] ?? target[name as keyof TaskStore]
+        return async (...args: never[]) => {
+          const answer = await (method as (...args: never[]) => unknown).apply(target, args)
+          if (name === 'finish') events.push(answer ? 'commit' : 'second')
+          return answer
+        }
+      },
+    })
+    const queue = new TaskQueue({
+      ...{ store: tasks, concurrency, queuedMax: 1_000, now: Date.now, log: SILENT },
+    })
     const callbacks = new CallbackDispatcher({
       store: deliveries,
       sender,
@@ -219,22 +232,11 @@ describe('TaskRunner', () => {
       log: SILENT,
     })
     const runner = new TaskRunner({
-      // Methods of the store, each replaceable by the test.
-      store: new Proxy<TaskStore>(store, {
-        get(target, name) {
-          const method = overrides[name as keyof TaskStore] ?? target[name as keyof TaskStore]
-          return async (...args: never[]) => {
-            const answer = await (method as (...args: never[]) => unknown).apply(target, args)
-            if (name === 'finish') events.push(answer ? 'commit' : 'second')
-            return answer
-          }
-        },
-      }),
+      store: tasks,
       queue,
       backend,
       callbacks,
       cluster,
-      concurrency,
       provisioningTimeoutMs: PROVISIONING_MS,
       ...(hopelessMs === undefined ? {} : { hopelessMs }),
       setup: new WorkerSetup({
@@ -451,7 +453,7 @@ describe('TaskRunner', () => {
       await isIn(tasks[0] as NewTask, 'running')
       await isIn(tasks[1] as NewTask, 'running')
       expect(backend.specs).toHaveLength(2)
-      expect(service.queue.length).toBe(1)
+      expect(await store.countQueued(10)).toBe(1)
       ;(await workerOf(tasks[0] as NewTask)).ended.resolve(DONE)
       await workerOf(tasks[2] as NewTask)
     })
@@ -607,6 +609,7 @@ describe('TaskRunner', () => {
       const tasks: NewTask[] = []
       for (let count = 0; count < 500; count += 1) tasks.push(await stored())
       const { runner, queue } = open({}, 4)
+      await queue.count()
       await runner.start()
       await expect.poll(() => backend.checks, WAIT).toBeGreaterThan(1)
       expect(await store.countLive()).toMatchObject([
@@ -661,7 +664,7 @@ describe('TaskRunner', () => {
         .toBeDefined()
       // Alone it would wait for ever: perhaps nobody could pass.
       const other = await stored()
-      queue.enqueue(other)
+      queue.added()
       await finalOf(other)
       expect(await finalOf(hindered)).toMatchObject({
         ...{ status: 'failed', reason: 'internal_error' },
@@ -884,7 +887,7 @@ describe('TaskRunner', () => {
       await runner.start()
       for (let turn = 0; turn < 20; turn += 1) {
         const task = await stored()
-        queue.enqueue(task)
+        queue.added()
         const worker = await workerOf(task)
         await isIn(task, 'running')
         const cancelling = runner.cancel(task.taskId)
@@ -1119,8 +1122,8 @@ describe('TaskRunner', () => {
       const { task } = await started(
         {},
         {
-          claim: failing(1, (taskId: string, at: number, seen?: number) =>
-            store.claim(taskId, at, seen),
+          claimNext: failing(1, (options: Parameters<TaskStore['claimNext']>[0]) =>
+            store.claimNext(options),
           ),
           markRunning: failing(1, (...args: Parameters<TaskStore['markRunning']>) =>
             store.markRunning(...args),

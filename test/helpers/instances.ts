@@ -63,7 +63,7 @@ export async function startInstances(
     },
     async beats(instance) {
       const seenAt = async () =>
-        (await sql('select seen_at from instances where name = $1', [instance]))[0]?.seen_at
+        (await sql('select beat_at from instances where name = $1', [instance]))[0]?.beat_at
       for (const _ of ['once', 'twice']) {
         const before = await seenAt()
         await eventually(async () => expect(await seenAt()).not.toBe(before))

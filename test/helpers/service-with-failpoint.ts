@@ -49,6 +49,7 @@ function wrapPorts({ tasks, deliveries, backend, sender }: Ports): Ports {
     tasks: around(tasks, {
       insert: { after: 'inserted' },
       claim: { after: 'claimed' },
+      claimNext: { after: 'claimed' },
       markRunning: { after: 'running' },
       finish: { after: 'committed' },
       workerTerminated: { after: 'settled' },
@@ -91,7 +92,9 @@ function around<T extends object>(
         const result = value.apply(target, args)
         if (!(result instanceof Promise)) return result
         return result.then((settled: unknown) => {
-          if (point?.after) pass(point.after)
+          // A claim that found nothing is none.
+          const isNone = Array.isArray(settled) && settled.length === 0
+          if (point?.after && !isNone) pass(point.after)
           return mapResult(settled)
         })
       }

@@ -12,7 +12,7 @@ import { Sealer } from '../../src/secrets/sealing.ts'
 import type { Connection } from '../../src/store/connection.ts'
 import { SqlDeliveryStore } from '../../src/store/delivery-store.ts'
 import { SqlStatistics } from '../../src/store/statistics.ts'
-import { type SharedQueue, SqlTaskStore } from '../../src/store/task-store.ts'
+import { SqlTaskStore } from '../../src/store/task-store.ts'
 
 export const SEALER = new Sealer(Buffer.alloc(32, 7))
 export const ORIGIN = 'https://receiver.example'
@@ -43,8 +43,8 @@ export function newTask(overrides: Partial<NewTask> = {}): NewTask {
   }
 }
 
-export function storesOver(connection: Connection, instance = 'here', queue?: SharedQueue) {
-  const store = new SqlTaskStore(connection, SEALER, { instance, queue })
+export function storesOver(connection: Connection, instance = 'here', isShared = false) {
+  const store = new SqlTaskStore(connection, SEALER, { instance, isShared })
   return { store, deliveries: new SqlDeliveryStore(connection, store) }
 }
 
@@ -263,17 +263,106 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
       })
     })
 
+    describe('claiming the next', () => {
+      const next = async (limit: number, more: { runningMax?: number } = {}) =>
+        (await store.claimNext({ at: 7_000, limit, ...more })).map(({ taskId }) => taskId)
+
+      test('moves them to provisioning, with all that a claim tells', async () => {
+        const { taskId } = await inserted({ callbackUrlToken: 'a token' })
+        await store.requestCancel(taskId, 1)
+        expect(await store.claimNext({ at: 7_000, limit: 10 })).toEqual([
+          expect.objectContaining({
+            ...{ taskId, status: 'provisioning', claim: 1, instance: 'here' },
+            ...{ claimedAt: 7_000, cancelRequested: true, callbackUrlToken: 'a token' },
+          }),
+        ])
+        expect(await store.get(taskId)).toMatchObject({ status: 'provisioning', claim: 1 })
+        expect(await store.workersToTerminate()).toEqual([])
+      })
+
+      test('goes by age, of which a step of priority is worth a minute, then by arrival', async () => {
+        const minute = 60_000
+        const at = async (taskId: string, minutes: number, priority = 0) =>
+          inserted({ taskId, createdAt: 1e12 + minutes * minute, priority })
+        await at('too late', 15, 9)
+        await at('old', 0)
+        await at('newer', 5)
+        await at('urgent', 8, 9)
+        await at('a little', 6, 2)
+        await at('newer, too', 5)
+        expect(await next(2)).toEqual(['urgent', 'old'])
+        expect(await next(3)).toEqual(['a little', 'newer', 'newer, too'])
+        expect(await next(3)).toEqual(['too late'])
+        expect(await next(3)).toEqual([])
+      })
+
+      test('takes neither what runs nor what has ended', async () => {
+        await claimed()
+        await finished()
+        const { taskId } = await inserted()
+        expect(await next(10)).toEqual([taskId])
+      })
+
+      test('gives each of 60 tasks to one of many who ask at once', async () => {
+        const ids: string[] = []
+        for (let count = 0; count < 60; count += 1) ids.push((await inserted()).taskId)
+        const stores = Array.from({ length: 10 }, (_, at) => storesOver(connection, `i${at}`).store)
+        const claims = await Promise.all(
+          [...stores, ...stores].map((each) => each.claimNext({ at: 0, limit: 7 })),
+        )
+        expect(claims.every((tasks) => tasks.length <= 7)).toBe(true)
+        expect(claims.flatMap((tasks) => tasks.map(({ taskId }) => taskId)).sort()).toEqual(
+          ids.sort(),
+        )
+      })
+
+      test('says which parameters are damaged, and claims the others', async () => {
+        const [damaged, sound] = [await inserted(), await inserted()]
+        await damage(connection, damaged.taskId)
+        const tasks = await store.claimNext({ at: 0, limit: 5 })
+        expect(tasks).toMatchObject([
+          { taskId: damaged.taskId, damage: expect.any(DamagedTaskError), callbackUrl: null },
+          { taskId: sound.taskId, claim: 1 },
+        ])
+        expect(tasks[1]?.damage).toBeUndefined()
+      })
+
+      test('a task that is put back waits where it was, and keeps its claim', async () => {
+        const [first] = [await inserted(), await inserted()]
+        const [task] = await store.claimNext({ at: 0, limit: 1 })
+        if (!task) throw new Error('not claimed')
+        expect(task.taskId).toBe(first.taskId)
+        await store.putBack(task)
+        expect(await store.get(first.taskId)).toMatchObject({
+          ...{ status: 'queued', instance: null, claimedAt: null, claim: 1 },
+        })
+        expect(await store.claimNext({ at: 9, limit: 1 })).toMatchObject([
+          { taskId: first.taskId, claim: 2, claimedAt: 9 },
+        ])
+        // Another one has it by now.
+        await store.putBack(task)
+        expect(await store.get(first.taskId)).toMatchObject({ status: 'provisioning', claim: 2 })
+      })
+
+      test('what waits is counted, up to a maximum', async () => {
+        expect(await store.countQueued(10)).toBe(0)
+        for (let count = 0; count < 4; count += 1) await inserted()
+        await claimed()
+        expect(await store.countQueued(10)).toBe(4)
+        expect(await store.countQueued(3)).toBe(3)
+      })
+    })
+
     describe('a task whose parameters are damaged', () => {
       test('is claimed with words that say so, and can be noted as waiting and ended', async () => {
         const { taskId } = await inserted({ callbackUrl: `${ORIGIN}/hook` })
         await damage(connection, taskId)
         for (const attempt of ['first', 'second']) {
-          const error = await store.claim(taskId, 0).catch((err: unknown) => err)
-          expect(error, attempt).toBeInstanceOf(DamagedTaskError)
-          if (!(error instanceof DamagedTaskError)) throw error
-          expect(error.message).toBe(`The stored parameters of task "${taskId}" are damaged`)
-          expect(error.task).toMatchObject({ taskId, claim: 1, callbackUrl: null })
-          await store.noteWaiting(error.task, error.message)
+          const task = await store.claim(taskId, 0)
+          if (!task?.damage) throw new Error(`${attempt}: not claimed as damaged`)
+          expect(task.damage.message).toBe(`The stored parameters of task "${taskId}" are damaged`)
+          expect(task).toMatchObject({ taskId, claim: 1, callbackUrl: null })
+          await store.noteWaiting(task, task.damage.message)
         }
         const error = await store.get(taskId).catch((err: unknown) => err)
         if (!(error instanceof DamagedTaskError)) throw error
@@ -288,7 +377,6 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
         const other = await inserted()
         await damage(connection, damaged.taskId)
         expect(await store.list({ limit: 10 })).toHaveLength(2)
-        expect(await store.live()).toHaveLength(2)
         expect(await store.claim(other.taskId, 0)).toMatchObject({ claim: 1 })
       })
     })
@@ -532,17 +620,24 @@ export function describeStores(name: string, open: () => Promise<Connection>): v
         expect(statuses.get(given)).toBe('given_up')
       })
 
-      test('live tasks come in the order they were accepted, whatever their state', async () => {
+      test('what is to be taken up was claimed, or waits and is to be ended, in its order', async () => {
         const one = await claimed()
         const two = await inserted()
         await finished()
-        const four = await inserted()
+        await inserted()
+        const five = await claimed()
         await store.markRunning(one, 1)
-        expect(await store.live()).toEqual([
-          expect.objectContaining({ taskId: one.taskId, status: 'running', claim: 1 }),
-          expect.objectContaining({ taskId: two.taskId, status: 'queued', claim: 0 }),
-          expect.objectContaining({ taskId: four.taskId, status: 'queued', priority: 0 }),
-        ])
+        await store.requestCancel(two.taskId, 1)
+        const all = [
+          { taskId: one.taskId, status: 'running', claim: 1 },
+          { taskId: two.taskId, status: 'queued', claim: 0 },
+          { taskId: five.taskId, status: 'provisioning', claim: 1 },
+        ]
+        expect(await store.live()).toEqual(all)
+        expect(await storesOver(connection, 'there').store.live()).toEqual(all)
+        // What other instances have claimed is theirs.
+        expect(await storesOver(connection, 'here', true).store.live()).toEqual(all)
+        expect(await storesOver(connection, 'there', true).store.live()).toEqual([all[1]])
       })
     })
 

@@ -57,7 +57,7 @@ async function lives({ cluster }: { cluster: PostgresCluster }, ms: number): Pro
 async function silentFor(name: string, ms: number): Promise<void> {
   const { numUpdatedRows } = await connection.db
     .updateTable('instances')
-    .set({ seen_at: sql`(extract(epoch from clock_timestamp()) * 1000)::bigint - ${ms}::bigint` })
+    .set({ beat_at: sql`(extract(epoch from clock_timestamp()) * 1000)::bigint - ${ms}::bigint` })
     .where('name', '=', name)
     .executeTakeFirst()
   expect(numUpdatedRows).toBe(1n)
@@ -116,9 +116,9 @@ describe('membership', () => {
     expect(Math.abs(cluster.now() - before - 60_000)).toBeLessThan(5_000)
     const row = await connection.db
       .selectFrom('instances')
-      .select('seen_at')
+      .select('beat_at')
       .executeTakeFirstOrThrow()
-    expect(Math.abs(Number(row.seen_at) - before)).toBeLessThan(5_000)
+    expect(Math.abs(Number(row.beat_at) - before)).toBeLessThan(5_000)
   })
 })
 

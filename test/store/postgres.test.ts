@@ -1,10 +1,13 @@
 import { once } from 'node:events'
 import { type AddressInfo, createServer } from 'node:net'
+import { CompiledQuery } from 'kysely'
 import pg from 'pg'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
 import type { Connection } from '../../src/store/connection.ts'
 import { openPostgres } from '../../src/store/postgres.ts'
+import { PostgresCluster, SILENT_MS } from '../../src/store/postgres-cluster.ts'
 import { deploymentOf } from '../../src/store/settings.ts'
+import { taskWrites } from '../../src/store/task-writes.ts'
 import { type Postgres, startPostgres } from '../helpers/postgres.ts'
 import { startTcpProxy, type TcpProxy } from '../helpers/tcp-proxy.ts'
 import { describeStores, end, newTask, ORIGIN, SUCCESS, storesOver } from './contract.ts'
@@ -90,6 +93,7 @@ describe('migrations', () => {
       '0003-listing',
       '0004-settings',
       '0005-redeliveries',
+      '0006-one-queue',
     ])
   })
 
@@ -106,6 +110,108 @@ describe('migrations', () => {
     await connection.close()
     expect(await migrationsOf(url)).toContain('9999-colours')
   })
+})
+
+describe('the version before, whose waiting tasks were jobs of pg-boss', () => {
+  const SEEN_AT = `(extract(epoch from clock_timestamp()) * 1000)::bigint`
+  /** What takes our tables back to those of migration 0005, with a queue as it kept it. */
+  const BACK = `
+    drop index tasks_queued;
+    alter table instances rename column beat_at to seen_at;
+    delete from kysely_migration where name = '0006-one-queue';
+    create schema pgboss;
+    create table pgboss.queue (name text);
+    insert into pgboss.queue values ('task'), ('sweep'), ('__pgboss__send-it');
+    create table pgboss.job (name text, data jsonb);`
+  const beats = (url: string, seenAt = SEEN_AT) =>
+    query(
+      url,
+      `insert into instances (name, host_bound, seen_at) values ('old-1', 1, ${seenAt})
+       on conflict (name) do update set seen_at = excluded.seen_at`,
+    )
+  const schemas = async (url: string) =>
+    (await query(url, `select 1 from pg_namespace where nspname = 'pgboss'`)).rowCount
+
+  async function oldDatabase() {
+    const url = await postgres.database()
+    const connection = await open(url, 2)
+    const { store } = storesOver(connection)
+    await store.insert(newTask({ taskId: 'second', createdAt: 2 }))
+    await store.insert(newTask({ taskId: 'first', createdAt: 1 }))
+    await store.insert(newTask({ taskId: 'runs' }))
+    await store.claim('runs', 0)
+    await connection.close()
+    await query(url, BACK)
+    return url
+  }
+
+  test('leaves its waiting tasks and those that run; its queue is dropped', async () => {
+    const url = await oldDatabase()
+    // It has left.
+    await beats(url, '0')
+    const connection = await open(url)
+    const { store } = storesOver(connection)
+    expect(await store.claimNext({ at: 1, limit: 5 })).toMatchObject([
+      { taskId: 'first', claim: 1 },
+      { taskId: 'second', claim: 1 },
+    ])
+    expect(await store.get('runs')).toMatchObject({ status: 'provisioning', claim: 1 })
+    expect(await schemas(url)).toBe(0)
+    // Should it start now, it cannot say that it lives, and does nothing.
+    await expect(beats(url)).rejects.toThrow('seen_at')
+    await connection.close()
+  })
+
+  test('is waited for while it may have stopped just now', async () => {
+    const url = await oldDatabase()
+    await beats(url)
+    const startedAt = performance.now()
+    await (await open(url)).close()
+    expect(performance.now() - startedAt).toBeGreaterThan(SILENT_MS - 1_000)
+    expect(await schemas(url)).toBe(0)
+  })
+
+  test('keeps a new instance from starting for as long as it goes on, and nothing is changed', async () => {
+    const url = await oldDatabase()
+    await beats(url)
+    const beating = setInterval(() => beats(url), 2_000)
+    try {
+      await expect(open(url)).rejects.toThrow(
+        'instances of an earlier version still use this database: old-1. Stop all of them',
+      )
+    } finally {
+      clearInterval(beating)
+    }
+    expect(await schemas(url)).toBe(1)
+    expect(await migrationsOf(url)).not.toContain('0006-one-queue')
+  })
+
+  test('may share its schema with another program, which keeps it', async () => {
+    const url = await oldDatabase()
+    await query(url, `insert into pgboss.queue values ('mails')`)
+    await (await open(url)).close()
+    expect(await schemas(url)).toBe(1)
+  })
+})
+
+test('the next waiting tasks are found in the order of their index', async () => {
+  const connection = await open(await postgres.database(), 1)
+  const { sql: text, parameters } = taskWrites(connection)
+    .claimNext({ at: 1, limit: 2, instance: 'here' })
+    .compile()
+  const run = (statement: string, values: readonly unknown[] = []) =>
+    connection.db.executeQuery<Record<string, string>>(CompiledQuery.raw(statement, [...values]))
+  await run(
+    `insert into tasks (task_id, task_file_name, status, worker_name, worker_state,
+       terminate_on_completion, timeout_seconds, has_callback, claim, created_at, digest, sealed)
+     select n, '', 'queued', '', 'none', 1, 1, 0, 0, n, '', '' from generate_series(1, 5000) as n`,
+  )
+  await run('analyze tasks')
+  const { rows } = await run(`explain ${text}`, parameters)
+  const plan = rows.map((row) => row['QUERY PLAN']).join('\n')
+  expect(plan).toMatch(/LockRows .*\n *-> +Index (Only )?Scan using tasks_queued/)
+  expect(plan).not.toContain('Seq Scan')
+  await connection.close()
 })
 
 test('a server that ends a session in the breath in which it opens it ends nobody else', async () => {
@@ -169,7 +275,7 @@ describe('a connection that fails', () => {
   const UNAVAILABLE = { code: 'store_unavailable', retryAfterSeconds: expect.any(Number) }
 
   test('while nobody uses it is not noticed, whoever ends it', async () => {
-    const { store } = storesOver(connection, 'here', emptyQueue)
+    const { store } = stores()
     const terminate = `select pg_terminate_backend(pid) from pg_stat_activity where ${OURS}`
     for (const end of [async () => proxy.cut(), () => query(url, terminate)]) {
       const task = newTask()
@@ -177,7 +283,6 @@ describe('a connection that fails', () => {
       await Promise.all([store.get('x'), store.get('y')])
       await end()
       expect(await store.get('x')).toBeUndefined()
-      await end()
       expect(await store.insert(task)).toBe(true)
       expect(await store.get(task.taskId)).toMatchObject({ taskId: task.taskId })
     }
@@ -212,9 +317,9 @@ describe('a connection that fails', () => {
     const isDone = what === 'answer'
 
     test('an insert is told as not done, and is found when it was', async () => {
-      const { store } = storesOver(connection, 'here', emptyQueue)
+      const { store } = stores()
       const task = newTask()
-      await losing(what, 'commit', async () => {
+      await losing(what, 'insert into "tasks"', async () => {
         await expect(store.insert(task)).rejects.toMatchObject(UNAVAILABLE)
       })
       expect(await store.digestOf(task.taskId)).toEqual(
@@ -224,13 +329,28 @@ describe('a connection that fails', () => {
     })
 
     test('a claim is made again, and is the same', async () => {
-      const { store } = storesOver(connection, 'here', emptyQueue)
+      const { store } = stores()
       const { taskId } = newTask()
       await store.insert(newTask({ taskId }))
-      await losing(what, 'commit', async () => {
+      await losing(what, 'update "tasks" set "claim"', async () => {
         await expect(store.claim(taskId, 0)).rejects.toMatchObject(UNAVAILABLE)
       })
       expect(await store.claim(taskId, 0)).toMatchObject({ claim: 1, status: 'provisioning' })
+    })
+
+    test('a claim of the next is found among what is ours', async () => {
+      const { store } = stores()
+      const { taskId } = newTask()
+      await connection.db.deleteFrom('tasks').execute()
+      await store.insert(newTask({ taskId }))
+      await losing(what, 'with "next" as', async () => {
+        await expect(store.claimNext({ at: 1, limit: 5 })).rejects.toMatchObject(UNAVAILABLE)
+      })
+      const cluster = new PostgresCluster(safe, {
+        ...{ instance: 'here', hostBound: false, hostGraceMs: 0 },
+      })
+      expect(await cluster.ours()).toEqual(isDone ? [{ taskId, claim: 1 }] : [])
+      expect(await store.claimNext({ at: 1, limit: 5 })).toHaveLength(isDone ? 0 : 1)
     })
 
     test('an outcome is set once: the repetition says yes, and changes nothing that was kept', async () => {
@@ -334,12 +454,6 @@ describe('a connection that fails', () => {
 })
 
 const OURS = `application_name = 'task-runner here'`
-/** Makes transactions of what is a single statement without one. */
-const emptyQueue = {
-  add: () => async () => {},
-  taken: () => async () => {},
-  cancelRequested: () => async () => {},
-}
 
 async function query(url: string, text: string): Promise<pg.QueryResult> {
   const client = new pg.Client(url)

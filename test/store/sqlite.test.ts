@@ -14,11 +14,13 @@ import {
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
+import { CompiledQuery } from 'kysely'
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest'
 import { TaskRunnerError } from '../../src/core/errors.ts'
 import type { Connection } from '../../src/store/connection.ts'
 import { deploymentOf } from '../../src/store/settings.ts'
 import { openSqlite } from '../../src/store/sqlite.ts'
+import { taskWrites } from '../../src/store/task-writes.ts'
 import { describeStores, end, newTask, ORIGIN, storesOver } from './contract.ts'
 import { describeReleaseBefore } from './release-0.1.0.ts'
 import { describeSettings } from './settings.ts'
@@ -80,6 +82,18 @@ describe('the SQLite file', () => {
     await close(first.connection)
     const second = await open()
     expect(await second.store.get(task.taskId)).toMatchObject({ callbackUrlToken: 'token' })
+  })
+
+  test('the next waiting tasks are found in the order of their index', async () => {
+    const { connection } = await open()
+    const { sql: text, parameters } = taskWrites(connection)
+      .claimNext({ at: 1, limit: 2, instance: 'here' })
+      .compile()
+    const plan = CompiledQuery.raw(`explain query plan ${text}`, [...parameters])
+    const { rows } = await connection.db.executeQuery<{ detail: string }>(plan)
+    const details = rows.map(({ detail }) => detail).join('\n')
+    expect(details).toContain('SEARCH tasks USING COVERING INDEX tasks_queued')
+    expect(details).not.toContain('TEMP B-TREE')
   })
 
   test('what was stored is there after its process was killed', async () => {
