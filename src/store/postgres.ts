@@ -188,76 +188,23 @@ async function applied(pool: pg.Pool): Promise<Record<string, { up: () => Promis
   return Object.fromEntries(known.map(({ name }) => [name, { up: async () => {} }]))
 }
 
-/** A pool whose failures are the store's. */
+/** A pool whose failures are the store's: callers repeat what they need, HTTP clients are told to. */
 function telling(pool: pg.Pool): PostgresPool {
-  const unused = new WeakSet<pg.PoolClient>()
-  pool.on('connect', (client) => unused.add(client))
   const connect = async () => {
-    const connection = new Borrowed(pool, unused)
-    await connection.open()
+    const client = await pool.connect().catch(unavailable)
+    let isLost = false
+    const query = (text: string, parameters: readonly unknown[]) =>
+      client.query(text, [...parameters]).catch((err: unknown) => {
+        // A statement that was not answered leaves its connection unusable, too.
+        isLost ||= !(err instanceof pg.DatabaseError)
+        return unavailable(err)
+      })
     // Holds: what Kysely uses of it, which is not cursors.
-    return connection as unknown as PostgresPoolClient
+    return { query, release: () => client.release(isLost) } as unknown as PostgresPoolClient
   }
   return { connect, end: () => pool.end(), options: pool.options }
 }
 
-/**
- * A connection of the pool, until its release. What begins on one that turns out to be cut, as all are when the database
- * is restarted, is begun once more on another, unless it may have changed something; and again, as long as the pool has old ones.
- */
-class Borrowed {
-  readonly #pool: pg.Pool
-  /** Connections that were just made. */
-  readonly #unused: WeakSet<pg.PoolClient>
-  #client: pg.PoolClient | undefined
-  #isFresh = true
-  #isCut = false
-
-  constructor(pool: pg.Pool, unused: WeakSet<pg.PoolClient>) {
-    this.#pool = pool
-    this.#unused = unused
-  }
-
-  /** True: it may have been cut while it lay in the pool. */
-  async open(): Promise<boolean> {
-    this.#client = await this.#pool.connect().catch((err: unknown) => {
-      throw storeUnavailable(err)
-    })
-    this.#isCut = false
-    // The statement under way is told as well; unheard it would end the process.
-    this.#client.on('error', this.#onError)
-    return !this.#unused.delete(this.#client)
-  }
-
-  async query(text: string, parameters: readonly unknown[]): Promise<pg.QueryResult> {
-    const canBeRepeated = this.#isFresh && (text === 'begin' || text.startsWith('select'))
-    this.#isFresh = false
-    try {
-      if (!this.#client || this.#isCut) throw new Error('the connection was lost')
-      return await this.#client.query(text, [...parameters])
-    } catch (err) {
-      // A statement that was not answered leaves its connection unusable, too.
-      if (!(err instanceof pg.DatabaseError)) this.#isCut = true
-      if (!canBeRepeated || !isCutOff(err)) throw storeUnavailable(err)
-      this.release(true)
-      this.#isFresh = await this.open()
-      return await this.query(text, parameters)
-    }
-  }
-
-  release(discard = false): void {
-    this.#client?.off('error', this.#onError)
-    this.#client?.release(this.#isCut || discard)
-    this.#client = undefined
-  }
-
-  readonly #onError = () => {
-    this.#isCut = true
-  }
-}
-
-/** Class 57P: the server shuts down, or ends this session. The others are of the network. */
-function isCutOff(err: unknown): boolean {
-  if (err instanceof pg.DatabaseError) return err.code?.startsWith('57P') ?? false
-  return !(err instanceof Error && err.message.includes('timeout'))
+function unavailable(err: unknown): never {
+  throw storeUnavailable(err)
 }
