@@ -5,6 +5,7 @@ import { runInNewContext } from 'node:vm'
 import { KubeConfig } from '@kubernetes/client-node'
 import { describe, expect, test, vi } from 'vitest'
 import { KubernetesApi } from '../../src/workers/kubernetes/api.ts'
+import { ApiUnavailableError } from '../../src/workers/kubernetes/failures.ts'
 import { PodLog } from '../../src/workers/kubernetes/pod-log.ts'
 import { Reflector } from '../../src/workers/kubernetes/reflector.ts'
 import { LogRing } from '../../src/workers/log-ring.ts'
@@ -156,6 +157,29 @@ describe.concurrent('a watch', () => {
     SLOW_MS,
   )
 
+  test(
+    'that is cut soon after an outage is made anew within two seconds',
+    async () => {
+      const asked: number[] = []
+      const away = new ApiUnavailableError('unreachable', 'away')
+      const api = fakeWatches((count) => {
+        asked.push(performance.now())
+        if (count <= 4) throw away
+        return count === 5 ? [Promise.reject(away)] : undefined
+      })
+      const reflector = new Reflector<Named>(api, {
+        ...{ path: CONFIG_MAPS, answer: 'ConfigMapList', labelSelector: '', log: QUIET },
+        ...{ onChange: () => {}, onDeleted: () => {} },
+      })
+      await reflector.synced()
+      await vi.waitFor(() => expect(asked).toHaveLength(6), { timeout: SLOW_MS })
+      const [answered = 0, next = 0] = asked.slice(-2)
+      expect(next - answered).toBeLessThan(2_000)
+      await reflector.stop()
+    },
+    SLOW_MS,
+  )
+
   test('takes them byte by byte, through characters of several', async () => {
     await using it = await startReflector()
     it.fake.watches.pieceBytes = 1
@@ -181,18 +205,23 @@ describe.concurrent('a watch', () => {
   })
 
   test('an event that is no JSON does not keep others from being told, and is not asked for again', async () => {
-    const api = fakeStream([
+    const events = [
       '{"type":"ADDED","object":{"metadata":{"name":"a","uid":"1","resourceVersion":"2"}}}\n',
       'broken\n{"type":"ADDED"}\n{"type":"ADDED","object":{}}\n\n',
       '{"type":"ADDED","object":{"metadata":{"name":"b","uid":"2","resourceVersion":"3"}}}\n',
-    ])
-    const reflector = new Reflector<Named>(api.api, {
+    ]
+    const versions: string[] = []
+    const api = fakeWatches((count, version) => {
+      versions.push(version)
+      return count === 1 ? events.map((event) => Buffer.from(event)) : undefined
+    })
+    const reflector = new Reflector<Named>(api, {
       ...{ path: CONFIG_MAPS, answer: 'ConfigMapList', labelSelector: '', log: QUIET },
       ...{ onChange: () => {}, onDeleted: () => {} },
     })
     await reflector.synced()
     await soon(() => expect([...reflector.objects.keys()]).toEqual(['1', '2']))
-    await soon(() => expect(api.versions).toEqual(['1', '3']))
+    await soon(() => expect(versions).toEqual(['1', '3']))
     await reflector.stop()
   })
 })
@@ -246,20 +275,25 @@ function heapBytes(): number {
   return process.memoryUsage().heapUsed
 }
 
-/** An API server that answers one watch with these pieces, and no other. */
-function fakeStream(pieces: string[]) {
-  const versions: string[] = []
+/** An API server without objects; undefined: that watch says nothing. */
+function fakeWatches(
+  answer: (count: number, version: string) => Iterable<Buffer | Promise<Buffer>> | undefined,
+): KubernetesApi {
+  let count = 0
   const api = {
     json: async () => ({ metadata: { resourceVersion: '1' }, items: [] }),
     async stream(_: string, { query = {}, signal }: { query?: object; signal?: AbortSignal }) {
-      versions.push(Object(query).resourceVersion)
-      if (versions.length === 1) return pieces.map((piece) => Buffer.from(piece))
-      return new Promise((_, reject) => {
-        signal?.addEventListener('abort', () => reject(signal.reason))
-      })
+      count += 1
+      return (
+        answer(count, Object(query).resourceVersion) ??
+        new Promise((_, reject) => {
+          signal?.addEventListener('abort', () => reject(signal.reason))
+        })
+      )
     },
   }
-  return { api: api as unknown as KubernetesApi, versions }
+  // Holds: the reflector calls nothing else.
+  return api as unknown as KubernetesApi
 }
 
 async function startLog({

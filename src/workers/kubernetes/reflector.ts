@@ -99,14 +99,12 @@ export class Reflector<T extends Resource> {
     while (!signal.aborted) {
       const began = performance.now()
       const told = { events: 0, isAnswered: false }
-      const isGood = () =>
-        told.events > 0 || (told.isAnswered && performance.now() - began >= EMPTY_WATCH_MS)
       let mustWait = false
       try {
         if (this.#version === undefined) await this.#list()
         this.#synced.resolve()
         await this.#watch(this.#version ?? '', told)
-        mustWait = !isGood()
+        mustWait = told.events === 0 && performance.now() - began < EMPTY_WATCH_MS
         emptyWatches = mustWait ? emptyWatches + 1 : 0
         if (emptyWatches >= EMPTY_WATCHES_MAX) this.#version = undefined
       } catch (err) {
@@ -114,10 +112,13 @@ export class Reflector<T extends Resource> {
         const isSilent = err instanceof SilentError && told.isAnswered
         if (!isSilent) this.#failed(err)
         mustWait = !isSilent && !(isExpired(err) && this.#isListOld())
+        // An outage that is over must not make us slow to notice the next.
+        if (told.isAnswered) waitMs = RETRY_MS
       }
-      // An outage that is over must not make us slow to notice the next.
-      if (isGood()) waitMs = RETRY_MS
-      if (!mustWait) continue
+      if (!mustWait) {
+        waitMs = RETRY_MS
+        continue
+      }
       const jitter = 0.5 + Math.random()
       await pause(waitMs * jitter, undefined, { signal }).catch(() => {})
       waitMs = Math.min(waitMs * 2, RETRY_MAX_MS)
