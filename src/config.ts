@@ -40,7 +40,6 @@ export interface Config {
     serviceAccount: string
     /** Kueue's. */
     queue: string | undefined
-    workersMax: number
   }
   concurrency: number
   /** Of all instances together. */
@@ -142,7 +141,6 @@ const schema = z.object({
   KUBERNETES_NAMESPACE: z.string().regex(DNS_LABEL, 'is not the name of a namespace').optional(),
   KUBERNETES_SERVICE_ACCOUNT: z.string().regex(DNS_LABEL, 'is not a name').default('default'),
   KUBERNETES_QUEUE: z.string().regex(DNS_LABEL, 'is not the name of a queue').optional(),
-  KUBERNETES_MAX_WORKERS: int(1, 100_000).default(1_000),
   MAX_CONCURRENT_TASKS: int(1, 10_000).default(4 * availableParallelism()),
   MAX_CLUSTER_TASKS: int(1, 1_000_000).optional(),
   MAX_QUEUED_TASKS: int(1, 10_000_000).default(100_000),
@@ -229,6 +227,11 @@ export function loadConfig(
   if (values.DATABASE_URL === undefined && values.MAX_CLUSTER_TASKS !== undefined) {
     problems.push('MAX_CLUSTER_TASKS: has no meaning without DATABASE_URL')
   }
+  if (set.KUBERNETES_MAX_WORKERS !== undefined) {
+    problems.push(
+      'KUBERNETES_MAX_WORKERS: was removed; limit workers with a ResourceQuota (count/jobs.batch), KUBERNETES_QUEUE or MAX_CLUSTER_TASKS, and unset it',
+    )
+  }
   const inside = relative(resolve(values.TASKS_DIR), resolve(values.DATA_DIR))
   if (!inside.startsWith('..') && !isAbsolute(inside)) {
     problems.push('DATA_DIR: must not lie in TASKS_DIR, of which every worker gets a copy')
@@ -276,7 +279,6 @@ export function loadConfig(
       namespace: values.KUBERNETES_NAMESPACE,
       serviceAccount: values.KUBERNETES_SERVICE_ACCOUNT,
       queue: values.KUBERNETES_QUEUE,
-      workersMax: values.KUBERNETES_MAX_WORKERS,
     },
     concurrency: values.MAX_CONCURRENT_TASKS,
     clusterConcurrency: values.MAX_CLUSTER_TASKS,

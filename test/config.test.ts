@@ -203,6 +203,11 @@ describe('several instances', () => {
 })
 
 describe('problems', () => {
+  test('a limit that was removed names what limits instead', () => {
+    const message = problemsOf({ KUBERNETES_MAX_WORKERS: '10' })
+    expect(message).toMatch(/- KUBERNETES_MAX_WORKERS: was removed; .*ResourceQuota.*MAX_CLUSTER/)
+  })
+
   test('every bad variable is listed at once, one a line', () => {
     const message = problemsOf({
       PORT: 'http',

@@ -449,7 +449,7 @@ test(
     })
     const perSecond = 800
     const settings = kubernetesSettings(fake.kubeconfig.path, {
-      ...{ callsPerSecond: perSecond, callsAtOnce: 100, workersMax: TASKS },
+      ...{ callsPerSecond: perSecond, callsAtOnce: 100 },
       provisioningTimeoutMs: SLOW_MS,
       // Waiting for one's turn takes its time, too.
       waits: { lastLogMs: SLOW_MS, rideMs: SLOW_MS },

@@ -40,7 +40,6 @@ export function kubernetesSettings(
     images: { default: 'image', prefix: '' },
     serviceAccount: 'task-worker',
     queue: undefined,
-    workersMax: 1000,
     provisioningTimeoutMs: 20_000,
     terminationGraceMs: 1_000,
     keptWorkerMs: 3_600_000,

@@ -150,11 +150,6 @@ export class ClusterView {
     return Math.min(...heard)
   }
 
-  /** Those that are surely ours. */
-  get jobs(): V1Job[] {
-    return [...this.#jobs.objects.values()].filter((job) => this.isOurs(job))
-  }
-
   isOurs(job: V1Job): boolean {
     return job.metadata?.labels?.[LABELS.instance] === this.#options.deployment
   }

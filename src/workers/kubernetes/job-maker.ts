@@ -32,7 +32,6 @@ export interface JobSettings {
   serviceAccount: string
   /** Of Kueue. */
   queue: string | undefined
-  workersMax: number
   provisioningTimeoutMs: number
   terminationGraceMs: number
   keptWorkerMs: number
@@ -64,8 +63,6 @@ export class JobMaker {
   readonly #api: KubernetesApi
   readonly #view: ClusterView
   readonly #settings: JobSettings
-  /** Names of workers that may be made, and may not be seen yet. */
-  readonly #admitted = new Set<string>()
   /** ConfigMaps that were put, the last ones: somebody may remove one that a worker waits for. */
   readonly #filesThere = new Map<string, V1ConfigMap>()
   #areFilesFine = true
@@ -86,12 +83,11 @@ export class JobMaker {
     spec: WorkerSpec,
     options: { signal: AbortSignal; hindered: Hindered; mayStart: () => Promise<void> },
   ): Promise<MadeJob> {
-    const { signal, hindered, mayStart } = options
+    const { signal, mayStart } = options
     const { tasksDir } = this.#settings
     if (spec.taskFolder === 'tasks') await assertTaskFile(tasksDir, spec.taskFileName)
     const { name: filesName, leftOut } = await this.#putFiles(options)
     const jobOptions = this.#jobOptions(spec, filesName)
-    await this.#withinCap(spec.name, signal, hindered)
     const { object: job, isNew } = await this.#put<V1Job>(
       ...(['jobs', workerJob(spec, jobOptions), options] as const),
     )
@@ -231,25 +227,6 @@ export class JobMaker {
     return job.metadata?.deletionTimestamp ? undefined : job
   }
 
-  async #withinCap(name: string, signal: AbortSignal, hindered: Hindered): Promise<void> {
-    const { workersMax } = this.#settings
-    const live = () => {
-      const isEnded = ({ type, status }: { type: string; status: string }) =>
-        ['Complete', 'Failed'].includes(type) && status === 'True'
-      const names = this.#view.jobs
-        .filter(({ status }) => !status?.conditions?.some(isEnded))
-        .map(({ metadata }) => metadata?.name ?? '')
-      return new Set([...names, ...this.#admitted]).size
-    }
-    const isThere = () => this.#view.jobs.some(({ metadata }) => metadata?.name === name)
-    while (live() >= workersMax && !isThere()) {
-      const message = `There are ${workersMax} workers already, as many as may be`
-      hindered(new WorkerError('unschedulable', message))
-      await this.#view.change('any', signal)
-    }
-    this.#admitted.add(name)
-  }
-
   /** Throws `UnavailableError` while no worker could be given the task files. Packs them only after it has failed. */
   async check(): Promise<void> {
     if (this.#areFilesFine) return
@@ -262,11 +239,6 @@ export class JobMaker {
     this.#areFilesFine = length <= OBJECT_BYTES_MAX
     if (this.#areFilesFine) return undefined
     return `the tasks folder has ${length} bytes when compressed, and a ConfigMap takes ${OBJECT_BYTES_MAX}: bake task files into the image, or clone them with git_configs`
-  }
-
-  /** The making has ended: from now on a worker counts where it is seen. */
-  forget(name: string): void {
-    this.#admitted.delete(name)
   }
 
   /** Looked at again after a moment: many tasks may come at once. */

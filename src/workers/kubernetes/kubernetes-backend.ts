@@ -133,10 +133,7 @@ export class KubernetesBackend implements WorkerBackend {
     signal.throwIfAborted()
     const making =
       this.#making.get(spec.name) ??
-      this.#provision(spec, signal, mayStart).finally(() => {
-        this.#making.delete(spec.name)
-        this.#maker.forget(spec.name)
-      })
+      this.#provision(spec, signal, mayStart).finally(() => this.#making.delete(spec.name))
     this.#making.set(spec.name, making)
     // Not raced with the signal: what hindered the worker is told by the step that was interrupted.
     return making
