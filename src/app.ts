@@ -161,10 +161,6 @@ export async function buildApp(options: AppOptions): Promise<App> {
         umask: options.taskUmask ?? process.umask(),
         deployment: storage.deployment,
         legacyInstance: sealer.derive('deployment').toString('hex').slice(0, 16),
-        logCursors: {
-          read: (taskId) => storage.tasks.logCursor(taskId),
-          write: (taskId, cursor) => storage.tasks.keepLogCursor(taskId, cursor),
-        },
         onThreadDeath,
         now,
         log,

@@ -5,7 +5,7 @@ import { fileURLToPath } from 'node:url'
 import type { AddressGuard } from './callbacks/address-guard.ts'
 import { GuardedGitHosts } from './callbacks/git-hosts.ts'
 import type { Config } from './config.ts'
-import type { LogCursors, Logger, WorkerBackend } from './core/ports.ts'
+import type { Logger, WorkerBackend } from './core/ports.ts'
 import type { TaskFiles } from './core/task-files.ts'
 import { LOG_BYTES_KEPT } from './core/task-runner.ts'
 import { WorkerSetup } from './core/worker-setup.ts'
@@ -47,7 +47,6 @@ export function openBackend(
     deployment: string
     /** Id that container workers had in its place in versions before. */
     legacyInstance: string
-    logCursors: LogCursors
     /** Called when the thread of local workers has ended by itself. */
     onThreadDeath: (err: Error) => void
     /** By which the age of workers is judged: that of all instances together. */
@@ -55,7 +54,7 @@ export function openBackend(
     log: Logger
   },
 ): Promise<WorkerBackend> {
-  const { deployment, legacyInstance, logCursors, onThreadDeath, now, log } = options
+  const { deployment, legacyInstance, onThreadDeath, now, log } = options
   const common = {
     ...{ now, log, tasksDir: config.tasksDir },
     images: { default: config.workerImage, prefix: config.workerImagePrefix },
@@ -78,7 +77,8 @@ export function openBackend(
     kubernetes: async () => {
       const { KubernetesBackend } = await import('./workers/kubernetes/kubernetes-backend.ts')
       return new KubernetesBackend({
-        ...{ ...common, ...config.kubernetes, logCursors },
+        ...common,
+        ...config.kubernetes,
         ...{ deployment, legacyInstance },
         provisioningTimeoutMs: config.provisioningTimeoutMs,
         keptWorkerMs: config.keptWorkerMs,

@@ -146,12 +146,6 @@ export interface WorkerBackend {
   close(): Promise<void>
 }
 
-/** Where a worker's log was read to: kept for whoever reads on after us. Opaque to the store. */
-export interface LogCursors {
-  read(taskId: string): Promise<string | undefined>
-  write(taskId: string, cursor: string): Promise<void>
-}
-
 /** A worker could not be had, for a reason its user can act on. */
 export class WorkerError extends Error {
   override name = 'WorkerError'

@@ -5,6 +5,7 @@ import * as listing from './migrations/0003-listing.ts'
 import * as settings from './migrations/0004-settings.ts'
 import * as redeliveries from './migrations/0005-redeliveries.ts'
 import * as oneQueue from './migrations/0006-one-queue.ts'
+import * as noLogCursors from './migrations/0007-no-log-cursors.ts'
 
 /** In their order. `types` are the database's own names for those types. */
 export function migrations(types: {
@@ -19,5 +20,6 @@ export function migrations(types: {
     '0004-settings': { up: (db) => settings.up(db) },
     '0005-redeliveries': { up: (db) => redeliveries.up(db) },
     '0006-one-queue': { up: (db) => oneQueue.up(db, types) },
+    '0007-no-log-cursors': { up: (db) => noLogCursors.up(db) },
   }
 }

@@ -41,8 +41,6 @@ export interface TasksTable {
   digest: string
   /** Worker configuration, callback URL and token: JSON, encrypted. */
   sealed: Uint8Array
-  /** Where its log was read to, for backends that read it from elsewhere. */
-  log_cursor: string | null
   /** What a live task waits for, for people. */
   waiting_for: string | null
 }

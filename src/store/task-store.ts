@@ -327,24 +327,6 @@ export class SqlTaskStore implements TaskStore {
     return rows.map((row) => row.task_id)
   }
 
-  async logCursor(taskId: string): Promise<string | undefined> {
-    const row = await this.#db
-      .selectFrom('tasks')
-      .select('log_cursor')
-      .where('task_id', '=', taskId)
-      .executeTakeFirst()
-    return row?.log_cursor ?? undefined
-  }
-
-  async keepLogCursor(taskId: string, cursor: string): Promise<void> {
-    await this.#db
-      .updateTable('tasks')
-      .set({ log_cursor: cursor })
-      .where('task_id', '=', taskId)
-      .where('status', 'in', LIVE_STATUSES)
-      .execute()
-  }
-
   async removeFinishedBefore(at: number): Promise<number> {
     const { numDeletedRows } = await this.#db
       .deleteFrom('tasks')

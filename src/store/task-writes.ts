@@ -41,7 +41,6 @@ export const taskWrites = ({ db, untaken }: Connection) => ({
         log_bytes: null,
         digest: p.digest,
         sealed: p.sealed,
-        log_cursor: null,
         waiting_for: null,
       })
       .onConflict((conflict) => conflict.column('task_id').doNothing()),

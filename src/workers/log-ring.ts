@@ -8,16 +8,14 @@ const CHUNK_BYTES = 64 * 1024
  * that is slower than the log misses what was overwritten, and holds up nobody.
  */
 export class LogRing {
-  readonly capacityMax: number
+  readonly #capacityMax: number
   readonly #changed = new EventTarget()
   #buffer = Buffer.alloc(0)
   #totalBytes = 0
-  /** Of what came before it nothing was ever here. */
-  #startsAt = 0
   #isEnded = false
 
   constructor(capacityMax: number) {
-    this.capacityMax = capacityMax
+    this.#capacityMax = capacityMax
   }
 
   get totalBytes(): number {
@@ -26,14 +24,6 @@ export class LogRing {
 
   get isEnded(): boolean {
     return this.#isEnded
-  }
-
-  /** For a ring that is empty: so many bytes were logged before, of which `content` are the last. */
-  seed(content: Buffer, totalBytes: number): void {
-    const kept = content.subarray(Math.max(0, content.length - totalBytes))
-    this.#totalBytes = totalBytes - kept.length
-    this.#startsAt = this.#totalBytes
-    this.append(kept)
   }
 
   append(piece: Buffer): void {
@@ -74,7 +64,7 @@ export class LogRing {
   }
 
   get #keptFrom(): number {
-    return Math.max(this.#startsAt, this.#totalBytes - this.#buffer.length)
+    return Math.max(0, this.#totalBytes - this.#buffer.length)
   }
 
   /** Settles with the next change, or when `signal` aborts. */
@@ -96,9 +86,9 @@ export class LogRing {
   /** Before it has grown to its full size nothing was overwritten, so that a plain copy keeps all. */
   #grow(neededBytes: number): void {
     const capacity = this.#buffer.length
-    if (neededBytes <= capacity || capacity === this.capacityMax) return
+    if (neededBytes <= capacity || capacity === this.#capacityMax) return
     const grown = Math.max(CAPACITY_MIN, capacity * 2, neededBytes)
-    const buffer = Buffer.alloc(Math.min(grown, this.capacityMax))
+    const buffer = Buffer.alloc(Math.min(grown, this.#capacityMax))
     this.#buffer.copy(buffer)
     this.#buffer = buffer
   }

@@ -107,6 +107,5 @@ function rowOf(task: PastTask, sealer: Sealer) {
     log_bytes: log === undefined ? 0 : Buffer.byteLength(log),
     digest: taskId,
     sealed: sealer.seal(JSON.stringify(sealed), taskId),
-    log_cursor: null,
   }
 }

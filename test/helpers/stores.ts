@@ -137,7 +137,6 @@ function finishedRow(
     traceparent: null,
     claim: 1,
     instance: 'here',
-    log_cursor: null,
     cancel_requested_at: null,
     created_at: finishedAt,
     claimed_at: finishedAt,

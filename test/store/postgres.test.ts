@@ -94,6 +94,7 @@ describe('migrations', () => {
       '0004-settings',
       '0005-redeliveries',
       '0006-one-queue',
+      '0007-no-log-cursors',
     ])
   })
 

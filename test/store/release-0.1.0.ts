@@ -3,6 +3,7 @@ import { readFileSync } from 'node:fs'
 import { CompiledQuery } from 'kysely'
 import { afterEach, describe, expect, test } from 'vitest'
 import type { Connection } from '../../src/store/connection.ts'
+import { newTask } from '../helpers/stores.ts'
 import { storesOver } from './contract.ts'
 
 type Value = string | number | null
@@ -28,7 +29,7 @@ const steps: Step[] = JSON.parse(
 /** `open` opens the database of that name, an empty one the first time. */
 export function describeReleaseBefore(
   dialect: 'sqlite' | 'postgres',
-  open: (name: 'before') => Promise<Connection>,
+  open: (name: 'before' | 'cursors') => Promise<Connection>,
 ): void {
   describe(`release 0.1.0, on ${dialect}`, () => {
     const closing: Connection[] = []
@@ -36,8 +37,8 @@ export function describeReleaseBefore(
       for (const connection of closing.splice(0)) await connection.close()
     })
 
-    async function opened() {
-      const connection = await open('before')
+    async function opened(name: 'before' | 'cursors') {
+      const connection = await open(name)
       closing.push(connection)
       return connection
     }
@@ -51,7 +52,7 @@ export function describeReleaseBefore(
     }
 
     test('what it stored is kept, and waits for us', async () => {
-      const before = await opened()
+      const before = await opened('before')
       for (const text of BACK) await before.db.executeQuery(CompiledQuery.raw(text))
       const stored = steps.slice(
         0,
@@ -63,7 +64,7 @@ export function describeReleaseBefore(
       await run(before, { ...waiting, parameters: ['waits', ...waiting.parameters.slice(1)] })
       await before.close()
 
-      const { store, deliveries } = storesOver(await opened())
+      const { store, deliveries } = storesOver(await opened('before'))
       expect((await store.list({ limit: 10 })).map(({ taskId }) => taskId)).toEqual([
         ...['waits', 'd', 'c', 'b', 'a'],
       ])
@@ -74,6 +75,24 @@ export function describeReleaseBefore(
       expect(await store.claimNext({ at: 1, limit: 5 })).toMatchObject([
         { taskId: 'waits', claim: 1, priority: 0 },
       ])
+    })
+
+    test('log cursors that a later version kept go, and their tasks stay', async () => {
+      const before = await opened('cursors')
+      await storesOver(before).store.insert(newTask('waits'))
+      for (const text of [
+        'alter table tasks add column log_cursor text',
+        `update tasks set log_cursor = '{"bytes":7}'`,
+        `delete from kysely_migration where name = '0007-no-log-cursors'`,
+      ]) {
+        await before.db.executeQuery(CompiledQuery.raw(text))
+      }
+      await before.close()
+
+      const after = await opened('cursors')
+      expect(await storesOver(after).store.get('waits')).toMatchObject({ status: 'queued' })
+      const { rows } = await after.db.executeQuery(CompiledQuery.raw('select * from tasks'))
+      expect(Object.keys(Object(rows[0]))).not.toContain('log_cursor')
     })
   })
 }
@@ -89,7 +108,7 @@ const BACK = [
     'tasks_has_callback',
     'deliveries_given_up',
   ].map((name) => `drop index ${name}`),
-  ...['priority', 'instance', 'log_cursor', 'traceparent', 'claimed_at', 'waiting_for'].map(
+  ...['priority', 'instance', 'traceparent', 'claimed_at', 'waiting_for'].map(
     (name) => `alter table tasks drop column ${name}`,
   ),
   ...['manual_attempts', 'resume_at'].map((name) => `alter table deliveries drop column ${name}`),

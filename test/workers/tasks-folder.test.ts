@@ -46,7 +46,6 @@ const BACKENDS: Record<string, { skipped?: string | undefined; open: () => Promi
         onThreadDeath: (err) => {
           throw err
         },
-        logCursors: { read: async () => undefined, write: async () => {} },
       })
       return { backend, [Symbol.asyncDispose]: () => backend.close() }
     },

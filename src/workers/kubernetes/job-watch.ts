@@ -2,27 +2,24 @@ import { setTimeout as pause } from 'node:timers/promises'
 import type { V1Job, V1Pod } from '@kubernetes/client-node'
 import { Deadline } from '../../core/deadline.ts'
 import { UnavailableError } from '../../core/errors.ts'
-import { type Completion, type LogCursors, type Logger, WorkerError } from '../../core/ports.ts'
+import { type Completion, type Logger, WorkerError } from '../../core/ports.ts'
 import { until } from '../../core/until.ts'
 import { overLogLimit } from '../completion.ts'
 import { LogRing } from '../log-ring.ts'
 import type { KubernetesApi } from './api.ts'
 import type { ClusterView, Persistence } from './cluster-view.ts'
 import { ApiError } from './failures.ts'
-import { LogCursor, type LogPosition } from './log-cursor.ts'
-import { ANNOTATIONS, maxLogBytesOf, TASK_CONTAINER } from './manifests.ts'
+import { maxLogBytesOf, TASK_CONTAINER } from './manifests.ts'
 import { deletedOutside, isOverdue, type Observation, observe, warningOf } from './observation.ts'
 import { PodLog } from './pod-log.ts'
 
 const RETRY_MS = 250
 /** After a container's end the kubelet may still refuse its log for a moment. */
 const LAST_LOG_MS = 30_000
-/** For what there is of a log that nobody has followed here. */
-const FIRST_PIECE_MS = 1_000
 /** A Secret may come later than the pod that wants it. */
 const CONFIG_GRACE_MS = 10_000
-/** Maximum milliseconds until a log is counted on from where an earlier reader was. */
-const COUNTED_MS = 10_000
+/** Maximum milliseconds until a log can be read. */
+const READABLE_MS = 10_000
 /** Milliseconds that a kubelet has to report in once the API is back: it renews its node's lease first. */
 const NODE_REPORT_MS = 45_000
 const NEVER_OVERDUE = 0
@@ -39,8 +36,6 @@ export interface JobWatchOptions {
   lastLogMs?: number | undefined
   nodeReportMs?: number | undefined
   logSilentMs?: number | undefined
-  logCursors: LogCursors | undefined
-  logCursorMs?: number | undefined
   /** Ends the task's pod. */
   end: () => Promise<void>
   /** Puts the ConfigMap of the task files again. */
@@ -66,8 +61,7 @@ export class JobWatch {
   /** Name of the ConfigMap that its pod waits for. */
   readonly #filesName: string
   #ended: Promise<Completion> | undefined
-  readonly #cursor: LogCursor
-  readonly #counted = Promise.withResolvers<void>()
+  readonly #readable = Promise.withResolvers<void>()
   #stuckSince: number | undefined
   #isOverLogLimit = false
 
@@ -80,10 +74,6 @@ export class JobWatch {
     this.name = job.metadata?.name ?? ''
     this.uid = job.metadata?.uid ?? ''
     this.ring = new LogRing(options.logBytesKept)
-    this.#cursor = new LogCursor({
-      ...{ cursors: options.logCursors, writeMs: options.logCursorMs, log: options.log },
-      taskId: job.metadata?.annotations?.[ANNOTATIONS.taskId] ?? '',
-    })
   }
 
   get completion(): Completion | undefined {
@@ -151,21 +141,16 @@ export class JobWatch {
   }
 
   /**
-   * Settles once the ring's bytes are counted from where they were before a restart, or the task has ended. Throws
-   * `UnavailableError` when the log cannot be read.
+   * Waits until the log of a running task is being read, or the task has ended. Throws
+   * `UnavailableError` when that takes long.
    */
-  async counted(): Promise<void> {
-    using deadline = new Deadline(COUNTED_MS, [])
-    const either = Promise.race([this.#counted.promise, this.ended()])
+  async readable(): Promise<void> {
+    using deadline = new Deadline(READABLE_MS, [])
+    const either = Promise.race([this.#readable.promise, this.ended()])
     await until(either, deadline.signal).catch((err: unknown) => {
       if (!deadline.signal.aborted) throw err
       throw new UnavailableError('The log of the worker cannot be read at the moment')
     })
-  }
-
-  /** Nobody reads on: settles once it is kept how far the log was read. */
-  letGo(): Promise<void> {
-    return this.#cursor.flush()
   }
 
   /** What is known now. */
@@ -182,14 +167,11 @@ export class JobWatch {
     let log: PodLog | undefined
     let following: Promise<void> | undefined
     let waitingSince: number | undefined
-    const after = await this.#cursor.read()
-    // One that says nothing has no first piece to wait for.
-    if (!after) setTimeout(this.#counted.resolve, FIRST_PIECE_MS).unref()
     for (;;) {
       const { seen, pod } = await this.#observe(closing)
       const podName = pod?.metadata?.name
       if (podName && (seen.phase === 'running' || seen.phase === 'ended')) {
-        log ??= this.#logOf(podName, after)
+        log ??= this.#logOf(podName)
         if (seen.phase === 'running') following ??= log.follow(signal)
       }
       // Only while something is heard of it: what we are not told may have happened.
@@ -212,8 +194,6 @@ export class JobWatch {
         await following
         const note = log && pod ? await this.#restOf(log) : ''
         closing.throwIfAborted()
-        this.#cursor.drop()
-        if (after && this.ring.totalBytes === 0) this.ring.seed(Buffer.alloc(0), after.totalBytes)
         this.ring.append(Buffer.from(note))
         this.ring.end()
         this.#completion = this.#completionOf(seen, pod)
@@ -295,17 +275,15 @@ export class JobWatch {
     return seen.phase === 'waiting' && (what === 'waiting' || seen.reason === what)
   }
 
-  #logOf(podName: string, after: LogPosition | undefined): PodLog {
+  #logOf(podName: string): PodLog {
     const { api, view, logSilentMs, end } = this.#options
     return new PodLog(api, {
       path: `${view.path('pods')}/${podName}/log`,
       container: TASK_CONTAINER,
       ring: this.ring,
       silentMs: logSilentMs,
-      after,
-      onRead: (position) => {
-        this.#counted.resolve()
-        this.#cursor.moved(position)
+      onRead: () => {
+        this.#readable.resolve()
         if (this.ring.totalBytes <= this.#maxLogBytes || this.#isOverLogLimit) return
         this.#isOverLogLimit = true
         end().catch((err: unknown) =>

@@ -2,7 +2,6 @@ import type { V1Job } from '@kubernetes/client-node'
 import { Deadline } from '../../core/deadline.ts'
 import { UnavailableError } from '../../core/errors.ts'
 import {
-  type LogCursors,
   type Logger,
   type Worker,
   type WorkerBackend,
@@ -29,8 +28,6 @@ export interface KubernetesSettings extends JobSettings {
   /** Undefined: that of the kubeconfig's context. */
   namespace: string | undefined
   logBytesKept: number
-  /** How far logs were read, for after a restart. */
-  logCursors?: LogCursors | undefined
   log: Logger
   /** Towards the API server. Default: 20 a second, 30 at once. */
   callsPerSecond?: number
@@ -54,8 +51,6 @@ export interface KubernetesSettings extends JobSettings {
     /** For a word of a watch, and of a log, until it is asked for anew. */
     watchIdleMs?: number
     logSilentMs?: number
-    /** Until what was read of a log is kept. */
-    logCursorMs?: number
     /** For a worker to be gone, beyond its grace period. */
     goneMs?: number
   }
@@ -165,7 +160,6 @@ export class KubernetesBackend implements WorkerBackend {
     this.#closing.abort()
     await this.#view.close()
     await this.#api.close()
-    await Promise.all([...this.#watches.values()].map((watch) => watch.letGo()))
   }
 
   /** Rejects when `signal` aborts, with what it was that the worker waited for. */
@@ -250,7 +244,7 @@ export class KubernetesBackend implements WorkerBackend {
         const phase = watch.phase()
         if (phase === 'ended') await ended
         // Rather late than as if there were nothing: followers go on from what they are told.
-        else if (phase === 'running') await watch.counted()
+        else if (phase === 'running') await watch.readable()
         return watch.ring.tail(maxBytes)
       },
       follow: async function* ({ from, signal }) {
@@ -269,15 +263,14 @@ export class KubernetesBackend implements WorkerBackend {
     const uid = job.metadata?.uid ?? ''
     const known = this.#watches.get(uid)
     if (known) return known
-    const { provisioningTimeoutMs, logBytesKept, logCursors, log, waits = {} } = this.#settings
+    const { provisioningTimeoutMs, logBytesKept, log, waits = {} } = this.#settings
     const watch: JobWatch = new JobWatch(job, {
       ...{ api: this.#api, view: this.#view, closing: this.#closing.signal },
-      ...{ provisioningTimeoutMs, logBytesKept, logCursors, log },
+      ...{ provisioningTimeoutMs, logBytesKept, log },
       configGraceMs: waits.configGraceMs,
       lastLogMs: waits.lastLogMs,
       nodeReportMs: waits.nodeReportMs,
       logSilentMs: waits.logSilentMs,
-      logCursorMs: waits.logCursorMs,
       end: () => this.#delete(watch),
       putFilesAgain: (name, signal) =>
         this.#maker.putFilesAgain(name, { signal, hindered: () => {} }),

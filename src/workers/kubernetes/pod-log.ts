@@ -1,11 +1,12 @@
 import { setTimeout as pause } from 'node:timers/promises'
-import { LogRing } from '../log-ring.ts'
+import type { LogRing } from '../log-ring.ts'
 import type { KubernetesApi } from './api.ts'
 import { ApiError, ApiUnavailableError } from './failures.ts'
-import type { LogPosition } from './log-cursor.ts'
 
 /** A stream that is silent for so long is asked whether it has stalled: across rotations some do (kubernetes#59902). */
 const SILENT_MS = 30_000
+/** The first piece of a log comes within this time after the API's answer, or there is none yet. */
+const FIRST_PIECE_MS = 1_000
 const RETRY_MS = 500
 const RETRY_MAX_MS = 10_000
 const TIME_LENGTH_MAX = 64
@@ -15,9 +16,6 @@ const WORDS_LENGTH_MAX = 512
  * Reads a container's log into a ring, from its beginning, across cuts, stalls and rotations, with no line twice and
  * none left out as long as the kubelet still has it. Streams are taken up by the time of the last line, which the
  * API knows to the second only: lines that were read are dropped by their own, exact time.
- *
- * `after` an earlier reader, what the kubelet still has of the log up to its position is the ring's first content, and
- * bytes are counted on from there. The ring stays empty until that has been read.
  */
 export class PodLog {
   readonly #api: KubernetesApi
@@ -25,10 +23,8 @@ export class PodLog {
   readonly #container: string
   readonly #ring: LogRing
   readonly #silentMs: number
-  readonly #onRead: (position: LogPosition) => void
-  /** Where an earlier reader was, and what there is of the log before; until that is read. */
-  #earlier: { position: LogPosition; ring: LogRing } | undefined
-  /** The last line: its time, the how manieth of that very time it is, and its bytes so far. */
+  readonly #onRead: () => void
+  /** The last line: its time, its index among lines of that same time, and its bytes so far. */
   #last = { time: '', count: 0, bytes: 0 }
   readonly #over = new AbortController()
   #isInLine = false
@@ -46,9 +42,8 @@ export class PodLog {
       container: string
       ring: LogRing
       silentMs?: number | undefined
-      after?: LogPosition | undefined
-      /** After each piece that the ring was given. */
-      onRead?: (position: LogPosition) => void
+      /** Called after each piece that the ring was given, and when there is none for a second. */
+      onRead?: () => void
     },
   ) {
     this.#api = api
@@ -57,8 +52,6 @@ export class PodLog {
     this.#ring = options.ring
     this.#silentMs = options.silentMs ?? SILENT_MS
     this.#onRead = options.onRead ?? (() => {})
-    const { after: position } = options
-    if (position) this.#earlier = { position, ring: new LogRing(options.ring.capacityMax) }
   }
 
   /** Follows until the container is `over` and the stream has ended with it, or `signal` aborts. Never rejects. */
@@ -93,39 +86,29 @@ export class PodLog {
   async #read({ follow, signal }: { follow: boolean; signal: AbortSignal }): Promise<void> {
     const silent = new AbortController()
     const timer = setTimeout(() => silent.abort(new Error('silent')), this.#silentMs)
-    // What an earlier reader had is read to the end of what there is now: a silent log would not tell that it is over.
-    const isFollowing = follow && !this.#earlier
+    let empty: NodeJS.Timeout | undefined
     this.#begin()
     try {
       const stream = await this.#api.stream(this.#path, {
         query: {
           container: this.#container,
           timestamps: 'true',
-          ...(isFollowing ? { follow: 'true' } : {}),
+          ...(follow ? { follow: 'true' } : {}),
           ...(this.#last.time === '' ? {} : { sinceTime: sinceOf(this.#last.time) }),
         },
         ...{ type: 'text', signal: AbortSignal.any([signal, silent.signal]) },
       })
+      empty = setTimeout(this.#onRead, FIRST_PIECE_MS)
       for await (const chunk of stream) {
         timer.refresh()
         this.#take(chunk)
-        this.#tell()
+        if (!this.#isAtStart) this.#onRead()
       }
       if (this.#isAtStart && this.#head.length > 0) throw new Error(this.#head.toString())
-      if (this.#earlier) {
-        // Nothing of that line or later is left, and so nothing that is known to lie right before it.
-        this.#last = { ...this.#earlier.position }
-        this.#seed(Buffer.alloc(0), this.#earlier.position)
-        this.#tell()
-      }
     } finally {
       clearTimeout(timer)
+      clearTimeout(empty)
     }
-  }
-
-  #tell(): void {
-    if (this.#earlier || this.#last.time === '') return
-    this.#onRead({ ...this.#last, totalBytes: this.#ring.totalBytes })
   }
 
   #begin(): void {
@@ -133,10 +116,6 @@ export class PodLog {
     this.#isAtStart = true
     this.#head = Buffer.alloc(0)
     this.#seen = { time: '', count: 0 }
-    if (!this.#earlier) return
-    // From the beginning again: what was rotated away meanwhile must leave no hole.
-    this.#earlier.ring = new LogRing(this.#ring.capacityMax)
-    this.#last = { time: '', count: 0, bytes: 0 }
   }
 
   /** Timestamps stand at the beginning of lines only: a long line comes in pieces without more of them. */
@@ -170,29 +149,10 @@ export class PodLog {
       const fresh = piece.subarray(this.#toSkip)
       this.#toSkip -= piece.length - fresh.length
       this.#last.bytes += fresh.length
-      this.#append(fresh)
+      this.#ring.append(fresh)
       this.#isInLine = end < 0
       rest = rest.subarray(piece.length)
     }
-  }
-
-  /** The last bytes of the last line. */
-  #append(fresh: Buffer): void {
-    let known = 0
-    if (this.#earlier) {
-      const { position, ring } = this.#earlier
-      const order = compareLines(this.#last, position)
-      const beyond = order || this.#last.bytes - position.bytes
-      known = order > 0 ? 0 : beyond < 0 ? fresh.length : fresh.length - beyond
-      ring.append(fresh.subarray(0, known))
-      if (beyond >= 0) this.#seed(ring.tail(ring.capacityMax).content, position)
-    }
-    this.#ring.append(fresh.subarray(known))
-  }
-
-  #seed(content: Buffer, { totalBytes }: LogPosition): void {
-    this.#ring.seed(content, totalBytes)
-    this.#earlier = undefined
   }
 
   #startLine(time: string): void {
