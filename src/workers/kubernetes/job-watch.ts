@@ -7,7 +7,7 @@ import { until } from '../../core/until.ts'
 import { overLogLimit } from '../completion.ts'
 import { LogRing } from '../log-ring.ts'
 import type { KubernetesApi } from './api.ts'
-import type { ClusterView, Persistence } from './cluster-view.ts'
+import type { ClusterView } from './cluster-view.ts'
 import { ApiError } from './failures.ts'
 import { maxLogBytesOf, TASK_CONTAINER } from './manifests.ts'
 import { deletedOutside, isOverdue, type Observation, observe, warningOf } from './observation.ts'
@@ -46,7 +46,31 @@ export interface JobWatchOptions {
   log: Logger
 }
 
-/** One Job, from its creation to the end of its task. The API's troubles decide nothing. */
+type Waiting = Extract<Observation, { phase: 'waiting' }>
+type Ended = Extract<Observation, { phase: 'ended' }>
+
+/** A provisioning that waits for the task to start. */
+interface Starting {
+  signal: AbortSignal
+  hindered: Hindered
+  /** Ends the provisioning, which can come again; the watch goes on. */
+  fail: (err: UnavailableError) => void
+  /** When events are asked for next, and how long after that. */
+  lookAt: number
+  lookMs: number
+  warning: ReturnType<typeof warningOf>
+}
+
+/**
+ * One Job, from its creation to the end of its task:
+ *
+ *   waiting → running → ended
+ *
+ * with `queued` beside `waiting` while a queue such as Kueue suspends it. One loop observes the Job
+ * and its pod whenever the watches report a change, and every few seconds. Whoever provisions waits
+ * until it is not `waiting` any more, all others until it is `ended`. Troubles of the API decide
+ * nothing: the loop goes on.
+ */
 export class JobWatch {
   readonly ring: LogRing
   readonly name: string
@@ -60,9 +84,20 @@ export class JobWatch {
   readonly #maxLogBytes: number
   /** Name of the ConfigMap that its pod waits for. */
   readonly #filesName: string
+  /** Rejected when it waits in vain. */
+  readonly #started = Promise.withResolvers<void>()
+  /** The last one, until the task has started. */
+  #starting: Starting | undefined
   #ended: Promise<Completion> | undefined
-  readonly #readable = Promise.withResolvers<void>()
+  /** Since when it waits while nobody provisions, and since when its container cannot be started. */
+  #waitingSince: number | undefined
   #stuckSince: number | undefined
+  #log: PodLog | undefined
+  #following: Promise<void> | undefined
+  /** Aborts with the backend, or when a stream does not end after its container. */
+  readonly #reading: AbortSignal
+  readonly #stopReading = new AbortController()
+  readonly #readable = Promise.withResolvers<void>()
   #isOverLogLimit = false
 
   constructor(job: V1Job, options: JobWatchOptions) {
@@ -74,6 +109,8 @@ export class JobWatch {
     this.name = job.metadata?.name ?? ''
     this.uid = job.metadata?.uid ?? ''
     this.ring = new LogRing(options.logBytesKept)
+    this.#reading = AbortSignal.any([options.closing, this.#stopReading.signal])
+    this.#started.promise.catch(() => {})
   }
 
   get completion(): Completion | undefined {
@@ -81,56 +118,24 @@ export class JobWatch {
   }
 
   /**
-   * Waits until the task runs, or has run. Throws a `WorkerError` when it never will, and an `UnavailableError` when nothing
-   * is heard of it.
+   * Waits until the task runs, is queued, or has run. Throws a `WorkerError` when it never will, an
+   * `UnavailableError` when nothing is heard of it, and the reason of `signal`.
    */
-  async started(signal: AbortSignal, hindered: Hindered): Promise<Observation['phase']> {
+  async started(signal: AbortSignal, hindered: Hindered): Promise<void> {
     const { view } = this.#options
-    const persistence = { rideMs: view.rideMs, hindered }
-    let lookMs = view.lookMs
-    let lookAt = Date.now() + lookMs
-    let warning: ReturnType<typeof warningOf>
-    for (;;) {
-      view.throwIfBlind()
-      const { seen, pod } = await this.#observe(signal, persistence)
-      if (seen.phase !== 'waiting') return seen.phase
-      if (await this.#isVain(seen, signal, persistence)) {
-        throw new WorkerError(seen.reason, seen.message)
-      }
-      const isUnclear = ['provisioning_timeout', 'unschedulable'].includes(seen.reason)
-      const tell = () => {
-        const also = isUnclear ? warning : undefined
-        const message = also ? `${seen.message}. ${also.message}` : seen.message
-        hindered(
-          also?.reason === 'unavailable'
-            ? new UnavailableError(also.message)
-            : new WorkerError(also?.reason ?? seen.reason, message),
-        )
-      }
-      tell()
-      const changed = view.change(this.uid, signal)
-      changed.catch(() => {})
-      if (isUnclear && Date.now() >= lookAt) {
-        // Ever less often: many may wait for the same.
-        lookMs *= 2
-        lookAt = Date.now() + lookMs
-        const uid = pod?.metadata?.uid ?? this.uid
-        const events = await view.events(uid, signal).catch(() => [])
-        warning = warningOf(events) ?? warning
-        tell()
-        const isMissing = `configmap "${this.#filesName}" not found`
-        if (events.some(({ message }) => message?.includes(isMissing))) {
-          await this.#options.putFilesAgain(this.#filesName, signal)
-        }
-      }
-      await changed
-    }
+    view.throwIfBlind()
+    const { lookMs } = view
+    const lookAt = Date.now() + lookMs
+    const unheard = Promise.withResolvers<never>()
+    const { reject: fail } = unheard
+    this.#starting = { signal, hindered, fail, lookAt, lookMs, warning: undefined }
+    await until(Promise.race([this.#started.promise, unheard.promise, this.ended()]), signal)
   }
 
   /** How the task ended, once it has. Rejects when the backend is closed. */
   ended(): Promise<Completion> {
     if (!this.#ended) {
-      const ended = this.#end()
+      const ended = this.#run()
       this.#ended = ended
       // While we shut down nobody waits for it. Whatever else went wrong is tried again by who asks next.
       ended.catch(() => {
@@ -160,77 +165,115 @@ export class JobWatch {
     return observe(view.job(this.uid), view.pod(this.uid), NEVER_OVERDUE).phase
   }
 
-  async #end(): Promise<Completion> {
-    const { view, closing, provisioningTimeoutMs } = this.#options
-    const reading = new AbortController()
-    const signal = AbortSignal.any([closing, reading.signal])
-    let log: PodLog | undefined
-    let following: Promise<void> | undefined
-    let waitingSince: number | undefined
+  async #run(): Promise<Completion> {
+    const { view, closing } = this.#options
     for (;;) {
-      const { seen, pod } = await this.#observe(closing)
-      const podName = pod?.metadata?.name
-      if (podName && (seen.phase === 'running' || seen.phase === 'ended')) {
-        log ??= this.#logOf(podName)
-        if (seen.phase === 'running') following ??= log.follow(signal)
+      // Before it is looked at: what changes meanwhile is looked at next.
+      const changed = view.change(this.uid, closing)
+      changed.catch(() => {})
+      try {
+        if (this.#starting) view.throwIfBlind()
+        const { seen, pod } = await this.#observe()
+        if (seen.phase === 'waiting') {
+          if (await this.#isVain(seen)) {
+            this.#started.reject(new WorkerError(seen.reason, seen.message))
+            return await this.#end(seen, pod)
+          }
+          if (this.#starting) await this.#report(seen, pod, this.#starting)
+        } else {
+          this.#started.resolve()
+          this.#starting = undefined
+          this.#waitingSince = undefined
+          if (pod && seen.phase !== 'queued') this.#log ??= this.#logOf(pod.metadata?.name ?? '')
+          if (seen.phase === 'running') this.#following ??= this.#log?.follow(this.#reading)
+          if (seen.phase === 'ended') return await this.#end(seen, pod)
+        }
+      } catch (err) {
+        if (!(err instanceof UnavailableError)) throw err
+        this.#starting?.fail(err)
       }
-      // Only while something is heard of it: what we are not told may have happened.
-      const isWaiting = seen.phase === 'waiting' && view.problem === undefined
-      waitingSince = isWaiting ? (waitingSince ?? Date.now()) : undefined
-      // A queue has let it go, and it does not come up: nobody else looks at the time any more.
-      const isTooLong =
-        waitingSince !== undefined && Date.now() - waitingSince >= provisioningTimeoutMs
-      const isVain =
-        seen.phase === 'waiting' &&
-        ((isTooLong && (await this.#isStill('waiting', closing))) ||
-          (await this.#isVain(seen, closing)))
-      if (seen.phase === 'ended' || isVain) {
-        log?.over()
-        // The stream ends with the container; one that has stalled is not waited for.
-        const lastLogMs = this.#options.lastLogMs ?? LAST_LOG_MS
-        const late = pause(lastLogMs, undefined, { signal, ref: false })
-        await Promise.race([following, late])
-        reading.abort()
-        await following
-        const note = log && pod ? await this.#restOf(log) : ''
-        closing.throwIfAborted()
-        this.ring.append(Buffer.from(note))
-        this.ring.end()
-        this.#completion = this.#completionOf(seen, pod)
-        this.#options.onEnded()
-        return this.#completion
-      }
-      await view.change(this.uid, closing)
+      await changed
     }
   }
 
-  #completionOf(seen: Observation, pod: V1Pod | undefined): Completion {
-    if (this.#isOverLogLimit) return overLogLimit(this.#maxLogBytes)
-    if (seen.phase !== 'ended') {
-      // Holds: nothing else ends without a completion. These reasons are no one's but a worker's.
-      const { reason, message } = seen as Extract<Observation, { phase: 'waiting' }>
-      return {
-        ...{ exitCode: null, signal: null, message },
-        reason: reason as Completion['reason'],
+  /** Reports why the worker is not ready yet, with the words of events where the pod has none. */
+  async #report(seen: Waiting, pod: V1Pod | undefined, starting: Starting): Promise<void> {
+    const { view, closing, log } = this.#options
+    const isUnclear = ['provisioning_timeout', 'unschedulable'].includes(seen.reason)
+    if (isUnclear && Date.now() >= starting.lookAt) {
+      // Ever less often: many may wait for the same.
+      starting.lookMs *= 2
+      starting.lookAt = Date.now() + starting.lookMs
+      const events = await view
+        .events(pod?.metadata?.uid ?? this.uid, closing)
+        .catch((err: unknown) => {
+          log.warn({ err, worker: this.name }, 'events could not be read')
+          return []
+        })
+      starting.warning = warningOf(events) ?? starting.warning
+      const isMissing = `configmap "${this.#filesName}" not found`
+      if (events.some(({ message }) => message?.includes(isMissing))) {
+        await this.#options
+          .putFilesAgain(this.#filesName, starting.signal)
+          .catch((err: unknown) => {
+            log.warn({ err, worker: this.name }, 'task files could not be put again')
+          })
       }
+    }
+    const also = isUnclear ? starting.warning : undefined
+    const message = also ? `${seen.message}. ${also.message}` : seen.message
+    starting.hindered(
+      also?.reason === 'unavailable'
+        ? new UnavailableError(also.message)
+        : new WorkerError(also?.reason ?? seen.reason, message),
+    )
+  }
+
+  /** Reads what is left of the log. */
+  async #end(seen: Waiting | Ended, pod: V1Pod | undefined): Promise<Completion> {
+    const { closing, lastLogMs = LAST_LOG_MS, onEnded } = this.#options
+    this.#log?.over()
+    // The stream ends with the container; one that has stalled is not waited for.
+    const late = pause(lastLogMs, undefined, { signal: this.#reading, ref: false })
+    await Promise.race([this.#following, late])
+    this.#stopReading.abort()
+    await this.#following
+    const note = this.#log && pod ? await this.#restOf(this.#log) : ''
+    closing.throwIfAborted()
+    this.ring.append(Buffer.from(note))
+    this.ring.end()
+    this.#completion = this.#completionOf(seen, pod)
+    onEnded()
+    return this.#completion
+  }
+
+  #completionOf(seen: Waiting | Ended, pod: V1Pod | undefined): Completion {
+    if (this.#isOverLogLimit) return overLogLimit(this.#maxLogBytes)
+    if (seen.phase === 'waiting') {
+      // Holds: these reasons are no one's but a worker's.
+      const reason = seen.reason as Completion['reason']
+      return { reason, exitCode: null, signal: null, message: seen.message }
     }
     const wasDeleted = pod?.metadata?.deletionTimestamp && seen.completion.reason === 'signal'
     return wasDeleted && !this.isStopping ? deletedOutside() : seen.completion
   }
 
   /** What is not there may not have been told yet: that it has gone, or its node, is asked for. */
-  async #observe(
-    signal: AbortSignal,
-    persistence: Persistence = {},
-  ): Promise<{ seen: Observation; pod: V1Pod | undefined }> {
+  async #observe(): Promise<{ seen: Observation; pod: V1Pod | undefined }> {
     const { view } = this.#options
     const job = view.job(this.uid) ?? this.#given
     this.#given = undefined
     const told = this.#judge(job, view.pod(this.uid), NEVER_OVERDUE)
     const isLost = told.pod && told.seen.phase !== 'ended' && isOverdue(told.pod, this.#heardNow())
     if (!isLost && (told.pod || (told.seen.phase !== 'ended' && job))) return told
-    const asked = await view.look(this, signal, persistence)
+    const asked = await this.#look()
     return this.#judge(asked.job, asked.pod, this.#heardNow())
+  }
+
+  #look(): Promise<{ job: V1Job | undefined; pod: V1Pod | undefined }> {
+    const { view, closing } = this.#options
+    const hindered = (err: UnavailableError) => this.#starting?.hindered(err)
+    return view.look(this, closing, { rideMs: view.rideMs, hindered })
   }
 
   #judge(
@@ -250,29 +293,23 @@ export class JobWatch {
     return view.heardMs >= nodeReportMs ? Date.now() : NEVER_OVERDUE
   }
 
-  async #isVain(
-    seen: Extract<Observation, { phase: 'waiting' }>,
-    signal: AbortSignal,
-    persistence: Persistence = {},
-  ): Promise<boolean> {
-    const { view, configGraceMs = CONFIG_GRACE_MS } = this.#options
-    const isStuck = seen.reason === 'startup_failed' && view.problem === undefined
-    this.#stuckSince = isStuck ? (this.#stuckSince ?? Date.now()) : undefined
+  async #isVain(seen: Waiting): Promise<boolean> {
+    const { view, configGraceMs = CONFIG_GRACE_MS, provisioningTimeoutMs } = this.#options
     if (seen.isHopeless) return true
-    if (this.#stuckSince === undefined || Date.now() - this.#stuckSince < configGraceMs)
-      return false
-    return this.#isStill('startup_failed', signal, persistence)
-  }
-
-  /** Asks before the time is said to be up: watches may be late, or dead. */
-  async #isStill(
-    what: 'waiting' | 'startup_failed',
-    signal: AbortSignal,
-    persistence: Persistence = {},
-  ): Promise<boolean> {
-    const { job, pod } = await this.#options.view.look(this, signal, persistence)
-    const seen = observe(job, pod, NEVER_OVERDUE)
-    return seen.phase === 'waiting' && (what === 'waiting' || seen.reason === what)
+    // Only while something is heard of it: what we are not told may have happened.
+    const isHeard = view.problem === undefined
+    const since = (is: boolean, before: number | undefined) =>
+      is && isHeard ? (before ?? Date.now()) : undefined
+    this.#stuckSince = since(seen.reason === 'startup_failed', this.#stuckSince)
+    // A queue has let it go, and it does not come up: nobody else looks at the time any more.
+    this.#waitingSince = since(this.#starting === undefined, this.#waitingSince)
+    const isUp = (at: number | undefined, ms: number) => at !== undefined && Date.now() - at >= ms
+    const isStuck = isUp(this.#stuckSince, configGraceMs)
+    if (!isStuck && !isUp(this.#waitingSince, provisioningTimeoutMs)) return false
+    // Asked before the time is said to be up: watches may be late, or dead.
+    const { job, pod } = await this.#look()
+    const now = observe(job, pod, NEVER_OVERDUE)
+    return now.phase === 'waiting' && (!isStuck || now.reason === 'startup_failed')
   }
 
   #logOf(podName: string): PodLog {

@@ -181,14 +181,7 @@ export class KubernetesBackend implements WorkerBackend {
         await this.#removed(this.#watch(made.job), signal)
         made = await this.#maker.make(spec, options)
       }
-      const watch = this.#watch(made.job)
-      await watch.started(signal, hindered).catch((err: unknown) => {
-        // Whoever ends it finds it by its name.
-        this.#watches.delete(watch.uid)
-        throw err
-      })
-      // From now on, whether anybody asks or not: a log that nobody reads may be lost.
-      void watch.ended()
+      await this.#watch(made.job).started(signal, hindered)
       return this.#worker(made.job)
     } catch (err) {
       const isTimeout = signal.aborted && signal.reason instanceof DOMException
