@@ -14,7 +14,7 @@ import { until } from '../../core/until.ts'
 import { BOOTSTRAP_END_MS } from '../worker-files.ts'
 import { KubernetesApi } from './api.ts'
 import { ClusterView, type Persistence } from './cluster-view.ts'
-import { ApiError, ApiUnavailableError, FAILURES } from './failures.ts'
+import { ApiError, FAILURES } from './failures.ts'
 import { JobMaker, type JobSettings } from './job-maker.ts'
 import { JobWatch } from './job-watch.ts'
 import { loadKubeconfig } from './kubeconfig.ts'
@@ -219,12 +219,9 @@ export class KubernetesBackend implements WorkerBackend {
       status: async () => {
         await this.#view.synced()
         if ((held ?? this.#watches.get(uid))?.completion) return 'Completed'
-        const now = await this.#view.namedJob(name, this.#closing.signal).catch((err: unknown) => {
-          // The watches' word is the last that was heard.
-          if (err instanceof ApiUnavailableError) return this.#view.job(uid)
-          throw err
-        })
-        return statusOf(now?.metadata?.uid === uid ? now : undefined, this.#view.pod(uid))
+        // One that the watch does not have is gone, or was not told yet.
+        const job = this.#view.job(uid) ?? (await this.#view.namedJob(name, this.#closing.signal))
+        return statusOf(job?.metadata?.uid === uid ? job : undefined, this.#view.pod(uid))
       },
       completion: async (signal) => {
         const watch = await until(this.#view.persistently(watched, signal), signal)
