@@ -6,7 +6,7 @@ import { Pool } from 'undici'
 import { Deadline } from '../../core/deadline.ts'
 import { UnavailableError } from '../../core/errors.ts'
 import { until } from '../../core/until.ts'
-import { ApiUnavailableError, failureOf } from './failures.ts'
+import { ApiError, ApiUnavailableError, FAILURES, failureOf } from './failures.ts'
 
 /** Maximum milliseconds until an answer. What creates objects may wait for several webhooks. */
 const READ_TIMEOUT_MS = 10_000
@@ -19,12 +19,15 @@ const CALLS_AT_ONCE = 30
 /** Longest wait within one call for an API server that is busy. */
 const BUSY_MS_MAX = 8_000
 const RETRY_AFTER_MS_MAX = 30_000
+const METADATA_ONLY = 'application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1'
 
 export interface ApiCall {
   query?: Record<string, string | number>
   body?: object
   /** Few, and others wait for what it tells: it does not wait its turn. */
   isUrgent?: boolean
+  /** Asks for the metadata of objects alone. */
+  isMetadataOnly?: boolean
   /** What the answer is to be, such as `JobList`. Default: any object. */
   answer?: string
   signal?: AbortSignal | undefined
@@ -110,6 +113,23 @@ export class KubernetesApi {
     }
   }
 
+  /** Removes the very object, and no other of its name. That it is gone already is no failure. */
+  async remove(path: string, uid: string): Promise<void> {
+    try {
+      await this.json('DELETE', path, {
+        body: {
+          ...{ apiVersion: 'v1', kind: 'DeleteOptions' },
+          // The default of Jobs leaves their pods behind.
+          propagationPolicy: 'Background',
+          preconditions: { uid },
+        },
+      })
+    } catch (err) {
+      // Gone, or another by now.
+      if (!(err instanceof ApiError && FAILURES[err.kind] === 'lost')) throw err
+    }
+  }
+
   /** An answer as it comes. Its reader has to expect that it is cut, or never begins. */
   async stream(path: string, call: ApiCall & { type: 'json' | 'text' }): Promise<Readable> {
     await this.#token(call)
@@ -132,7 +152,11 @@ export class KubernetesApi {
     await this.#pool?.destroy()
   }
 
-  async #request(method: Method, path: string, { query = {}, body, signal }: ApiCall) {
+  async #request(
+    method: Method,
+    path: string,
+    { query = {}, body, isMetadataOnly, signal }: ApiCall,
+  ) {
     const search = Object.entries(query).map(([name, value]) => [name, String(value)])
     try {
       const authenticated = this.#authenticated()
@@ -143,7 +167,7 @@ export class KubernetesApi {
         path: search.length > 0 ? `${path}?${new URLSearchParams(search)}` : path,
         headers: {
           ...this.#headers,
-          accept: 'application/json',
+          accept: isMetadataOnly ? METADATA_ONLY : 'application/json',
           'user-agent': 'task-runner',
           ...(body === undefined ? {} : { 'content-type': 'application/json' }),
         },

@@ -150,8 +150,13 @@ export class ClusterView {
     return Math.min(...heard)
   }
 
-  isOurs(job: V1Job): boolean {
-    return job.metadata?.labels?.[LABELS.instance] === this.#options.deployment
+  /** Those that are ours, and those that may be. */
+  get jobs(): V1Job[] {
+    return [...this.#jobs.objects.values()]
+  }
+
+  isOurs({ metadata }: Pick<V1Job, 'metadata'>): boolean {
+    return metadata?.labels?.[LABELS.instance] === this.#options.deployment
   }
 
   job(uid: string): V1Job | undefined {

@@ -1,19 +1,16 @@
-import { once } from 'node:events'
 import { setTimeout as pause } from 'node:timers/promises'
-import { createGzip } from 'node:zlib'
 import type { V1ConfigMap, V1Job } from '@kubernetes/client-node'
 import { UnavailableError } from '../../core/errors.ts'
-import { WorkerError, type WorkerSpec } from '../../core/ports.ts'
+import { type Logger, WorkerError, type WorkerSpec } from '../../core/ports.ts'
 import { assertTaskFile, type LeftOut, leftOutNotes } from '../../core/tasks-folder.ts'
 import { type ImageNames, imageFor } from '../image.ts'
-import { sharedTar } from '../worker-files.ts'
 import type { KubernetesApi } from './api.ts'
 import type { ClusterView, Persistence } from './cluster-view.ts'
 import { ApiError, FAILURES } from './failures.ts'
 import type { Hindered } from './job-watch.ts'
 import {
   ANNOTATIONS,
-  filesConfigMap,
+  filesNameOf,
   type JobOptions,
   OBJECT_BYTES_MAX,
   ownSecret,
@@ -21,6 +18,7 @@ import {
   workerJob,
 } from './manifests.ts'
 import { observe } from './observation.ts'
+import { type Packed, PackedTasks } from './packed-tasks.ts'
 
 export interface JobSettings {
   /** Made once for the database: tells this service's workers from those of others. */
@@ -39,10 +37,14 @@ export interface JobSettings {
   home?: string | undefined
   /** The clock by which the age of workers is judged. */
   now: () => number
+  log: Logger
 }
 
-const FILES_KNOWN_MS = 1_000
 const CONFIG_MAPS_KEPT_MAX = 3
+/** Somebody may remove a ConfigMap: after this it is put again, and others that nobody needs go. */
+const FILES_THERE_MS = 60_000
+/** Another instance with other task files may be about to make a Job that names its ConfigMap. */
+const UNUSED_FILES_KEPT_MS = 3_600_000
 /** Milliseconds until a Secret is tried again that goes with an earlier Job of the same name. */
 const GARBAGE_MS = 500
 
@@ -52,26 +54,21 @@ export interface MadeJob {
   isNeverBegun: boolean
 }
 
-/** The tasks folder as workers get it. */
-interface PackedFiles {
-  zipped: Buffer
-  leftOut: readonly LeftOut[]
-}
-
 /** Makes the objects of a worker: its Job, and the Secrets and task files that its pod waits for. */
 export class JobMaker {
   readonly #api: KubernetesApi
   readonly #view: ClusterView
   readonly #settings: JobSettings
-  /** ConfigMaps that were put, the last ones: somebody may remove one that a worker waits for. */
-  readonly #filesThere = new Map<string, V1ConfigMap>()
+  readonly #files: PackedTasks
+  /** ConfigMaps that were put, the last ones, and until when they are taken to be there. */
+  readonly #filesThere = new Map<string, { configMap: V1ConfigMap; until: number }>()
   #areFilesFine = true
-  #filesKnown: { known: Promise<PackedFiles>; until: number } | undefined
 
   constructor(api: KubernetesApi, view: ClusterView, settings: JobSettings) {
     this.#api = api
     this.#view = view
     this.#settings = settings
+    this.#files = new PackedTasks(settings.tasksDir, settings.deployment)
   }
 
   /**
@@ -123,7 +120,7 @@ export class JobMaker {
     name: string,
     options: { signal: AbortSignal; hindered: Hindered },
   ): Promise<void> {
-    const configMap = this.#filesThere.get(name)
+    const { configMap } = this.#filesThere.get(name) ?? {}
     if (configMap) await this.#put('configmaps', configMap, options)
   }
 
@@ -132,18 +129,51 @@ export class JobMaker {
     signal: AbortSignal
     hindered: Hindered
   }): Promise<{ name: string; leftOut: readonly LeftOut[] }> {
-    const { zipped, leftOut } = await this.#files()
+    const { configMap, leftOut } = await this.#packed()
     const problem = await this.taskFilesProblem()
     if (problem) throw new UnavailableError(`Workers cannot be given their files: ${problem}`)
-    const configMap = filesConfigMap(zipped, this.#settings.deployment)
     const name = configMap.metadata?.name ?? ''
-    if (!this.#filesThere.has(name)) {
+    const known = this.#filesThere.get(name)
+    if (!known || known.until < Date.now()) {
+      // One task is enough to see to that it is still there.
+      if (known) known.until = Date.now() + FILES_THERE_MS
       await this.#put('configmaps', configMap, options)
-      this.#filesThere.set(name, configMap)
+      this.#filesThere.delete(name)
+      this.#filesThere.set(name, { configMap, until: Date.now() + FILES_THERE_MS })
+      this.#removeUnusedFiles(name).catch((err: unknown) => {
+        this.#settings.log.warn({ err }, 'task files that no worker needs could not be removed')
+      })
       const [oldest = ''] = this.#filesThere.keys()
       if (this.#filesThere.size > CONFIG_MAPS_KEPT_MAX) this.#filesThere.delete(oldest)
     }
     return { name, leftOut }
+  }
+
+  async #packed(): Promise<Packed> {
+    try {
+      return await this.#files.current()
+    } catch (err) {
+      this.#areFilesFine = false
+      throw err
+    }
+  }
+
+  /** Removes the ConfigMaps of earlier task files that no Job names. */
+  async #removeUnusedFiles(current: string): Promise<void> {
+    const path = this.#view.path('configmaps')
+    const { items } = await this.#api.json<{ items: V1ConfigMap[] }>('GET', path, {
+      query: { labelSelector: this.#view.labelSelector },
+      ...{ isMetadataOnly: true, answer: 'PartialObjectMetadataList' },
+    })
+    const needed = new Set([current, ...this.#view.jobs.map(filesNameOf)])
+    const keptFrom = this.#settings.now() - UNUSED_FILES_KEPT_MS
+    for (const item of items) {
+      const { name = '', uid = '', creationTimestamp } = item.metadata ?? {}
+      const isOld = Date.parse(String(creationTimestamp)) < keptFrom
+      if (!isOld || needed.has(name) || !this.#view.isOurs(item)) continue
+      await this.#api.remove(`${path}/${name}`, uid)
+      this.#filesThere.delete(name)
+    }
   }
 
   #jobOptions(spec: WorkerSpec, filesName: string): JobOptions {
@@ -235,33 +265,9 @@ export class JobMaker {
   }
 
   async taskFilesProblem(): Promise<string | undefined> {
-    const { length } = (await this.#files()).zipped
-    this.#areFilesFine = length <= OBJECT_BYTES_MAX
+    const { zippedBytes } = await this.#packed()
+    this.#areFilesFine = zippedBytes <= OBJECT_BYTES_MAX
     if (this.#areFilesFine) return undefined
-    return `the tasks folder has ${length} bytes when compressed, and a ConfigMap takes ${OBJECT_BYTES_MAX}: bake task files into the image, or clone them with git_configs`
-  }
-
-  /** Looked at again after a moment: many tasks may come at once. */
-  #files(): Promise<PackedFiles> {
-    if (!this.#filesKnown || this.#filesKnown.until < Date.now()) {
-      this.#filesKnown = { known: this.#pack(), until: Date.now() + FILES_KNOWN_MS }
-      this.#filesKnown.known.catch(() => {
-        this.#areFilesFine = false
-        this.#filesKnown = undefined
-      })
-    }
-    return this.#filesKnown.known
-  }
-
-  async #pack(): Promise<PackedFiles> {
-    const zipped = createGzip()
-    const chunks: Buffer[] = []
-    zipped.on('data', (chunk: Buffer) => chunks.push(chunk))
-    const { tar, leftOut } = await sharedTar(this.#settings.tasksDir)
-    const ended = once(zipped, 'end')
-    for await (const chunk of tar) zipped.write(chunk)
-    zipped.end()
-    await ended
-    return { zipped: Buffer.concat(chunks), leftOut }
+    return `the tasks folder has ${zippedBytes} bytes when compressed, and a ConfigMap takes ${OBJECT_BYTES_MAX}: bake task files into the image, or clone them with git_configs`
   }
 }

@@ -9,7 +9,7 @@ import { LogRing } from '../log-ring.ts'
 import type { KubernetesApi } from './api.ts'
 import type { ClusterView } from './cluster-view.ts'
 import { ApiError } from './failures.ts'
-import { maxLogBytesOf, TASK_CONTAINER } from './manifests.ts'
+import { filesNameOf, maxLogBytesOf, TASK_CONTAINER } from './manifests.ts'
 import { deletedOutside, isOverdue, type Observation, observe, warningOf } from './observation.ts'
 import { PodLog } from './pod-log.ts'
 
@@ -104,8 +104,7 @@ export class JobWatch {
     this.#given = job
     this.#options = options
     this.#maxLogBytes = maxLogBytesOf(job)
-    const volumes = job.spec?.template.spec?.volumes ?? []
-    this.#filesName = volumes.find(({ configMap }) => configMap)?.configMap?.name ?? ''
+    this.#filesName = filesNameOf(job)
     this.name = job.metadata?.name ?? ''
     this.uid = job.metadata?.uid ?? ''
     this.ring = new LogRing(options.logBytesKept)

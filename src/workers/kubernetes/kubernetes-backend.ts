@@ -1,13 +1,7 @@
 import type { V1Job } from '@kubernetes/client-node'
 import { Deadline } from '../../core/deadline.ts'
 import { UnavailableError } from '../../core/errors.ts'
-import {
-  type Logger,
-  type Worker,
-  type WorkerBackend,
-  WorkerError,
-  type WorkerSpec,
-} from '../../core/ports.ts'
+import { type Worker, type WorkerBackend, WorkerError, type WorkerSpec } from '../../core/ports.ts'
 import { SharedLook } from '../../core/shared-look.ts'
 import { assertTasksFolder } from '../../core/tasks-folder.ts'
 import { until } from '../../core/until.ts'
@@ -28,7 +22,6 @@ export interface KubernetesSettings extends JobSettings {
   /** Undefined: that of the kubeconfig's context. */
   namespace: string | undefined
   logBytesKept: number
-  log: Logger
   /** Towards the API server. Default: 20 a second, 30 at once. */
   callsPerSecond?: number
   callsAtOnce?: number
@@ -62,7 +55,7 @@ export const RIGHTS: readonly Right[] = [
   { group: '', resource: 'pods', verbs: ['get', 'list', 'watch'] },
   { group: '', resource: 'pods/log', verbs: ['get'] },
   { group: '', resource: 'events', verbs: ['list'] },
-  { group: '', resource: 'configmaps', verbs: ['create'] },
+  { group: '', resource: 'configmaps', verbs: ['create', 'list', 'delete'] },
   { group: '', resource: 'secrets', verbs: ['create'] },
 ]
 const RIGHTS_KNOWN_MS = 300_000
@@ -303,7 +296,7 @@ export class KubernetesBackend implements WorkerBackend {
   /** Removes a Job, and waits until it and its pod are gone. */
   async #removed(watch: JobWatch, signal: AbortSignal): Promise<void> {
     const { name, uid } = watch
-    await this.#remove(name, uid)
+    await this.#api.remove(`${this.#view.path('jobs')}/${name}`, uid)
     const { waits = {}, terminationGraceMs } = this.#settings
     const patienceMs = terminationGraceMs + BOOTSTRAP_END_MS + (waits.goneMs ?? GONE_MS)
     using deadline = new Deadline(patienceMs, [this.#closing.signal, signal])
@@ -329,23 +322,8 @@ export class KubernetesBackend implements WorkerBackend {
   /** Of the very Job, and no other of its name. */
   async #delete({ name, uid }: JobWatch, persistence: Persistence = {}): Promise<void> {
     const { signal } = this.#closing
-    await this.#view.persistently(() => this.#remove(name, uid), signal, persistence)
-  }
-
-  async #remove(name: string, uid: string): Promise<void> {
-    try {
-      await this.#api.json('DELETE', `${this.#view.path('jobs')}/${name}`, {
-        body: {
-          ...{ apiVersion: 'v1', kind: 'DeleteOptions' },
-          // The default of Jobs leaves their pods behind.
-          propagationPolicy: 'Background',
-          preconditions: { uid },
-        },
-      })
-    } catch (err) {
-      // Gone, or another by now.
-      if (!(err instanceof ApiError && FAILURES[err.kind] === 'lost')) throw err
-    }
+    const remove = () => this.#api.remove(`${this.#view.path('jobs')}/${name}`, uid)
+    await this.#view.persistently(remove, signal, persistence)
   }
 
   async #check(): Promise<void> {

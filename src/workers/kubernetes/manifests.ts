@@ -75,6 +75,12 @@ export function filesConfigMap(files: Buffer, deployment: string): V1ConfigMap {
   }
 }
 
+/** Returns the name of the ConfigMap that a worker gets its task files from. */
+export function filesNameOf({ spec }: V1Job): string {
+  const volumes = spec?.template.spec?.volumes ?? []
+  return volumes.find(({ configMap }) => configMap)?.configMap?.name ?? ''
+}
+
 /** What is the worker's alone, its secrets among it. It goes with its Job. */
 export function ownSecret(
   spec: WorkerSpec,
