@@ -1,177 +1,346 @@
 import { readFileSync, statSync } from 'node:fs'
 import { availableParallelism } from 'node:os'
-import { delimiter, isAbsolute, join, relative, resolve } from 'node:path'
+import { delimiter, isAbsolute, join, relative } from 'node:path'
 import { z } from 'zod'
-import { isNetwork } from './callbacks/address-guard.ts'
+import {
+  dnsLabel,
+  list,
+  listInFile,
+  listOf,
+  networks,
+  number,
+  oneOf,
+  path,
+  positive,
+  refuse,
+  SECONDS_MAX,
+  sizesFile,
+  text,
+  times,
+  toMs,
+  WORKER_HOME,
+  whole,
+} from './config-values.ts'
 import { isLoopbackName } from './core/loopback.ts'
-import { DEFAULT_WORKER_SIZES, type WorkerSizes } from './core/worker-sizes.ts'
+import { DEFAULT_WORKER_SIZES } from './core/worker-sizes.ts'
 import { signingKey } from './wire/signature.ts'
 import type { EngineAddress } from './workers/docker/engine.ts'
 
-/** What the service needs to know. Immutable, read once. Nothing but this file reads the environment. */
-export interface Config {
-  host: string
-  port: number
-  /** Prefix of every route: empty, or `/apps/task-runner`. */
-  basePath: string
-  apiTokens: readonly string[]
-  authOff: boolean
-  dataDir: string
-  tasksDir: string
-  workerBackend: 'local' | 'docker' | 'kubernetes'
-  /** Undefined: a file in the data folder. */
-  databaseUrl: string | undefined
-  databasePoolSize: number
-  /** How long the host of local workers may be away before their tasks are lost. */
-  hostGraceMs: number
-  /** For container workers that name none. */
-  workerImage: string
-  workerImagePrefix: string
-  workerSizes: WorkerSizes
-  /** `source:/target[:ro]`, in container workers. */
-  workerMounts: readonly string[]
-  /** Home of container workers; undefined: in the worker's folder. */
-  workerHome: string | undefined
-  dockerEngine: EngineAddress
-  dockerNetwork: string
-  kubernetes: {
-    namespace: string | undefined
-    /** Of workers. */
-    serviceAccount: string
-    /** Kueue's. */
-    queue: string | undefined
-  }
-  concurrency: number
-  /** Of all instances together. */
-  clusterConcurrency: number | undefined
-  queuedMax: number
-  taskTimeoutSeconds: number
-  provisioningTimeoutMs: number
-  terminationGraceMs: number
-  maxLogBytes: number
-  callbackTimeoutMs: number
-  callbackRetryDelaysMs: readonly number[]
-  /** Decoded `whsec_…` secrets. */
-  callbackSigningKeys: readonly Buffer[]
-  /** CIDRs, `private`, `loopback`: what may be called besides public addresses. */
-  callbackAllowedNetworks: readonly string[]
-  /** The same for the hosts of git repositories. */
-  gitAllowedNetworks: readonly string[]
-  secretsDir: string | undefined
-  /** Named secrets given as variables: value by what stands after `SECRET_`. */
-  secretVariables: Readonly<Record<string, string>>
-  sealingKey: Buffer | undefined
-  pythonCommand: string
-  /** Undefined: bash where there is one, else sh. */
-  shellCommand: string | undefined
-  retentionMs: number
-  keptWorkerMs: number
-  shutdownGraceMs: number
-  sampleCallbacks: boolean
-  logLevel: string
-  /** Where commands are looked up, for tasks as for ourselves. */
-  path: string
-  /** What tasks are told about language and time zone. */
-  locale: Record<string, string>
-}
-
-/** Every problem of the environment at once. */
+/** Lists every problem of the environment. */
 export class ConfigError extends Error {
   override name = 'ConfigError'
 }
 
-const flag = z
-  .enum(['true', 'false', '1', '0', 'on', 'off'])
-  .transform((value) => value === 'true' || value === '1' || value === 'on')
-const list = z.string().transform((value) =>
-  value
-    .split(/[,\n]/)
-    .map((item) => item.trim())
-    .filter((item) => item !== ''),
-)
-const int = (min: number, max: number) => z.coerce.number().int().min(min).max(max)
-/** setTimeout takes no more than 2^31 ms, 24.8 days. */
-const SECONDS_MAX = 2_000_000
+/** `unset`: what holds without the variable. */
+const variables = z.registry<{ name: string; unset: string }>()
 
-const DNS_LABEL = /^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$/
-const MOUNT = /^[^:]+:\/[^:]*(:ro)?$/
-/** Not what the container or its engine needs. */
-const WORKER_HOME = /^(?!\/(worker|tmp|dev|proc|sys)\b)(\/(?!\.{1,2}(\/|$))[\w.-]+)+$/
-const MOUNT_HINT = 'each must be source:/target or source:/target:ro'
+/** Makes the setting that the variable holds. Its description is for README. */
+function setting<T extends z.ZodType>(name: string, schema: T, unset?: string): T {
+  const variable = schema.clone()
+  const value = schema instanceof z.ZodPrefault ? `\`${schema.def.defaultValue}\`` : 'none'
+  variables.add(variable, { name, unset: unset ?? value })
+  return variable
+}
 
+const SECRET_PREFIX = 'SECRET_'
 const PATH_DEFAULT = '/usr/local/bin:/usr/bin:/bin'
+const RETRY_DEFAULT = '5,300,1800,7200,18000,36000,50400,72000,86400'
 
-const schema = z.object({
-  HOST: z.string().default('127.0.0.1'),
-  PORT: int(0, 65535).default(3000),
-  BASE_PATH: z
-    .string()
-    .regex(/^(\/[A-Za-z0-9._~-]+)*\/?$/, 'must look like /apps/task-runner')
-    .default(''),
-  API_TOKENS: list.default([]),
-  API_TOKENS_FILE: z.string().optional(),
-  AUTH: z.enum(['on', 'off']).default('on'),
-  DATA_DIR: z.string().default('./data'),
-  TASKS_DIR: z.string().default('./tasks'),
-  DATABASE_URL: z
-    .string()
-    .refine(
-      (url) => /^postgres(ql)?:\/\//.test(url) && URL.canParse(url),
-      'must be postgres://user:password@host/database',
-    )
-    .optional(),
-  DATABASE_POOL_SIZE: int(2, 200).default(10),
-  HOST_GRACE_SECONDS: int(1, SECONDS_MAX).default(300),
-  WORKER_BACKEND: z.enum(['local', 'docker', 'kubernetes']).default('local'),
-  WORKER_IMAGE: z.string().default('task-runner'),
-  WORKER_IMAGE_PREFIX: z.string().default(''),
-  WORKER_SIZES_FILE: z.string().optional(),
-  WORKER_MOUNTS: list.pipe(z.array(z.string().regex(MOUNT, MOUNT_HINT))).default([]),
-  WORKER_HOME: z
-    .string()
-    .regex(WORKER_HOME, 'must be a path such as /home/ubuntu, outside /worker and /tmp')
-    .optional(),
-  DOCKER_HOST: z
-    .string()
-    .regex(/^(unix:\/\/\/.+|tcp:\/\/[^/]+:\d+)$/, 'must be unix:///path or tcp://host:port')
-    .default('unix:///var/run/docker.sock'),
-  DOCKER_TLS_VERIFY: z.string().optional(),
-  DOCKER_CERT_PATH: z.string().optional(),
-  DOCKER_NETWORK: z.string().default('bridge'),
-  KUBERNETES_NAMESPACE: z.string().regex(DNS_LABEL, 'is not the name of a namespace').optional(),
-  KUBERNETES_SERVICE_ACCOUNT: z.string().regex(DNS_LABEL, 'is not a name').default('default'),
-  KUBERNETES_QUEUE: z.string().regex(DNS_LABEL, 'is not the name of a queue').optional(),
-  MAX_CONCURRENT_TASKS: int(1, 10_000).default(4 * availableParallelism()),
-  MAX_CLUSTER_TASKS: int(1, 1_000_000).optional(),
-  MAX_QUEUED_TASKS: int(1, 10_000_000).default(100_000),
-  TASK_TIMEOUT_SECONDS: int(1, SECONDS_MAX).default(86_400),
-  PROVISIONING_TIMEOUT_SECONDS: int(1, SECONDS_MAX).default(59),
-  TERMINATION_GRACE_SECONDS: z.coerce.number().min(0).max(3_600).default(10),
-  MAX_LOG_MB: z.coerce.number().positive().max(1_000_000).default(1024),
-  CALLBACK_TIMEOUT_SECONDS: z.coerce.number().min(0.1).max(300).default(15),
-  CALLBACK_RETRY_SECONDS: list
-    .pipe(z.array(z.coerce.number<string>().min(0).max(SECONDS_MAX)).max(100))
-    .default([5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400]),
-  CALLBACK_SIGNING_SECRETS: list.default([]),
-  CALLBACK_ALLOWED_NETWORKS: list.optional(),
-  GIT_ALLOWED_NETWORKS: list.optional(),
-  SECRETS_DIR: z.string().optional(),
-  SEALING_KEY: z
-    .base64()
-    .transform((key) => Buffer.from(key, 'base64'))
-    .refine((key) => key.length === 32, 'must be 32 bytes in base64')
-    .optional(),
-  PYTHON_COMMAND: z.string().min(1).default('python3'),
-  SHELL_COMMAND: z.string().min(1).optional(),
-  RETENTION_DAYS: z.coerce.number().positive().max(36_500).default(30),
-  KEPT_WORKER_HOURS: z.coerce.number().positive().max(87_600).default(24),
-  SHUTDOWN_GRACE_SECONDS: z.coerce.number().min(0).max(3_600).default(30),
-  SAMPLE_CALLBACKS: flag.optional(),
-  LOG_LEVEL: z.enum(['trace', 'debug', 'info', 'warn', 'error', 'fatal', 'silent']).default('info'),
-  PATH: z.string().default(PATH_DEFAULT),
-  LANG: z.string().default('C.UTF-8'),
-  TZ: z.string().optional(),
+const settings = z.object({
+  host: setting('HOST', text.prefault('127.0.0.1')).describe(
+    'address to listen on; one that is not loopback needs `API_TOKENS`',
+  ),
+  port: setting('PORT', whole(0, 65535).prefault('3000')).describe(
+    "port to listen on; `0` takes a free one, which the log's `listening` line names",
+  ),
+  basePath: setting(
+    'BASE_PATH',
+    text
+      .regex(/^(\/[A-Za-z0-9._~-]+)*\/?$/, 'must look like /apps/task-runner')
+      .transform((path) => path.replace(/\/$/, ''))
+      .default(''),
+  ).describe('prefix of every route, such as `/apps/task-runner`'),
+  apiTokens: setting('API_TOKENS', list.default([])).describe(
+    'accepted bearer tokens, comma or line separated; several for rotation',
+  ),
+  apiTokensFile: setting('API_TOKENS_FILE', listInFile.default([])).describe(
+    'file with more of them',
+  ),
+  authOff: setting(
+    'AUTH',
+    oneOf('on', 'off')
+      .transform((value) => value === 'off')
+      .prefault('on'),
+  ).describe('`off` allows a non-loopback `HOST` without tokens'),
+  dataDir: setting('DATA_DIR', path.prefault('./data')).describe(
+    'folder of the SQLite file, the workers and the key',
+  ),
+  tasksDir: setting('TASKS_DIR', path.prefault('./tasks')).describe('folder of the task files'),
+  databaseUrl: setting(
+    'DATABASE_URL',
+    text
+      .refine(
+        (url) => /^postgres(ql)?:\/\//.test(url) && URL.canParse(url),
+        'must be postgres://user:password@host/database',
+      )
+      .optional(),
+  ).describe('`postgres://…`: database where instances share their tasks; needs `SEALING_KEY`'),
+  databasePoolSize: setting('DATABASE_POOL_SIZE', whole(2, 200).prefault('10')).describe(
+    'connections of an instance, besides 2 of its own',
+  ),
+  clusterConcurrency: setting('MAX_CLUSTER_TASKS', whole(1, 1_000_000).optional()).describe(
+    'tasks that run at a time on all instances together',
+  ),
+  hostGraceMs: setting(
+    'HOST_GRACE_SECONDS',
+    whole(1, SECONDS_MAX).transform(toMs).prefault('300'),
+  ).describe(
+    'how long (at least 15) a machine may be away before its local tasks end as `worker_lost`',
+  ),
+  workerBackend: setting(
+    'WORKER_BACKEND',
+    oneOf('local', 'docker', 'kubernetes').prefault('local'),
+  ).describe('what workers are: `local`, `docker`, `kubernetes`'),
+  workerImage: setting('WORKER_IMAGE', text.prefault('task-runner')).describe(
+    'image of container workers that name none',
+  ),
+  workerImagePrefix: setting('WORKER_IMAGE_PREFIX', text.default('')).describe(
+    'prefix of short image names',
+  ),
+  workerSizes: setting(
+    'WORKER_SIZES_FILE',
+    sizesFile.default(DEFAULT_WORKER_SIZES),
+    'built in',
+  ).describe('file with the table of sizes'),
+  workerMounts: setting(
+    'WORKER_MOUNTS',
+    listOf(
+      z.string().regex(/^[^:]+:\/[^:]*(:ro)?$/, 'each must be source:/target or source:/target:ro'),
+    ).default([]),
+  ).describe('mounts of every Docker worker: `source:/target[:ro]`, comma separated'),
+  workerHome: setting(
+    'WORKER_HOME',
+    text
+      .regex(WORKER_HOME, 'must be a path such as /home/ubuntu, outside /worker and /tmp')
+      .optional(),
+    '`/worker/home`',
+  ).describe(
+    'home of container workers, say `/home/ubuntu`; on Kubernetes it hides that of the image',
+  ),
+  dockerHost: setting(
+    'DOCKER_HOST',
+    text
+      .regex(/^(unix:\/\/\/.+|tcp:\/\/[^/]+:\d+)$/, 'must be unix:///path or tcp://host:port')
+      .prefault('unix:///var/run/docker.sock'),
+  ).describe("the engine, as Docker's own command takes it"),
+  dockerTlsVerify: setting('DOCKER_TLS_VERIFY', text.optional()).describe(
+    'any value: the engine is reached with TLS',
+  ),
+  dockerCertPath: setting('DOCKER_CERT_PATH', text.optional()).describe(
+    'folder of `ca.pem`, `cert.pem` and `key.pem` for that',
+  ),
+  dockerNetwork: setting('DOCKER_NETWORK', text.prefault('bridge')).describe(
+    "network of workers: `bridge`, `none`, `host` or a network's name",
+  ),
+  kubernetesNamespace: setting(
+    'KUBERNETES_NAMESPACE',
+    dnsLabel.optional(),
+    'that of the kubeconfig',
+  ).describe('namespace of workers; give them one of their own'),
+  kubernetesServiceAccount: setting(
+    'KUBERNETES_SERVICE_ACCOUNT',
+    dnsLabel.prefault('default'),
+  ).describe('service account of workers; its token is not mounted'),
+  kubernetesQueue: setting('KUBERNETES_QUEUE', dnsLabel.optional()).describe(
+    'a queue of Kueue; it or a ResourceQuota (`count/jobs.batch`) limits workers, and tasks wait',
+  ),
+  concurrency: setting(
+    'MAX_CONCURRENT_TASKS',
+    whole(1, 10_000).prefault(String(4 * availableParallelism())),
+    '4 per CPU',
+  ).describe('tasks that run at a time on one instance'),
+  queuedMax: setting('MAX_QUEUED_TASKS', whole(1, 10_000_000).prefault('100000')).describe(
+    'tasks that wait at a time; the next one gets a 429',
+  ),
+  taskTimeoutSeconds: setting(
+    'TASK_TIMEOUT_SECONDS',
+    whole(1, SECONDS_MAX).prefault('86400'),
+  ).describe('default and upper limit of `timeout_seconds`'),
+  provisioningTimeoutMs: setting(
+    'PROVISIONING_TIMEOUT_SECONDS',
+    whole(1, SECONDS_MAX).transform(toMs).prefault('59'),
+  ).describe(
+    'after it a task fails as `provisioning_timeout`; not counted while workers are unavailable',
+  ),
+  terminationGraceMs: setting(
+    'TERMINATION_GRACE_SECONDS',
+    number(0, 3_600).transform(toMs).prefault('10'),
+  ).describe('time between TERM and KILL'),
+  maxLogBytes: setting(
+    'MAX_LOG_MB',
+    positive(1_000_000)
+      .transform((megabytes) => Math.round(megabytes * 1024 * 1024))
+      .prefault('1024'),
+  ).describe('a task that logs more is ended (TERM; KILL at twice as much)'),
+  callbackTimeoutMs: setting(
+    'CALLBACK_TIMEOUT_SECONDS',
+    number(0.1, 300).transform(toMs).prefault('15'),
+  ).describe('time limit of one whole attempt'),
+  callbackRetryDelaysMs: setting(
+    'CALLBACK_RETRY_SECONDS',
+    list
+      .refine((delays) => delays.length <= 100, 'must be at most 100 numbers')
+      .pipe(z.array(number(0, SECONDS_MAX).transform(toMs)))
+      .prefault(RETRY_DEFAULT),
+  ).describe('pause after each failed attempt, ±20 %'),
+  callbackSigningKeys: setting(
+    'CALLBACK_SIGNING_SECRETS',
+    listOf(
+      z.string().transform((secret, ctx) => {
+        const hint = 'each must be whsec_ and 24 to 64 bytes in base64'
+        return signingKey(secret) ?? refuse(ctx, hint)
+      }),
+    ).default([]),
+  ).describe('`whsec_…`, comma separated: signs with each'),
+  callbackAllowedNetworks: setting(
+    'CALLBACK_ALLOWED_NETWORKS',
+    networks.optional(),
+    '`loopback,private` when `HOST` is loopback, else none',
+  ).describe(
+    'may be called besides public addresses: CIDRs, `private`, `loopback`; link-local only as CIDR',
+  ),
+  gitAllowedNetworks: setting('GIT_ALLOWED_NETWORKS', networks.optional(), 'as above').describe(
+    'the same for the hosts of repositories',
+  ),
+  secretsDir: setting(
+    'SECRETS_DIR',
+    path
+      .refine(
+        (path) => statSync(path, { throwIfNoEntry: false })?.isDirectory(),
+        'must be a folder',
+      )
+      .optional(),
+  ).describe('folder of named secrets, a file for each'),
+  secretVariables: setting(`${SECRET_PREFIX}<NAME>`, z.record(z.string(), z.string())).describe(
+    'a named secret as a variable',
+  ),
+  sealingKey: setting(
+    'SEALING_KEY',
+    text
+      .pipe(z.base64('must be 32 bytes in base64'))
+      .transform((key) => Buffer.from(key, 'base64'))
+      .refine((key) => key.length === 32, 'must be 32 bytes in base64')
+      .optional(),
+    'made once in `DATA_DIR`',
+  ).describe('32 bytes, base64: encrypts stored tokens and parameters'),
+  pythonCommand: setting('PYTHON_COMMAND', text.prefault('python3')).describe(
+    'interpreter of `.py` files',
+  ),
+  shellCommand: setting('SHELL_COMMAND', text.optional(), '`bash`, else `sh`').describe(
+    "interpreter of `.sh` files without a `#!` line; `.js` and `.ts` run on the service's own Node",
+  ),
+  retentionMs: setting(
+    'RETENTION_DAYS',
+    positive(36_500).transform(times(86_400_000)).prefault('30'),
+  ).describe('how long finished tasks and their logs are kept'),
+  keptWorkerMs: setting(
+    'KEPT_WORKER_HOURS',
+    positive(87_600).transform(times(3_600_000)).prefault('24'),
+  ).describe('how long `terminate_on_completion: false` keeps a worker'),
+  shutdownGraceMs: setting(
+    'SHUTDOWN_GRACE_SECONDS',
+    number(0, 3_600).transform(toMs).prefault('30'),
+  ).describe(
+    'from SIGTERM to the end of the service; callback attempts under way get nine tenths of it',
+  ),
+  sampleCallbacks: setting(
+    'SAMPLE_CALLBACKS',
+    oneOf('true', 'false', '1', '0', 'on', 'off')
+      .transform((value) => ['true', '1', 'on'].includes(value))
+      .optional(),
+    'on where `HOST` is loopback',
+  ).describe('whether there are the two sample receivers'),
+  logLevel: setting(
+    'LOG_LEVEL',
+    oneOf('trace', 'debug', 'info', 'warn', 'error', 'fatal', 'silent').prefault('info'),
+  ).describe("level of the service's own log, JSON lines on stdout"),
+  path: setting('PATH', text.prefault(PATH_DEFAULT)).describe(
+    'where commands are looked up, by tasks as well',
+  ),
+  lang: setting('LANG', text.prefault('C.UTF-8')).describe('language of tasks'),
+  tz: setting('TZ', text.optional()).describe('time zone of tasks'),
 })
+
+/** Adds what follows from several variables together. */
+const schema = settings.transform((given, ctx) => {
+  const { apiTokensFile, dockerHost, dockerTlsVerify, dockerCertPath, lang, tz, ...rest } = given
+  const problem = (key: keyof typeof given, message: string) =>
+    ctx.addIssue({ code: 'custom', path: [key], message })
+  const { host, authOff, dataDir, tasksDir } = rest
+  const isLoopback = isLoopbackName(host)
+  const whenUnset = isLoopback ? ['loopback', 'private'] : []
+  const apiTokens = [...rest.apiTokens, ...apiTokensFile]
+  if (apiTokens.some((token) => !/^[\x21-\x7e]+$/.test(token))) {
+    problem('apiTokens', 'a token holds white space or characters outside ASCII')
+  }
+  if (!isLoopback && !authOff && apiTokens.length === 0) {
+    problem(
+      'host',
+      `"${host}" is not loopback and there are no API_TOKENS; set tokens, or AUTH=off`,
+    )
+  }
+  if (rest.databaseUrl !== undefined && rest.sealingKey === undefined) {
+    problem('sealingKey', 'is required with DATABASE_URL, the same for all instances')
+  }
+  if (rest.databaseUrl === undefined && rest.clusterConcurrency !== undefined) {
+    problem('clusterConcurrency', 'has no meaning without DATABASE_URL')
+  }
+  const inside = relative(tasksDir, dataDir)
+  if (!inside.startsWith('..') && !isAbsolute(inside)) {
+    problem('dataDir', 'must not lie in TASKS_DIR, of which every worker gets a copy')
+  }
+  /** Reads the variables as Docker's own command does. */
+  const engineAddress = (): EngineAddress => {
+    const address = dockerHost.replace(/^\w+:\/\//, '')
+    if (dockerHost.startsWith('unix:')) return { socketPath: address }
+    if (dockerTlsVerify === undefined) return { url: `http://${address}` }
+    const read = (name: string) => readFileSync(join(dockerCertPath ?? '', name), 'utf8')
+    try {
+      const tls = { ca: read('ca.pem'), cert: read('cert.pem'), key: read('key.pem') }
+      return { url: `https://${address}`, tls }
+    } catch {
+      problem('dockerCertPath', 'ca.pem, cert.pem and key.pem cannot be read there')
+      return {}
+    }
+  }
+  return {
+    ...rest,
+    apiTokens: authOff ? [] : apiTokens,
+    callbackAllowedNetworks: rest.callbackAllowedNetworks ?? whenUnset,
+    gitAllowedNetworks: rest.gitAllowedNetworks ?? whenUnset,
+    sampleCallbacks: rest.sampleCallbacks ?? isLoopback,
+    dockerEngine: engineAddress(),
+    locale: { LANG: lang, ...(tz === undefined ? {} : { TZ: tz }) },
+  }
+})
+
+/** What the service needs to know, read once. Nothing but this file reads the environment. */
+export type Config = Readonly<z.output<typeof schema>>
+
+const variableOf = new Map(
+  Object.entries(settings.shape).flatMap(([key, field]) => {
+    const variable = variables.get(field)
+    return variable ? [[key, { ...variable, description: field.description ?? '' }]] : []
+  }),
+)
+/** Every variable, in the order of README. */
+export const VARIABLES = [...variableOf.values()]
+
+/** Variables that are no more, with what does their work. To ignore a limit could flood a cluster. */
+const REMOVED: Readonly<Record<string, string>> = {
+  KUBERNETES_MAX_WORKERS:
+    'was removed; limit workers with a ResourceQuota (count/jobs.batch), KUBERNETES_QUEUE or MAX_CLUSTER_TASKS, and unset it',
+}
 
 /** Where the command line finds a service, and what it hands on to it. */
 export function loadClientConfig(env: NodeJS.ProcessEnv = process.env): {
@@ -187,189 +356,50 @@ export function loadClientConfig(env: NodeJS.ProcessEnv = process.env): {
 }
 
 /**
- * Throws `ConfigError` that lists every problem, and repeats no value: some are secret. `serves`: false for who only
- * runs tasks, to whom it does not matter who could reach a service.
+ * Reads the environment. Throws `ConfigError`, which lists every problem and repeats no value: some
+ * are secret. `serves`: false where nobody can reach the process, so that it needs no tokens.
  */
 export function loadConfig(
   env: NodeJS.ProcessEnv = process.env,
   { serves = true }: { serves?: boolean } = {},
 ): Config {
-  // An empty variable is how many tools write "not set".
-  const set = Object.fromEntries(
-    Object.entries(env)
-      .filter(([, value]) => value !== '')
-      .map(([name, value]) => [name, value?.trim()]),
-  )
-  const blank = Object.keys(schema.shape).filter((name) => set[name] === '')
-  for (const name of blank) delete set[name]
-  const issues = schema.safeParse(set).error?.issues ?? []
-  const problems = [
-    ...blank.map((name) => `${name}: is blank`),
-    ...issues.map((issue) => `${String(issue.path[0])}: ${issue.message}`),
-  ]
+  const given = valuesOf(env)
+  const wrong = settings.safeParse(given).error?.issues ?? []
   // Combinations are judged as far as their parts are right.
-  for (const issue of issues) delete set[String(issue.path[0])]
-  const values = schema.parse(set)
-  const apiTokens = [...values.API_TOKENS, ...tokensFromFile(values.API_TOKENS_FILE, problems)]
-  if (apiTokens.some((token) => !/^[\x21-\x7e]+$/.test(token))) {
-    problems.push('API_TOKENS: a token holds white space or characters outside ASCII')
-  }
-  const isOpen =
-    serves && apiTokens.length === 0 && values.AUTH === 'on' && !isLoopbackName(values.HOST)
-  if (isOpen) {
-    problems.push(
-      `HOST: "${values.HOST}" is not loopback and there are no API_TOKENS; set tokens, or AUTH=off`,
-    )
-  }
-  if (values.DATABASE_URL !== undefined && values.SEALING_KEY === undefined) {
-    problems.push('SEALING_KEY: is required with DATABASE_URL, the same for all instances')
-  }
-  if (values.DATABASE_URL === undefined && values.MAX_CLUSTER_TASKS !== undefined) {
-    problems.push('MAX_CLUSTER_TASKS: has no meaning without DATABASE_URL')
-  }
-  if (set.KUBERNETES_MAX_WORKERS !== undefined) {
-    problems.push(
-      'KUBERNETES_MAX_WORKERS: was removed; limit workers with a ResourceQuota (count/jobs.batch), KUBERNETES_QUEUE or MAX_CLUSTER_TASKS, and unset it',
-    )
-  }
-  const inside = relative(resolve(values.TASKS_DIR), resolve(values.DATA_DIR))
-  if (!inside.startsWith('..') && !isAbsolute(inside)) {
-    problems.push('DATA_DIR: must not lie in TASKS_DIR, of which every worker gets a copy')
-  }
-  const secretsDir = values.SECRETS_DIR === undefined ? undefined : resolve(values.SECRETS_DIR)
-  if (secretsDir && !statSync(secretsDir, { throwIfNoEntry: false })?.isDirectory()) {
-    problems.push('SECRETS_DIR: is not a folder')
-  }
-  const signingKeys = values.CALLBACK_SIGNING_SECRETS.map(signingKey)
-  if (signingKeys.includes(undefined)) {
-    problems.push('CALLBACK_SIGNING_SECRETS: each must be whsec_ and 24 to 64 bytes in base64')
-  }
-  const allowed = (name: 'CALLBACK_ALLOWED_NETWORKS' | 'GIT_ALLOWED_NETWORKS') => {
-    const networks = values[name] ?? (isLoopbackName(values.HOST) ? ['loopback', 'private'] : [])
-    for (const network of networks.filter((network) => !isNetwork(network))) {
-      problems.push(`${name}: "${network}" is not a CIDR, "private" or "loopback"`)
-    }
-    return networks
-  }
-  const callbackAllowedNetworks = allowed('CALLBACK_ALLOWED_NETWORKS')
-  const gitAllowedNetworks = allowed('GIT_ALLOWED_NETWORKS')
-  const workerSizes = sizesFromFile(values.WORKER_SIZES_FILE, problems)
-  const dockerEngine = engineAddress(values, problems)
-  if (problems.length > 0) throw new ConfigError(listed(problems))
+  for (const { path } of wrong) delete given[String(path[0])]
+  if (!serves) given.authOff = 'off'
+  const whole = schema.safeParse(given)
+  const removed = Object.entries(REMOVED).filter(([name]) => env[name])
+  if (wrong.length === 0 && removed.length === 0 && whole.success) return whole.data
+  const issues = [...wrong, ...(whole.error?.issues ?? [])]
+  const problems = [
+    ...issues.map(({ path, message }) => [variableOf.get(String(path[0]))?.name, message]),
+    ...removed,
+  ]
+  const lines = problems.map(([name, message]) => `  - ${name}: ${message}`)
+  throw new ConfigError(['The configuration is not usable:', ...new Set(lines)].join('\n'))
+}
+
+/** Returns the values by the keys of their settings. */
+function valuesOf(env: NodeJS.ProcessEnv): Record<string, unknown> {
+  // An empty variable is how many tools write "not set".
+  const given = [...variableOf].map(([key, { name }]) => [key, env[name] || undefined] as const)
+  const secrets = Object.entries(env).flatMap(([name, value]) =>
+    value !== undefined && name.startsWith(SECRET_PREFIX)
+      ? [[name.slice(SECRET_PREFIX.length), value]]
+      : [],
+  )
+  const path = env.npm_lifecycle_event === undefined ? env.PATH : withoutNpm(env.PATH ?? '')
   return {
-    host: values.HOST,
-    port: values.PORT,
-    basePath: values.BASE_PATH.replace(/\/$/, ''),
-    apiTokens: values.AUTH === 'off' ? [] : apiTokens,
-    authOff: values.AUTH === 'off',
-    dataDir: resolve(values.DATA_DIR),
-    tasksDir: resolve(values.TASKS_DIR),
-    workerBackend: values.WORKER_BACKEND,
-    databaseUrl: values.DATABASE_URL,
-    databasePoolSize: values.DATABASE_POOL_SIZE,
-    hostGraceMs: values.HOST_GRACE_SECONDS * 1000,
-    workerImage: values.WORKER_IMAGE,
-    workerImagePrefix: values.WORKER_IMAGE_PREFIX,
-    workerSizes,
-    workerMounts: values.WORKER_MOUNTS,
-    workerHome: values.WORKER_HOME,
-    dockerEngine,
-    dockerNetwork: values.DOCKER_NETWORK,
-    kubernetes: {
-      namespace: values.KUBERNETES_NAMESPACE,
-      serviceAccount: values.KUBERNETES_SERVICE_ACCOUNT,
-      queue: values.KUBERNETES_QUEUE,
-    },
-    concurrency: values.MAX_CONCURRENT_TASKS,
-    clusterConcurrency: values.MAX_CLUSTER_TASKS,
-    queuedMax: values.MAX_QUEUED_TASKS,
-    taskTimeoutSeconds: values.TASK_TIMEOUT_SECONDS,
-    provisioningTimeoutMs: values.PROVISIONING_TIMEOUT_SECONDS * 1000,
-    terminationGraceMs: values.TERMINATION_GRACE_SECONDS * 1000,
-    maxLogBytes: Math.round(values.MAX_LOG_MB * 1024 * 1024),
-    callbackTimeoutMs: values.CALLBACK_TIMEOUT_SECONDS * 1000,
-    callbackRetryDelaysMs: values.CALLBACK_RETRY_SECONDS.map((seconds) => seconds * 1000),
-    callbackSigningKeys: signingKeys.filter((key) => key !== undefined),
-    callbackAllowedNetworks,
-    gitAllowedNetworks,
-    secretsDir,
-    secretVariables: Object.fromEntries(
-      Object.entries(env).flatMap(([name, value]) =>
-        value !== undefined && name.startsWith('SECRET_')
-          ? [[name.slice('SECRET_'.length), value]]
-          : [],
-      ),
-    ),
-    sealingKey: values.SEALING_KEY,
-    pythonCommand: values.PYTHON_COMMAND,
-    shellCommand: values.SHELL_COMMAND,
-    retentionMs: values.RETENTION_DAYS * 86_400_000,
-    keptWorkerMs: values.KEPT_WORKER_HOURS * 3_600_000,
-    shutdownGraceMs: values.SHUTDOWN_GRACE_SECONDS * 1000,
-    sampleCallbacks: values.SAMPLE_CALLBACKS ?? isLoopbackName(values.HOST),
-    logLevel: values.LOG_LEVEL,
-    path: env.npm_lifecycle_event === undefined ? values.PATH : withoutNpm(values.PATH),
-    locale: { LANG: values.LANG, ...(values.TZ === undefined ? {} : { TZ: values.TZ }) },
+    ...Object.fromEntries(given),
+    path: path || undefined,
+    secretVariables: Object.fromEntries(secrets),
   }
 }
 
-/** npm puts the service's own packages before what the machine has: they are not for tasks. */
+/** Removes the service's own packages, which npm puts before what the machine has. */
 function withoutNpm(path: string): string {
   const folders = path.split(delimiter)
   const first = folders.findIndex((folder) => !/\/(node_modules\/\.bin|node-gyp-bin)$/.test(folder))
   return first < 0 ? PATH_DEFAULT : folders.slice(first).join(delimiter)
-}
-
-function tokensFromFile(path: string | undefined, problems: string[]): string[] {
-  if (path === undefined) return []
-  try {
-    return list.parse(readFileSync(path, 'utf8'))
-  } catch {
-    problems.push('API_TOKENS_FILE: the file cannot be read')
-    return []
-  }
-}
-
-const sizesSchema = z.record(
-  z.string().min(1).max(100),
-  z.strictObject({
-    cpus: z.number().positive(),
-    memory_mb: z.number().positive(),
-    gpus: z.int().min(0).default(0),
-  }),
-)
-
-function sizesFromFile(path: string | undefined, problems: string[]): WorkerSizes {
-  if (path === undefined) return DEFAULT_WORKER_SIZES
-  try {
-    const table = sizesSchema.parse(JSON.parse(readFileSync(path, 'utf8')))
-    const sizes = Object.entries(table).map(([name, { cpus, memory_mb, gpus }]) => {
-      return [name, { cpus, memoryBytes: Math.round(memory_mb * 1024 * 1024), gpus }] as const
-    })
-    return Object.fromEntries(sizes)
-  } catch {
-    const shape = '{"Small": {"cpus": 1, "memory_mb": 2048}, …}'
-    problems.push(`WORKER_SIZES_FILE: the file cannot be read, or is not JSON like ${shape}`)
-    return DEFAULT_WORKER_SIZES
-  }
-}
-
-/** As Docker's own command takes it from these variables. */
-function engineAddress(values: z.output<typeof schema>, problems: string[]): EngineAddress {
-  const { DOCKER_HOST, DOCKER_TLS_VERIFY, DOCKER_CERT_PATH } = values
-  if (DOCKER_HOST.startsWith('unix://')) return { socketPath: DOCKER_HOST.slice('unix://'.length) }
-  const address = DOCKER_HOST.slice('tcp://'.length)
-  if (DOCKER_TLS_VERIFY === undefined) return { url: `http://${address}` }
-  const read = (name: string) => readFileSync(join(DOCKER_CERT_PATH ?? '', name), 'utf8')
-  try {
-    const tls = { ca: read('ca.pem'), cert: read('cert.pem'), key: read('key.pem') }
-    return { url: `https://${address}`, tls }
-  } catch {
-    problems.push('DOCKER_CERT_PATH: ca.pem, cert.pem and key.pem cannot be read there')
-    return {}
-  }
-}
-
-function listed(problems: string[]): string {
-  return `The configuration is not usable:\n${problems.map((problem) => `  - ${problem}`).join('\n')}`
 }

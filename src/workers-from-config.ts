@@ -78,8 +78,10 @@ export function openBackend(
       const { KubernetesBackend } = await import('./workers/kubernetes/kubernetes-backend.ts')
       return new KubernetesBackend({
         ...common,
-        ...config.kubernetes,
         ...{ deployment, legacyInstance },
+        namespace: config.kubernetesNamespace,
+        serviceAccount: config.kubernetesServiceAccount,
+        queue: config.kubernetesQueue,
         provisioningTimeoutMs: config.provisioningTimeoutMs,
         keptWorkerMs: config.keptWorkerMs,
       })

@@ -1,8 +1,9 @@
-import { mkdtemp, rm, writeFile } from 'node:fs/promises'
+import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { availableParallelism, tmpdir } from 'node:os'
 import { join, resolve } from 'node:path'
 import { describe, expect, test } from 'vitest'
-import { ConfigError, loadConfig } from '../src/config.ts'
+import { withTable } from '../docs/readme-table.ts'
+import { ConfigError, loadConfig, VARIABLES } from '../src/config.ts'
 
 /** The message that stops the start. */
 function problemsOf(env: Record<string, string>): string {
@@ -171,6 +172,45 @@ describe('values', () => {
   test('the name of the variable leads to what is wrong with an item of its list', () => {
     const message = problemsOf({ CALLBACK_RETRY_SECONDS: '5,soon,300' })
     expect(message.split('\n')).toHaveLength(2)
+  })
+
+  test('each problem says what the value must be, in the same words for each item of a list', () => {
+    expect(
+      problemsOf({
+        ...{ PORT: '65536', AUTH: 'no', MAX_LOG_MB: '-1', TERMINATION_GRACE_SECONDS: 'soon' },
+        ...{ PYTHON_COMMAND: ' ', CALLBACK_RETRY_SECONDS: '5,soon,later' },
+      }),
+    ).toBe(
+      [
+        'The configuration is not usable:',
+        '  - PORT: must be a whole number from 0 to 65535',
+        '  - AUTH: must be one of on, off',
+        '  - TERMINATION_GRACE_SECONDS: must be a number from 0 to 3600',
+        '  - MAX_LOG_MB: must be a number above 0, at most 1000000',
+        '  - CALLBACK_RETRY_SECONDS: must be a number from 0 to 2000000',
+        '  - PYTHON_COMMAND: is blank: set a value, or unset it',
+      ].join('\n'),
+    )
+  })
+})
+
+describe('the table in README', () => {
+  test('is what src/config.ts says; `npm run readme` renews it', async () => {
+    const readme = await readFile(new URL('../README.md', import.meta.url), 'utf8')
+    expect(withTable(readme)).toBe(readme)
+  })
+
+  test('has every variable, with its default as one would set it, and none twice', () => {
+    const names = VARIABLES.map(({ name }) => name)
+    expect(new Set(names).size).toBe(names.length)
+    // The home of workers by default is not one that may be asked for.
+    const others = VARIABLES.filter(({ name }) => name !== 'WORKER_HOME')
+    const defaults = others.flatMap(({ name, unset }) => {
+      const [, value] = /^`([^`]*)`$/.exec(unset) ?? []
+      return value === undefined ? [] : [[name, value]]
+    })
+    expect(defaults.length).toBeGreaterThan(25)
+    expect(loadConfig(Object.fromEntries(defaults))).toEqual(loadConfig({}))
   })
 })
 

@@ -74,7 +74,7 @@ test('the service takes every variable that it is given', async () => {
   const config = loadConfig({ ...Object.fromEntries(given), API_TOKENS_FILE: '', API_TOKENS: 'a' })
   expect(config).toMatchObject({
     ...{ workerBackend: 'kubernetes', workerImagePrefix: 'example.com/team/' },
-    kubernetes: { serviceAccount: 'task-worker' },
+    kubernetesServiceAccount: 'task-worker',
     sampleCallbacks: false,
   })
 })
