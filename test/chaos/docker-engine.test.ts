@@ -8,6 +8,7 @@ import { join } from 'node:path'
 import { promisify } from 'node:util'
 import { describe, expect, test } from 'vitest'
 import { UnavailableError } from '../../src/core/errors.ts'
+import { READ_AGAIN } from '../../src/workers/docker/container-watch.ts'
 import { Engine, EngineError } from '../../src/workers/docker/engine.ts'
 import {
   type DockerHarness,
@@ -127,7 +128,28 @@ function tests(): void {
     )
   })
 
-  test('a log whose beginning the engine has dropped goes on after the last byte that was seen', async () => {
+  test('a line whose stream is cut comes again to followers, and once in the log', async () => {
+    await through(
+      () => false,
+      async ({ backend, sharedDir }, proxy) => {
+        const go = join(sharedDir, marker())
+        const script = `echo one; printf two; until [ -e ${go} ]; do sleep 0.02; done; echo ' three'`
+        const worker = await backend.provision(spec(script), NEVER)
+        let seen = ''
+        for await (const chunk of worker.follow({ from: 0, signal: NEVER })) {
+          seen += chunk
+          if (seen !== 'one\ntwo') continue
+          proxy.cut()
+          await touch(go)
+        }
+        expect(seen).toBe(`one\ntwo\n${READ_AGAIN}two three\n`)
+        expect((await worker.completion(NEVER)).reason).toBe('completed')
+        expect(await logOf(worker)).toBe('one\ntwo three\n')
+      },
+    )
+  })
+
+  test('a log whose beginning the engine has dropped has its end, and followers miss none of it', async () => {
     let drops = false
     // As an engine that rotates: the second reading begins in the middle.
     const intercept: Intercept = (request, response, forward) => {
@@ -155,12 +177,24 @@ function tests(): void {
       const worker = await backend.provision(spec(script), NEVER)
       const total = async () => (await worker.logs({ maxBytes: 0 })).totalBytes
       await expect.poll(total, { timeout: 20_000 }).toBe(6_000_000)
+      const line = (index: number) => `${String(index).padStart(99, '0')}\n`
+      const chunks: Buffer[] = []
+      const following = (async () => {
+        for await (const chunk of worker.follow({ from: 5_999_900, signal: NEVER })) {
+          chunks.push(chunk)
+        }
+      })()
+      await expect.poll(() => chunks.length).toBe(1)
       drops = true
       proxy.cut()
       await touch(go)
       expect((await worker.completion(NEVER)).reason).toBe('completed')
-      expect(await total()).toBe(6_000_004)
-      expect(await logOf(worker, 104)).toBe(`${'60000'.padStart(99, '0')}\nend\n`)
+      expect(await total()).toBe(4_000_004)
+      expect(await logOf(worker, 104)).toBe(`${line(60_000)}end\n`)
+      await following
+      const kept = Array.from({ length: 40_000 }, (_, index) => line(20_001 + index))
+      const seen = Buffer.concat(chunks).toString()
+      expect(seen === `${line(60_000)}${READ_AGAIN}${kept.join('')}end\n`).toBe(true)
     })
   })
 

@@ -3,7 +3,7 @@ import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterAll, beforeAll, describe, expect, test } from 'vitest'
-import { END_UNSEEN } from '../../src/workers/docker/container-watch.ts'
+import { END_UNSEEN, READ_AGAIN } from '../../src/workers/docker/container-watch.ts'
 import type { DockerBackend } from '../../src/workers/docker/docker-backend.ts'
 import { EngineError } from '../../src/workers/docker/engine.ts'
 import {
@@ -53,6 +53,12 @@ async function begun({ backend, sharedDir }: DockerHarness, after: string, befor
   return { worker, go }
 }
 
+async function textOf(pieces: AsyncIterable<Buffer>): Promise<string> {
+  let seen = ''
+  for await (const piece of pieces) seen += piece
+  return seen
+}
+
 const unreachable = (backend: DockerBackend) =>
   expect(backend.check()).rejects.toMatchObject({ code: 'workers_unavailable' })
 
@@ -98,7 +104,7 @@ function keptAlive(): void {
     )
 
     test(
-      'a task that outlives its engine, twice, has a whole log, though the engine loses what it has of a line',
+      'the log of a task that outlives its engine, twice, is all that the engine has; followers see what it lost, too',
       async () => {
         const { dockerd, harness } = opened()
         const gate = () => join(harness.sharedDir, marker())
@@ -109,9 +115,10 @@ function keptAlive(): void {
           ...[until(end), 'echo 5'],
         ].join('; ')
         const worker = await harness.backend.provision(spec(script), NEVER)
+        const following = textOf(worker.follow({ from: 0, signal: NEVER }))
         for (const [seen, file] of [
           ['1\n2a', go],
-          ['1\n2a2b\n3\n', again],
+          ['1\n2b\n3\n', again],
         ] as const) {
           await expect.poll(() => logOf(worker), { timeout: 10_000 }).toBe(seen)
           await dockerd.kill('SIGKILL')
@@ -120,9 +127,9 @@ function keptAlive(): void {
         }
         await touch(end)
         expect((await worker.completion(NEVER)).reason).toBe('completed')
-        expect(await logOf(worker)).toBe('1\n2a2b\n3\n4\n5\n')
-        // Which is more than the engine has.
+        expect(await logOf(worker)).toBe('1\n2b\n3\n4\n5\n')
         expect(await dockerd.docker('logs', worker.name)).toBe('1\n2b\n3\n4\n5\n')
+        expect(await following).toBe(`1\n2a\n${READ_AGAIN}2b\n3\n4\n5\n`)
       },
       SLOW_MS,
     )

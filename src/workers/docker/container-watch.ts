@@ -1,12 +1,11 @@
 import { setTimeout as pause } from 'node:timers/promises'
-import type { Completion, Logger } from '../../core/ports.ts'
+import type { Completion, Logger, LogTail } from '../../core/ports.ts'
 import { completionOf, lost, overLogLimit } from '../completion.ts'
 import { LogRing } from '../log-ring.ts'
 import { BOOTSTRAP_END_MS } from '../worker-files.ts'
 import { type Inspected, isOver, knownOf, LABELS, logLimitOf, waited } from './container.ts'
 import { type Engine, EngineError, isGone, outputOf } from './engine.ts'
 import { readExitFile } from './exit-file.ts'
-import { LogRereader } from './log-rereader.ts'
 
 export const REMOVED = 'The container was removed from outside'
 export const EXIT_BROKEN =
@@ -26,12 +25,19 @@ const FIRST_PIECE_MS = 1_000
 const KILLED_EXIT_CODE = 137
 /** Of the init process, which then has nothing to run. */
 const COULD_NOT_RUN = [126, 127]
+/** Time after which a log that is read again takes the place of what was read before. */
+const READ_AGAIN_MS = 1_000
+const NEWLINE = 10
 
 /** An engine that saw a container end has told so by then: it waits two seconds for the last output. */
 const END_TOLD_SECONDS = 3
 
 export const END_UNSEEN =
   '[task-runner] The container engine was down when the task ended: the end of the log may be missing\n'
+
+/** Tells followers that some of the log comes again. */
+export const READ_AGAIN =
+  '[task-runner] The log was cut off and is read again: some lines may come twice\n'
 
 export interface ContainerWatchOptions {
   engine: Engine
@@ -48,16 +54,18 @@ export interface ContainerWatchOptions {
 export class ContainerWatch {
   readonly id: string
   readonly name: string
-  readonly ring: LogRing
   /** Rejects only when the service lets go. */
   readonly ended: Promise<Completion>
   readonly #begun = Promise.withResolvers<void>()
   /** Resolves when the log has twice the bytes of its limit. */
   readonly #flooded = Promise.withResolvers<void>()
   readonly #keeps: boolean
-  readonly #rereader: LogRereader
   readonly #maxLogBytes: number
   readonly #options: ContainerWatchOptions
+  /** Replaced when the log was read again. */
+  #ring: LogRing
+  /** Bytes read of the log, those that were read again included. */
+  #bytesRead = 0
   #completion: Completion | undefined
   #isOverLogLimit = false
 
@@ -69,8 +77,7 @@ export class ContainerWatch {
   ) {
     this.id = container.Id
     this.name = knownOf(container).name
-    this.ring = new LogRing(options.logBytesKept)
-    this.#rereader = new LogRereader(this.ring)
+    this.#ring = new LogRing(options.logBytesKept)
     this.#keeps = Boolean(container.Config.Labels[LABELS.keeps])
     this.#maxLogBytes = logLimitOf(container)
     this.#options = options
@@ -113,23 +120,29 @@ export class ContainerWatch {
     }
   }
 
-  /** Fills the ring until the container has ended, across cuts of the stream. Never rejects. */
+  /**
+   * Reads the log until the container has ended. One whose stream was cut is read again from its
+   * beginning, into a new ring: an engine that was killed has lost what it had not stored, so that
+   * counting bytes would skip others. Never rejects.
+   */
   async #feed(first: AsyncIterable<Buffer> | undefined): Promise<void> {
-    const { ring } = this
-    const { closing: signal, inspect } = this.#options
+    const { closing: signal, inspect, logBytesKept } = this.#options
     let cutAt = Number.POSITIVE_INFINITY
-    for (let output = first; !signal.aborted; output = undefined) {
+    for (let output = first; !signal.aborted && !this.#ring.isEnded; output = undefined) {
+      const ring = this.#bytesRead === 0 ? this.#ring : new LogRing(logBytesKept)
       try {
-        const pieces = output ?? this.#rereader.unseen(await this.#logs())
+        const pieces = output ?? (await this.#logs())
         const unwatched = { from: cutAt, to: Date.now() }
         try {
-          for await (const piece of pieces) this.#append(piece)
+          await this.#read(pieces, ring)
         } finally {
           cutAt = Date.now()
         }
         const container = await inspect(this.id)
         if (!container) break
         if (['exited', 'dead', 'removing'].includes(container.State.Status)) {
+          // If the engine has nothing, what was read before is all there is.
+          if (ring.totalBytes > 0) this.#replace(ring)
           if (await this.#endedUnseen(container, unwatched)) this.#note(END_UNSEEN)
           break
         }
@@ -138,7 +151,57 @@ export class ContainerWatch {
       }
       await pause(RETRY_MS, undefined, { signal }).catch(() => {})
     }
-    ring.end()
+    this.#ring.end()
+  }
+
+  /** Reads into a ring, which takes the place of the one before once it has as much, or in time. */
+  async #read(pieces: AsyncIterable<Buffer>, ring: LogRing): Promise<void> {
+    let timer: NodeJS.Timeout | undefined
+    try {
+      for await (const piece of pieces) {
+        if (this.#ring.isEnded) return
+        this.#append(ring, piece)
+        if (ring.totalBytes >= this.#ring.totalBytes) this.#replace(ring)
+        timer ??= setTimeout(() => this.#replace(ring), READ_AGAIN_MS)
+      }
+    } finally {
+      clearTimeout(timer)
+    }
+  }
+
+  #replace(ring: LogRing): void {
+    const before = this.#ring
+    if (ring === before || before.isEnded) return
+    this.#ring = ring
+    before.end()
+  }
+
+  /** Returns the last bytes of the log. */
+  tail(maxBytes: number): LogTail {
+    return this.#ring.tail(maxBytes)
+  }
+
+  /**
+   * Reads the log from an offset on, as it comes. When it was read again, a line that had not ended
+   * comes again, since the engine may have lost its beginning; and so does all that is kept of a log
+   * that has become shorter, since the engine has dropped its beginning.
+   */
+  async *follow(from: number, signal: AbortSignal): AsyncGenerator<Buffer, void> {
+    let at = from
+    let lineAt = from
+    for (let ring = this.#ring; ; ring = this.#ring) {
+      for await (const piece of ring.follow(at, signal)) {
+        const lineEnd = piece.lastIndexOf(NEWLINE)
+        if (lineEnd >= 0) lineAt = at + lineEnd + 1
+        at += piece.length
+        yield piece
+      }
+      if (signal.aborted || ring === this.#ring) return
+      const isInLine = lineAt < at
+      if (lineAt > this.#ring.totalBytes) lineAt = 0
+      if (lineAt < at) yield Buffer.from(`${isInLine ? '\n' : ''}${READ_AGAIN}`)
+      at = lineAt
+    }
   }
 
   /** Settles with the first of its log, or when there seems to be none yet. */
@@ -146,9 +209,9 @@ export class ContainerWatch {
     return this.#begun.promise
   }
 
-  #append(piece: Buffer): void {
-    const { ring } = this
+  #append(ring: LogRing, piece: Buffer): void {
     ring.append(piece)
+    this.#bytesRead += piece.length
     this.#begun.resolve()
     if (ring.totalBytes > 2 * this.#maxLogBytes) this.#flooded.resolve()
     if (ring.totalBytes <= this.#maxLogBytes || this.#isOverLogLimit) return
@@ -161,9 +224,9 @@ export class ContainerWatch {
 
   /** On a line of its own. */
   #note(line: string): void {
-    const { content } = this.ring.tail(1)
+    const { content } = this.#ring.tail(1)
     const isInLine = content.length > 0 && content.toString() !== '\n'
-    this.ring.append(Buffer.from(`${isInLine ? '\n' : ''}${line}`))
+    this.#ring.append(Buffer.from(`${isInLine ? '\n' : ''}${line}`))
   }
 
   /**
@@ -215,31 +278,30 @@ export class ContainerWatch {
     return this.#completion
   }
 
-  /** Waits for the log to be whole. The stream of a container that stays does not end: what the engine has, has to do. */
+  /**
+   * Waits for the log to be whole. The stream of a container that stays does not end: it has to
+   * bring as many bytes as the engine has.
+   */
   async #lastOutput(): Promise<void> {
-    const { ring } = this
-    const keeps = this.#keeps
     const { closing: signal } = this.#options
     const stay = (ms: number) => pause(ms, undefined, { signal }).catch(() => {})
-    if (keeps) await stay(QUIET_MS)
-    const whole = keeps ? await this.#bytesLogged().catch(() => ring.totalBytes) : Infinity
+    if (this.#keeps) await stay(QUIET_MS)
+    // An engine that is away stores no more: what was read has to do.
+    const whole = this.#keeps ? await this.#bytesStored().catch(() => 0) : Infinity
     let movedAt = performance.now()
-    for (let seen = -1; !ring.isEnded && ring.totalBytes < whole && !signal.aborted; ) {
-      // Reading again what the ring has takes its time, too.
-      const progress = ring.totalBytes + this.#rereader.bytesRead
-      if (progress !== seen) movedAt = performance.now()
+    for (let seen = -1; !this.#ring.isEnded && !signal.aborted; await stay(QUIET_MS / 10)) {
+      if (this.#ring.totalBytes >= whole) break
+      if (this.#bytesRead !== seen) movedAt = performance.now()
       else if (performance.now() - movedAt > LAST_OUTPUT_MS) break
-      seen = progress
-      await stay(QUIET_MS / 10)
+      seen = this.#bytesRead
     }
-    ring.end()
+    this.#ring.end()
   }
 
-  /** What the ring has to have. */
-  async #bytesLogged(): Promise<number> {
+  async #bytesStored(): Promise<number> {
     let bytes = 0
     for await (const piece of await this.#logs(false)) bytes += piece.length
-    return this.#rereader.inRing(bytes)
+    return bytes
   }
 
   async #completionOf(container: Inspected): Promise<Completion> {

@@ -304,11 +304,11 @@ export class DockerBackend implements WorkerBackend {
         // A task that has ended may still have output on its way, or all of it when we have just come back.
         if ((await status()) !== 'Running') await found.ended
         else await found.begun()
-        return found.ring.tail(maxBytes)
+        return found.tail(maxBytes)
       },
       follow: async function* ({ from, signal }) {
         const found = await watched()
-        if (found) yield* found.ring.follow(from, signal)
+        if (found) yield* found.follow(from, signal)
       },
       terminate: async () => {
         await this.#terminate(known, held)
