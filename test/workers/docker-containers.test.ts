@@ -1,7 +1,8 @@
 /** What tasks, people and other services do to containers. */
 import { join } from 'node:path'
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest'
-import type { Completion, WorkerSpec } from '../../src/core/ports.ts'
+import type { Completion, TaskStore, WorkerSpec, WorkerStatus } from '../../src/core/ports.ts'
+import { Reaper } from '../../src/core/reaper.ts'
 import { DockerBackend } from '../../src/workers/docker/docker-backend.ts'
 import {
   containers,
@@ -69,6 +70,69 @@ function tests(): void {
     // inspect, exit; once more after its log. Removing it: inspect, delete, and a second delete.
     expect(proxy.requests.slice(before)).toHaveLength(15)
     await other.dispose()
+  })
+
+  describe('a look at all workers', () => {
+    /** Statuses by name, and what the look cost. */
+    async function look(backend: DockerBackend, requests: string[]) {
+      const before = requests.length
+      const listed = await backend.list()
+      const statuses = await Promise.all(
+        listed.map(async (worker) => [worker.name, await worker.status()] as const),
+      )
+      return { statuses: new Map(statuses), calls: requests.slice(before) }
+    }
+    const CALLS = [expect.stringMatching(/^GET \S+\/containers\/json/)]
+
+    test('costs one engine call, however many there are', async () => {
+      await using proxy = await startEngineProxy(() => false)
+      const engine = { socketPath: proxy.socketPath }
+      const other = new DockerBackend({ ...harness.settings, engine })
+      // The first call of all asks for the version, too.
+      await other.list()
+      const expected = new Map<string, WorkerStatus>()
+      for (let round = 0; round < 3; round += 1) {
+        const { worker: running } = await begun()
+        const ended = await provision(spec('exit 5'))
+        await ended.completion(NEVER)
+        const made = `made-${marker()}`
+        const { deployment, images } = harness.settings
+        const marks = ['--name', made, ...label('instance', deployment)]
+        await docker('create', ...marks, images.default, 'true')
+        expected.set(running.name, 'Running').set(ended.name, 'Completed').set(made, 'Provisioning')
+        const { statuses, calls } = await look(other, proxy.requests)
+        expect(statuses).toEqual(expected)
+        expect(calls).toEqual(CALLS)
+      }
+      // A sweep looks twice: for workers left behind, and for those stuck in Provisioning.
+      const store = {
+        workerOwner: async () => ({ status: 'running' }),
+        workersRemembered: async () => [],
+      } as unknown as TaskStore
+      const times = { keptWorkerMs: 0, provisioningTimeoutMs: 60_000, retentionMs: 0 }
+      const others = { intervalMs: 1_000, now: Date.now, log: harness.settings.log }
+      const before = proxy.requests.length
+      await new Reaper({ store, backend: other, ...times, ...others }).sweepWorkers()
+      expect(proxy.requests.slice(before)).toEqual([...CALLS, ...CALLS])
+      await other.close()
+    })
+
+    test('reads the exit file of a worker that stays until its task is known to be over', async () => {
+      await using proxy = await startEngineProxy(() => false)
+      const engine = { socketPath: proxy.socketPath }
+      const other = new DockerBackend({ ...harness.settings, engine })
+      const { worker, go } = await begun('exit 5', { keepAfterwards: true })
+      const read = expect.stringMatching(/^GET \S+\/containers\/[^/]+\/archive/)
+      expect((await look(other, [])).statuses).toEqual(new Map([[worker.name, 'Running']]))
+      await go()
+      expect(await worker.completion(NEVER)).toMatchObject({ exitCode: 5 })
+      for (const calls of [[...CALLS, read], CALLS, CALLS]) {
+        expect(await look(other, proxy.requests)).toEqual({
+          ...{ statuses: new Map([[worker.name, 'Completed']]), calls },
+        })
+      }
+      await other.close()
+    })
   })
 
   describe('an exit file', () => {

@@ -3,7 +3,15 @@ import type { Completion, Logger, LogTail } from '../../core/ports.ts'
 import { completionOf, lost, overLogLimit } from '../completion.ts'
 import { LogRing } from '../log-ring.ts'
 import { BOOTSTRAP_END_MS } from '../worker-files.ts'
-import { type Inspected, isOver, knownOf, LABELS, logLimitOf, waited } from './container.ts'
+import {
+  type Inspected,
+  isOver,
+  knownOf,
+  LABELS,
+  type Listed,
+  logLimitOf,
+  waited,
+} from './container.ts'
 import { type Engine, EngineError, isGone, outputOf } from './engine.ts'
 import { readExitFile } from './exit-file.ts'
 
@@ -352,7 +360,7 @@ export class ContainerWatch {
 }
 
 /** Whether the task of a container that stays has ended. */
-export async function hasEnded(engine: Engine, container: Inspected): Promise<boolean> {
+export async function hasEnded(engine: Engine, container: Inspected | Listed): Promise<boolean> {
   const exit = await readExitFile(engine, container.Id)
   return typeof exit !== 'string' && isOver(container, exit)
 }

@@ -100,7 +100,7 @@ export const inspected = z.object({
     LogConfig: z.object({ Type: z.string() }),
   }),
   State: z.object({
-    /** created, running, paused, restarting, removing, exited, dead; Podman has others. */
+    /** See `stateOf`; Podman has others. */
     Status: z.string().min(1),
     ExitCode: z.number(),
     OOMKilled: z.boolean().default(false),
@@ -117,6 +117,8 @@ export const listed = z.array(
     Id: z.string().min(1),
     Names: z.array(z.string()).nullish(),
     Image: z.string(),
+    /** As `Status` of an inspected one. */
+    State: z.string().min(1),
     Labels: labels,
     /** Seconds since 1970. */
     Created: z.number(),
@@ -137,6 +139,11 @@ export interface Known {
   image: string
   size: string | null
   createdAt: number
+}
+
+/** What the engine calls it: created, running, paused, restarting, removing, exited, dead. */
+export function stateOf(container: Inspected | Listed): string {
+  return 'Config' in container ? container.State.Status : container.State
 }
 
 export function labelsOf(container: Inspected | Listed): Record<string, string> {
@@ -161,7 +168,7 @@ export function knownOf(container: Inspected | Listed): Known {
 }
 
 /** Whether the exit file of a container that stays says that its task is over. */
-export function isOver(container: Inspected, exit: Exit): boolean {
+export function isOver(container: Inspected | Listed, exit: Exit): boolean {
   return exit.isOver || labelsOf(container)[LABELS.keeps] !== KEEPS
 }
 

@@ -24,6 +24,7 @@ import {
   type Listed,
   labelsOf,
   listed,
+  stateOf,
 } from './container.ts'
 import { ContainerWatch, hasEnded, REMOVED, untilAnswered } from './container-watch.ts'
 import { discard, Engine, type EngineAddress, EngineError, isGone, outputOf } from './engine.ts'
@@ -77,6 +78,8 @@ export class DockerBackend implements WorkerBackend {
   readonly #engine: Engine
   /** Watches by container id, which a rename does not change. */
   readonly #watched = new Map<string, ContainerWatch>()
+  /** Ids of containers that stay, and whose task is known to be over. */
+  readonly #over = new Set<string>()
   readonly #making = new Map<string, Making>()
   readonly #closing = new AbortController()
   #checking: Promise<void> | undefined
@@ -106,15 +109,15 @@ export class DockerBackend implements WorkerBackend {
   }
 
   async find(name: string): Promise<Worker | undefined> {
-    const container = await this.#inspect(name)
-    if (container) return this.#worker(container)
-    // A person may have renamed it.
-    const [renamed] = await this.#list(`${LABELS.worker}=${name}`)
-    return renamed && this.#worker(renamed)
+    const container = (await this.#inspect(name)) ?? (await this.#renamed(name))
+    return container && this.#worker(container)
   }
 
   async list(): Promise<Worker[]> {
-    return (await this.#list()).map((container) => this.#worker(container))
+    const containers = await this.#list()
+    const ids = new Set(containers.map(({ Id }) => Id))
+    for (const id of this.#over.difference(ids)) this.#over.delete(id)
+    return containers.map((container) => this.#worker(container))
   }
 
   check(): Promise<void> {
@@ -284,11 +287,16 @@ export class DockerBackend implements WorkerBackend {
       held = this.#watched.get(id) ?? (found && this.#watch(found, undefined))
       return held
     }
-    const status = async () => (held?.completion ? 'Completed' : this.#status(id))
+    const status = async () => {
+      if (held?.completion) return 'Completed'
+      const found = await this.#inspect(id)
+      return found ? this.#statusOf(found) : 'Terminating'
+    }
     return {
       ...{ name, taskId, backend: this.name, image, size, createdAt },
       ...(this.#isOurs(container) ? {} : { mayBeForeign: true }),
-      status,
+      // A listed one is one of many: the engine is not asked about each of them again.
+      status: 'Config' in container ? status : () => this.#statusOf(container),
       completion: async (signal) => {
         const { log } = this.#settings
         const found = await until(untilAnswered(watched, { signal, log }), signal)
@@ -317,15 +325,18 @@ export class DockerBackend implements WorkerBackend {
     }
   }
 
-  async #status(id: string): Promise<WorkerStatus> {
-    if (this.#watched.get(id)?.completion) return 'Completed'
-    const container = await this.#inspect(id)
-    if (!container || container.State.Status === 'removing') return 'Terminating'
-    if (container.State.Status === 'created') return 'Provisioning'
-    if (['exited', 'dead'].includes(container.State.Status)) return 'Completed'
-    const isOver =
-      container.Config.Labels[LABELS.keeps] && (await hasEnded(this.#engine, container))
-    return isOver ? 'Completed' : 'Running'
+  /** Asks the engine only about the task of a container that stays, unless that is known. */
+  async #statusOf(container: Inspected | Listed): Promise<WorkerStatus> {
+    const id = container.Id
+    const state = stateOf(container)
+    if (state === 'removing') return 'Terminating'
+    if (state === 'created') return 'Provisioning'
+    const isKnown = this.#over.has(id) || this.#watched.get(id)?.completion
+    if (isKnown || ['exited', 'dead'].includes(state)) return 'Completed'
+    if (!labelsOf(container)[LABELS.keeps]) return 'Running'
+    if (!(await hasEnded(this.#engine, container))) return 'Running'
+    this.#over.add(id)
+    return 'Completed'
   }
 
   /**
@@ -391,6 +402,12 @@ export class DockerBackend implements WorkerBackend {
       if (isGone(err)) return undefined
       throw err
     }
+  }
+
+  /** Finds the container of a worker that a person has given another name. */
+  async #renamed(worker: string): Promise<Inspected | undefined> {
+    const [container] = await this.#list(`${LABELS.worker}=${worker}`)
+    return container && this.#inspect(container.Id)
   }
 
   /** Lists the containers of ours, and of older versions, that have the label. */
