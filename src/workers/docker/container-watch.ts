@@ -1,5 +1,6 @@
 import { setTimeout as pause } from 'node:timers/promises'
 import type { Completion, Logger, LogTail } from '../../core/ports.ts'
+import { retrying } from '../../core/retrying.ts'
 import { completionOf, lost, overLogLimit } from '../completion.ts'
 import { LogRing } from '../log-ring.ts'
 import { BOOTSTRAP_END_MS } from '../worker-files.ts'
@@ -12,7 +13,7 @@ import {
   logLimitOf,
   waited,
 } from './container.ts'
-import { type Engine, EngineError, isGone, outputOf } from './engine.ts'
+import { type Engine, EngineError, isFailure, outputOf } from './engine.ts'
 import { readExitFile } from './exit-file.ts'
 
 export const REMOVED = 'The container was removed from outside'
@@ -124,7 +125,7 @@ export class ContainerWatch {
       await this.#options.engine.text('POST', `/containers/${this.id}/kill`, call)
     } catch (err) {
       // Not running, or gone.
-      if (!(isGone(err) || (err instanceof EngineError && err.kind === 'conflict'))) throw err
+      if (!isFailure(err, 'not_found', 'conflict')) throw err
     }
   }
 
@@ -155,7 +156,7 @@ export class ContainerWatch {
           break
         }
       } catch (err) {
-        if (isGone(err)) break
+        if (isFailure(err, 'not_found')) break
       }
       await pause(RETRY_MS, undefined, { signal }).catch(() => {})
     }
@@ -370,19 +371,14 @@ export async function untilAnswered<T>(
   step: () => Promise<T>,
   { signal, log }: { signal: AbortSignal; log: Logger },
 ): Promise<T> {
-  for (let waitMs = RETRY_MS; ; waitMs = Math.min(waitMs * 2, RETRY_MAX_MS)) {
-    try {
-      return await step()
-    } catch (err) {
-      if (!(err instanceof EngineError)) throw err
-      signal.throwIfAborted()
-      log.warn({ err }, 'waiting for the engine')
-      await pause(waitMs, undefined, { signal })
-    }
-  }
+  return retrying(step, {
+    ...{ signal, fromMs: RETRY_MS, toMs: RETRY_MAX_MS },
+    isWorthIt: (err) => err instanceof EngineError,
+    onRetry: (err) => log.warn({ err }, 'waiting for the engine'),
+  })
 }
 
 /** Ignores that the container is gone, or that the wait was long: the next inspect tells. */
 function untilNextInspect(err: unknown): void {
-  if (!(isGone(err) || (err instanceof EngineError && err.kind === 'timeout'))) throw err
+  if (!isFailure(err, 'not_found', 'timeout')) throw err
 }

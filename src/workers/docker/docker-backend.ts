@@ -27,7 +27,7 @@ import {
   stateOf,
 } from './container.ts'
 import { ContainerWatch, hasEnded, REMOVED, untilAnswered } from './container-watch.ts'
-import { discard, Engine, type EngineAddress, EngineError, isGone, outputOf } from './engine.ts'
+import { discard, Engine, type EngineAddress, EngineError, isFailure, outputOf } from './engine.ts'
 import { FAILURES } from './failures.ts'
 import { pull } from './pull.ts'
 
@@ -224,7 +224,7 @@ export class DockerBackend implements WorkerBackend {
     try {
       return (await this.#engine.json('POST', '/containers/create', made, call)).Id
     } catch (err) {
-      if (!(err instanceof EngineError && err.kind === 'conflict')) throw err
+      if (!isFailure(err, 'conflict')) throw err
       // Another instance may have made it for the same task: the next attempt finds it.
       if (await this.#existing(spec)) throw err
       const message = `A container of another service has the name ${spec.name}`
@@ -264,7 +264,7 @@ export class DockerBackend implements WorkerBackend {
    * wait for an engine that is away. Never rejects.
    */
   async #removeUnstarted(id: string, why: unknown): Promise<void> {
-    if (why instanceof EngineError && ['unreachable', 'timeout'].includes(why.kind)) return
+    if (isFailure(why, 'unreachable', 'timeout')) return
     try {
       // The id and not the name, which another instance may have used again by now.
       const container = await this.#inspect(id)
@@ -380,9 +380,9 @@ export class DockerBackend implements WorkerBackend {
         const call = { query: { force: 'true', v: 'true' }, expect: [200, 204] }
         await this.#engine.text('DELETE', `/containers/${id}`, call)
       } catch (err) {
-        if (isGone(err)) return
+        if (isFailure(err, 'not_found')) return
         // It is being removed already.
-        if (!(err instanceof EngineError && err.kind === 'conflict')) throw err
+        if (!isFailure(err, 'conflict')) throw err
       }
       if (performance.now() > givesUpAt) {
         const words = `container ${id} is still there after ${REMOVAL_LIMIT_MS / 1000} s`
@@ -399,7 +399,7 @@ export class DockerBackend implements WorkerBackend {
       const container = await this.#engine.json('GET', path, inspected)
       return this.#isOurs(container) || this.#isLegacy(container) ? container : undefined
     } catch (err) {
-      if (isGone(err)) return undefined
+      if (isFailure(err, 'not_found')) return undefined
       throw err
     }
   }

@@ -47,9 +47,9 @@ export class EngineError extends UnavailableError {
   }
 }
 
-/** Tells whether the engine said that the container, or the file, does not exist. */
-export function isGone(err: unknown): boolean {
-  return err instanceof EngineError && err.kind === 'not_found'
+/** Tells whether a call failed in one of these ways: `not_found` says that something is gone. */
+export function isFailure(err: unknown, ...kinds: FailureKind[]): err is EngineError {
+  return err instanceof EngineError && kinds.includes(err.kind)
 }
 
 interface Call {

@@ -1,7 +1,7 @@
 import { createTarDecoder } from 'modern-tar'
 import { type Exit, parseExit } from '../completion.ts'
 import { WORKER_FOLDER } from '../worker-files.ts'
-import { beginningOf, discard, type Engine, EngineError, failureOf, isGone } from './engine.ts'
+import { beginningOf, discard, type Engine, EngineError, failureOf, isFailure } from './engine.ts'
 
 /** Maximum bytes read of the archive: header, extended header and one line. */
 const ARCHIVE_BYTES_MAX = 64 * 1024
@@ -26,8 +26,8 @@ export async function readExitFile(engine: Engine, id: string): Promise<ExitFile
       await discard(tar)
     }
   } catch (err) {
-    if (isGone(err)) return 'missing'
-    if (err instanceof EngineError && err.kind === 'exit_broken') return 'broken'
+    if (isFailure(err, 'not_found')) return 'missing'
+    if (isFailure(err, 'exit_broken')) return 'broken'
     throw failureOf(err, undefined)
   }
 }

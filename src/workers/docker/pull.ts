@@ -1,7 +1,7 @@
-import { setTimeout as pause } from 'node:timers/promises'
 import { z } from 'zod'
 import { type ImageConfig, type Logger, WorkerError } from '../../core/ports.ts'
-import { type Engine, EngineError, failureOf, isGone } from './engine.ts'
+import { retrying } from '../../core/retrying.ts'
+import { type Engine, EngineError, failureOf, isFailure } from './engine.ts'
 import { kindOfRefusal } from './failures.ts'
 
 const RETRY_MS = 500
@@ -34,19 +34,19 @@ export async function pull(
   if (pullPolicy !== 'Always' && (await isThere(engine, image, signal))) return undefined
   if (pullPolicy === 'Never') throw failed(image, 'it is not there, and pull_policy is Never')
   const startedAt = performance.now()
-  for (let waitMs = RETRY_MS; ; waitMs = Math.min(waitMs * 2, RETRY_MAX_MS)) {
-    try {
-      await pullOnce(engine, image, options)
-      return performance.now() - startedAt
-    } catch (err) {
-      if (!(err instanceof EngineError)) throw err
-      if (err.kind === 'pull_refused') throw failed(image, err.words)
-      if (err.kind !== 'pull_failed') throw err
-      onFailed(failed(image, err.words))
-      log.warn({ err, image }, 'pulling an image failed, trying again')
-      await pause(waitMs, undefined, { signal }).catch(() => signal.throwIfAborted())
-    }
+  try {
+    await retrying(() => pullOnce(engine, image, options), {
+      ...{ signal, fromMs: RETRY_MS, toMs: RETRY_MAX_MS },
+      isWorthIt: (err) => isFailure(err, 'pull_failed'),
+      onRetry(err) {
+        onFailed(failed(image, err.words))
+        log.warn({ err, image }, 'pulling an image failed, trying again')
+      },
+    })
+  } catch (err) {
+    throw isFailure(err, 'pull_refused') ? failed(image, err.words) : err
   }
+  return performance.now() - startedAt
 }
 
 async function pullOnce(engine: Engine, image: string, options: PullOptions): Promise<void> {
@@ -98,7 +98,7 @@ async function isThere(engine: Engine, image: string, signal: AbortSignal): Prom
     await engine.json('GET', `/images/${path}/json`, z.looseObject({}), { step: 'make', signal })
     return true
   } catch (err) {
-    if (isGone(err)) return false
+    if (isFailure(err, 'not_found')) return false
     throw err
   }
 }
