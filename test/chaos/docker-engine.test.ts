@@ -8,7 +8,7 @@ import { join } from 'node:path'
 import { promisify } from 'node:util'
 import { describe, expect, test } from 'vitest'
 import { UnavailableError } from '../../src/core/errors.ts'
-import { READ_AGAIN } from '../../src/workers/docker/container-watch.ts'
+import { READ_AGAIN } from '../../src/workers/docker/container-log.ts'
 import { Engine, EngineError } from '../../src/workers/docker/engine.ts'
 import {
   type DockerHarness,

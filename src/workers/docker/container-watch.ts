@@ -1,8 +1,7 @@
 import { setTimeout as pause } from 'node:timers/promises'
-import type { Completion, Logger, LogTail } from '../../core/ports.ts'
+import type { Completion, Logger } from '../../core/ports.ts'
 import { retrying } from '../../core/retrying.ts'
 import { completionOf, lost, overLogLimit } from '../completion.ts'
-import { LogRing } from '../log-ring.ts'
 import { BOOTSTRAP_END_MS } from '../worker-files.ts'
 import {
   type Inspected,
@@ -13,6 +12,7 @@ import {
   logLimitOf,
   waited,
 } from './container.ts'
+import { ContainerLog, type Span } from './container-log.ts'
 import { type Engine, EngineError, isFailure, outputOf } from './engine.ts'
 import { readExitFile } from './exit-file.ts'
 
@@ -26,27 +26,17 @@ const RETRY_MAX_MS = 5_000
 const WAIT_LIMIT_MS = 300_000
 /** How often a worker that stays is asked whether its task has ended. */
 const KEPT_POLL_MS = 500
-/** After a task's end its last output is on the way for a moment: one that stands still for so long has ended. */
-const LAST_OUTPUT_MS = 5_000
-const QUIET_MS = 200
-/** For what there is of a log that nobody has followed here. */
-const FIRST_PIECE_MS = 1_000
+/** In a container that stays, the last output is on the way to the engine for a moment. */
+const LAST_OUTPUT_MS = 200
 const KILLED_EXIT_CODE = 137
 /** Of the init process, which then has nothing to run. */
 const COULD_NOT_RUN = [126, 127]
-/** Time after which a log that is read again takes the place of what was read before. */
-const READ_AGAIN_MS = 1_000
-const NEWLINE = 10
 
 /** An engine that saw a container end has told so by then: it waits two seconds for the last output. */
 const END_TOLD_SECONDS = 3
 
 export const END_UNSEEN =
   '[task-runner] The container engine was down when the task ended: the end of the log may be missing\n'
-
-/** Tells followers that some of the log comes again. */
-export const READ_AGAIN =
-  '[task-runner] The log was cut off and is read again: some lines may come twice\n'
 
 export interface ContainerWatchOptions {
   engine: Engine
@@ -63,18 +53,14 @@ export interface ContainerWatchOptions {
 export class ContainerWatch {
   readonly id: string
   readonly name: string
+  readonly log: ContainerLog
   /** Rejects only when the service lets go. */
   readonly ended: Promise<Completion>
-  readonly #begun = Promise.withResolvers<void>()
   /** Resolves when the log has twice the bytes of its limit. */
   readonly #flooded = Promise.withResolvers<void>()
   readonly #keeps: boolean
   readonly #maxLogBytes: number
   readonly #options: ContainerWatchOptions
-  /** Replaced when the log was read again. */
-  #ring: LogRing
-  /** Bytes read of the log, those that were read again included. */
-  #bytesRead = 0
   #completion: Completion | undefined
   #isOverLogLimit = false
 
@@ -86,12 +72,16 @@ export class ContainerWatch {
   ) {
     this.id = container.Id
     this.name = knownOf(container).name
-    this.#ring = new LogRing(options.logBytesKept)
     this.#keeps = Boolean(container.Config.Labels[LABELS.keeps])
     this.#maxLogBytes = logLimitOf(container)
     this.#options = options
-    setTimeout(this.#begun.resolve, FIRST_PIECE_MS).unref()
-    void this.#feed(output)
+    this.log = new ContainerLog(output, {
+      open: () => this.#logs(),
+      lastLine: (unwatched) => this.#lastLine(unwatched),
+      onGrown: (totalBytes) => this.#onLogGrown(totalBytes),
+      bytesKept: options.logBytesKept,
+      closing: options.closing,
+    })
     this.ended = this.#end()
     // While we shut down nobody waits for it.
     this.ended.catch(() => {})
@@ -129,101 +119,9 @@ export class ContainerWatch {
     }
   }
 
-  /**
-   * Reads the log until the container has ended. One whose stream was cut is read again from its
-   * beginning, into a new ring: an engine that was killed has lost what it had not stored, so that
-   * counting bytes would skip others. Never rejects.
-   */
-  async #feed(first: AsyncIterable<Buffer> | undefined): Promise<void> {
-    const { closing: signal, inspect, logBytesKept } = this.#options
-    let cutAt = Number.POSITIVE_INFINITY
-    for (let output = first; !signal.aborted && !this.#ring.isEnded; output = undefined) {
-      const ring = this.#bytesRead === 0 ? this.#ring : new LogRing(logBytesKept)
-      try {
-        const pieces = output ?? (await this.#logs())
-        const unwatched = { from: cutAt, to: Date.now() }
-        try {
-          await this.#read(pieces, ring)
-        } finally {
-          cutAt = Date.now()
-        }
-        const container = await inspect(this.id)
-        if (!container) break
-        if (['exited', 'dead', 'removing'].includes(container.State.Status)) {
-          // If the engine has nothing, what was read before is all there is.
-          if (ring.totalBytes > 0) this.#replace(ring)
-          if (await this.#endedUnseen(container, unwatched)) this.#note(END_UNSEEN)
-          break
-        }
-      } catch (err) {
-        if (isFailure(err, 'not_found')) break
-      }
-      await pause(RETRY_MS, undefined, { signal }).catch(() => {})
-    }
-    this.#ring.end()
-  }
-
-  /** Reads into a ring, which takes the place of the one before once it has as much, or in time. */
-  async #read(pieces: AsyncIterable<Buffer>, ring: LogRing): Promise<void> {
-    let timer: NodeJS.Timeout | undefined
-    try {
-      for await (const piece of pieces) {
-        if (this.#ring.isEnded) return
-        this.#append(ring, piece)
-        if (ring.totalBytes >= this.#ring.totalBytes) this.#replace(ring)
-        timer ??= setTimeout(() => this.#replace(ring), READ_AGAIN_MS)
-      }
-    } finally {
-      clearTimeout(timer)
-    }
-  }
-
-  #replace(ring: LogRing): void {
-    const before = this.#ring
-    if (ring === before || before.isEnded) return
-    this.#ring = ring
-    before.end()
-  }
-
-  /** Returns the last bytes of the log. */
-  tail(maxBytes: number): LogTail {
-    return this.#ring.tail(maxBytes)
-  }
-
-  /**
-   * Reads the log from an offset on, as it comes. When it was read again, a line that had not ended
-   * comes again, since the engine may have lost its beginning; and so does all that is kept of a log
-   * that has become shorter, since the engine has dropped its beginning.
-   */
-  async *follow(from: number, signal: AbortSignal): AsyncGenerator<Buffer, void> {
-    let at = from
-    let lineAt = from
-    for (let ring = this.#ring; ; ring = this.#ring) {
-      for await (const piece of ring.follow(at, signal)) {
-        const lineEnd = piece.lastIndexOf(NEWLINE)
-        if (lineEnd >= 0) lineAt = at + lineEnd + 1
-        at += piece.length
-        yield piece
-      }
-      if (signal.aborted || ring === this.#ring) return
-      const isInLine = lineAt < at
-      if (lineAt > this.#ring.totalBytes) lineAt = 0
-      if (lineAt < at) yield Buffer.from(`${isInLine ? '\n' : ''}${READ_AGAIN}`)
-      at = lineAt
-    }
-  }
-
-  /** Settles with the first of its log, or when there seems to be none yet. */
-  begun(): Promise<void> {
-    return this.#begun.promise
-  }
-
-  #append(ring: LogRing, piece: Buffer): void {
-    ring.append(piece)
-    this.#bytesRead += piece.length
-    this.#begun.resolve()
-    if (ring.totalBytes > 2 * this.#maxLogBytes) this.#flooded.resolve()
-    if (ring.totalBytes <= this.#maxLogBytes || this.#isOverLogLimit) return
+  #onLogGrown(totalBytes: number): void {
+    if (totalBytes > 2 * this.#maxLogBytes) this.#flooded.resolve()
+    if (totalBytes <= this.#maxLogBytes || this.#isOverLogLimit) return
     this.#isOverLogLimit = true
     const { closing: signal, log } = this.#options
     void untilAnswered(() => this.stop(), { signal, log }).catch((err: unknown) => {
@@ -231,21 +129,19 @@ export class ContainerWatch {
     })
   }
 
-  /** On a line of its own. */
-  #note(line: string): void {
-    const { content } = this.#ring.tail(1)
-    const isInLine = content.length > 0 && content.toString() !== '\n'
-    this.#ring.append(Buffer.from(`${isInLine ? '\n' : ''}${line}`))
+  /** Returns what to say at the end of the log; undefined: it goes on. */
+  async #lastLine(unwatched: Span): Promise<string | undefined> {
+    const container = await this.#options.inspect(this.id)
+    if (!container) throw new EngineError('not_found', `container ${this.id}`)
+    if (!['exited', 'dead', 'removing'].includes(container.State.Status)) return undefined
+    return (await this.#endedUnseen(container, unwatched)) ? END_UNSEEN : ''
   }
 
   /**
    * Whether the engine was down when the container ended. What is written then waits in a pipe for the engine, which
    * goes with the container: an engine that keeps containers while it is down finds only what one left that runs.
    */
-  async #endedUnseen(
-    container: Inspected,
-    unwatched: { from: number; to: number },
-  ): Promise<boolean> {
+  async #endedUnseen(container: Inspected, unwatched: Span): Promise<boolean> {
     // Podman's containers have their logs written by a process of their own.
     if (container.HostConfig.LogConfig.Type !== 'local') return false
     const endedAt = Date.parse(container.State.FinishedAt)
@@ -292,19 +188,11 @@ export class ContainerWatch {
    * bring as many bytes as the engine has.
    */
   async #lastOutput(): Promise<void> {
+    if (!this.#keeps) return this.log.end(Infinity)
     const { closing: signal } = this.#options
-    const stay = (ms: number) => pause(ms, undefined, { signal }).catch(() => {})
-    if (this.#keeps) await stay(QUIET_MS)
+    await pause(LAST_OUTPUT_MS, undefined, { signal }).catch(() => {})
     // An engine that is away stores no more: what was read has to do.
-    const whole = this.#keeps ? await this.#bytesStored().catch(() => 0) : Infinity
-    let movedAt = performance.now()
-    for (let seen = -1; !this.#ring.isEnded && !signal.aborted; await stay(QUIET_MS / 10)) {
-      if (this.#ring.totalBytes >= whole) break
-      if (this.#bytesRead !== seen) movedAt = performance.now()
-      else if (performance.now() - movedAt > LAST_OUTPUT_MS) break
-      seen = this.#bytesRead
-    }
-    this.#ring.end()
+    await this.log.end(await this.#bytesStored().catch(() => 0))
   }
 
   async #bytesStored(): Promise<number> {

@@ -311,12 +311,12 @@ export class DockerBackend implements WorkerBackend {
         if (!found) throw new Error('the container is gone')
         // A task that has ended may still have output on its way, or all of it when we have just come back.
         if ((await status()) !== 'Running') await found.ended
-        else await found.begun()
-        return found.tail(maxBytes)
+        else await found.log.begun()
+        return found.log.tail(maxBytes)
       },
       follow: async function* ({ from, signal }) {
         const found = await watched()
-        if (found) yield* found.follow(from, signal)
+        if (found) yield* found.log.follow(from, signal)
       },
       terminate: async () => {
         await this.#terminate(known, held)
