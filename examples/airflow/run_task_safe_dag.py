@@ -11,7 +11,6 @@ import logging
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from airflow.exceptions import AirflowFailException
 from airflow.providers.http.hooks.http import HttpHook
 from airflow.providers.http.operators.http import HttpOperator
 from airflow.providers.http.sensors.http import HttpSensor
@@ -21,6 +20,10 @@ try:
 except ImportError:
     from airflow.decorators import task
     from airflow.models.dag import DAG
+try:
+    from airflow.sdk.exceptions import AirflowFailException
+except ImportError:  # Airflow 2, and the first versions of 3
+    from airflow.exceptions import AirflowFailException
 
 from task_runner_client import (
     LOG_TAIL_CHARACTERS,
@@ -155,8 +158,9 @@ with DAG(
     named = name()
     named >> submit >> wait >> cancel.as_teardown(setups=named)
 
-    # The helper repeats what is safe to repeat. Whether the script may run twice is for you to say, with `retries`.
-    @task(retries=0, execution_timeout=TIMEOUT)
+    # The helper repeats what is safe to repeat. You decide with `retries` whether the script may run twice.
+    # multiple_outputs would push each field of the record, and Airflow 3.0 cannot push those that are None.
+    @task(retries=0, execution_timeout=TIMEOUT, multiple_outputs=False)
     def run_safe(ti=None) -> dict:
         runner = client()
 
