@@ -119,7 +119,8 @@ describe('the version before, whose waiting tasks were jobs of pg-boss', () => {
   const BACK = `
     drop index tasks_queued;
     alter table instances rename column beat_at to seen_at;
-    delete from kysely_migration where name = '0006-one-queue';
+    alter table tasks add column log_cursor text;
+    delete from kysely_migration where name >= '0006';
     create schema pgboss;
     create table pgboss.queue (name text);
     insert into pgboss.queue values ('task'), ('sweep'), ('__pgboss__send-it');
