@@ -207,6 +207,8 @@ export async function buildApp(options: AppOptions): Promise<App> {
       hints: shared?.hints,
       concurrency: config.concurrency,
       runningMax: config.clusterConcurrency,
+      // Counted before any is taken in: from then on it is followed.
+      length: await storage.tasks.countQueued(config.queuedMax),
       queuedMax: config.queuedMax,
       now,
       log,
@@ -322,7 +324,6 @@ export async function buildApp(options: AppOptions): Promise<App> {
       { prefix: basePath },
     )
     await http.ready()
-    await queue.count()
     const address = options.listen && (await http.listen(options.listen))
     await runner.start()
     callbacks.start()

@@ -16,6 +16,8 @@ export interface TaskQueueOptions {
   concurrency: number
   /** Maximum tasks that run at a time on all instances. */
   runningMax?: number | undefined
+  /** Tasks that wait at the start. */
+  length: number
   /** Maximum tasks that wait; what is beyond is not counted. */
   queuedMax: number
   now: () => number
@@ -30,7 +32,7 @@ export interface TaskQueueOptions {
 export class TaskQueue {
   readonly #options: TaskQueueOptions
   readonly #slots: Slots
-  #length = 0
+  #length: number
   #isHeld = false
   /** The last claim got less than there was room for, and nothing has been heard since. */
   #isDrained = false
@@ -43,6 +45,7 @@ export class TaskQueue {
 
   constructor(options: TaskQueueOptions) {
     this.#options = options
+    this.#length = options.length
     this.#slots = new Slots(options.concurrency, () => {
       if (!this.#isDrained) this.#wake.resolve()
     })
@@ -51,11 +54,6 @@ export class TaskQueue {
   /** Tasks that wait, on all instances. */
   get length(): number {
     return this.#length
-  }
-
-  /** Counts what waits. To be called before tasks are taken in. */
-  async count(): Promise<void> {
-    this.#length = await this.#options.store.countQueued(this.#options.queuedMax)
   }
 
   /** Notes that a task was stored here, and looks for what can be claimed. */
@@ -87,11 +85,7 @@ export class TaskQueue {
     this.#claiming = this.#claimWhileThereIsRoom(run)
     this.#timers.push(setInterval(() => this.look(), LOOK_MS))
     if (!this.#options.hints) return
-    const counting = () =>
-      this.count().catch((err: unknown) => {
-        this.#options.log.warn({ err }, 'counting waiting tasks failed, trying again')
-      })
-    this.#timers.push(setInterval(counting, COUNT_MS))
+    this.#timers.push(setInterval(() => this.#count(), COUNT_MS))
   }
 
   /** Claims nothing until `goOn`: workers are unavailable. Idempotent, as that is. */
@@ -110,6 +104,16 @@ export class TaskQueue {
     for (const timer of this.#timers.splice(0)) clearInterval(timer)
     this.#wake.resolve()
     await this.#claiming
+  }
+
+  /** Never rejects: what fails is tried again at the next count. */
+  async #count(): Promise<void> {
+    const { store, queuedMax, log } = this.#options
+    try {
+      this.#length = await store.countQueued(queuedMax)
+    } catch (err) {
+      log.warn({ err }, 'counting waiting tasks failed, trying again')
+    }
   }
 
   async #claimWhileThereIsRoom(run: (task: ClaimedTask, slot: Slot) => void): Promise<void> {

@@ -25,6 +25,8 @@ export class PostgresSession implements Hints {
   readonly #closing = new AbortController()
   /** Undefined while there is no connection. */
   #client: pg.Client | undefined
+  /** Settles with the statement under way: a client takes one at a time. */
+  #statement: Promise<unknown> = Promise.resolve()
   #leads = false
   #told: NodeJS.Timeout | undefined
   #kept: Promise<void> = Promise.resolve()
@@ -54,7 +56,8 @@ export class PostgresSession implements Hints {
   async leads(): Promise<boolean> {
     const client = this.#client
     if (!client || this.#leads) return this.#leads
-    const { rows } = await client.query(`select pg_try_advisory_lock(${LEADER_LOCK}) as leads`)
+    const asking = `select pg_try_advisory_lock(${LEADER_LOCK}) as leads`
+    const { rows } = await this.#query(client, asking)
     if (client === this.#client) this.#leads = rows[0]?.leads === true
     return this.#leads
   }
@@ -95,12 +98,20 @@ export class PostgresSession implements Hints {
     const signal = AbortSignal.any([this.#closing.signal, broken.signal])
     for (;;) {
       await pause(PROBE_MS, undefined, { signal })
-      await client.query('select pg_listening_channels()')
+      await this.#query(client, 'select pg_listening_channels()')
     }
   }
 
   #notify(payload: string): void {
-    const sent = this.#client?.query('select pg_notify($1, $2)', [CHANNEL, payload])
-    sent?.catch((err: unknown) => this.#log.debug({ err }, 'a hint was not sent'))
+    if (!this.#client) return
+    this.#query(this.#client, 'select pg_notify($1, $2)', [CHANNEL, payload]).catch(
+      (err: unknown) => this.#log.debug({ err }, 'a hint was not sent'),
+    )
+  }
+
+  #query(client: pg.Client, text: string, values: string[] = []): Promise<pg.QueryResult> {
+    const answer = this.#statement.then(() => client.query(text, values))
+    this.#statement = answer.catch(() => {})
+    return answer
   }
 }

@@ -22,7 +22,14 @@ afterEach(async () => {
 /** A queue whose runs the test ends one by one. */
 function scripted(options: Partial<TaskQueueOptions> = {}) {
   const queue = new TaskQueue({
-    ...{ store: stores.tasks, concurrency: 1, queuedMax: 10_000, now: Date.now, log: QUIET },
+    ...{
+      store: stores.tasks,
+      concurrency: 1,
+      length: 0,
+      queuedMax: 10_000,
+      now: Date.now,
+      log: QUIET,
+    },
     ...options,
   })
   open.push(queue)
@@ -66,8 +73,7 @@ const stored = async (taskId: string, more: { createdAt?: number; priority?: num
 describe('claiming', () => {
   test('takes tasks in their order, as many at once as may run', async () => {
     for (const taskId of ['a', 'b', 'c', 'd']) await stored(taskId)
-    const { queue, started, end, start } = scripted({ concurrency: 2 })
-    await queue.count()
+    const { queue, started, end, start } = scripted({ concurrency: 2, length: 4 })
     expect(queue.length).toBe(4)
     start()
     await expect.poll(() => started, WAIT).toEqual(['a', 'b'])
@@ -117,8 +123,7 @@ describe('claiming', () => {
   test('2,000 tasks all run once, in order', async () => {
     const wanted = Array.from({ length: 2_000 }, (_, index) => String(index))
     await Promise.all(wanted.slice(0, 1_500).map((taskId) => stored(taskId)))
-    const { queue, started, end, start } = scripted({ concurrency: 40 })
-    await queue.count()
+    const { queue, started, end, start } = scripted({ concurrency: 40, length: 1_500 })
     start()
     for (let ended = 0; ended < wanted.length; ) {
       await expect.poll(() => started.length, WAIT).toBeGreaterThan(ended)
@@ -263,9 +268,8 @@ describe('stopping', () => {
       await gate.promise
       return tasks
     }
-    const { queue, started, start } = scripted({ store: { ...store, claimNext } })
+    const { queue, started, start } = scripted({ store: { ...store, claimNext }, length: 1 })
     await stored('a')
-    await queue.count()
     start()
     await claimed.promise
     const stopped = queue.stop()
@@ -307,7 +311,6 @@ describe('telling the others', () => {
     queue.added()
     await expect.poll(() => heard.told, WAIT).toBeGreaterThan(before)
     const roomy = scripted({ hints, concurrency: 5 })
-    await roomy.queue.count()
     roomy.start()
     await stored('c')
     roomy.queue.added()

@@ -207,7 +207,7 @@ describe('TaskRunner', () => {
     overrides: Partial<TaskStore> = {},
     concurrency = 4,
     cluster?: Cluster,
-    { hopelessMs }: { hopelessMs?: number } = {},
+    { hopelessMs, length = 0 }: { hopelessMs?: number; length?: number } = {},
   ) {
     // Methods of the store, each replaceable by the test.
     const tasks = new Proxy<TaskStore>(store, {
@@ -221,7 +221,7 @@ describe('TaskRunner', () => {
       },
     })
     const queue = new TaskQueue({
-      ...{ store: tasks, concurrency, queuedMax: 1_000, now: Date.now, log: SILENT },
+      ...{ store: tasks, concurrency, length, queuedMax: 1_000, now: Date.now, log: SILENT },
     })
     const callbacks = new CallbackDispatcher({
       store: deliveries,
@@ -608,8 +608,7 @@ describe('TaskRunner', () => {
       backend.problem = unavailable
       const tasks: NewTask[] = []
       for (let count = 0; count < 500; count += 1) tasks.push(await stored())
-      const { runner, queue } = open({}, 4)
-      await queue.count()
+      const { runner, queue } = open({}, 4, undefined, { length: 500 })
       await runner.start()
       await expect.poll(() => backend.checks, WAIT).toBeGreaterThan(1)
       expect(await store.countLive()).toMatchObject([

@@ -45,7 +45,15 @@ async function instance(
   closing.push(() => session.close())
   const store = new SqlTaskStore(connection, SEALER, { instance: name, isShared: true })
   const queue = new TaskQueue({
-    ...{ store, hints: session, concurrency: 10, queuedMax: 1_000, now: Date.now, log: QUIET },
+    ...{
+      store,
+      hints: session,
+      concurrency: 10,
+      length: 0,
+      queuedMax: 1_000,
+      now: Date.now,
+      log: QUIET,
+    },
     ...options,
   })
   closing.push(() => queue.stop())
@@ -182,9 +190,9 @@ describe('instances', () => {
     if (!task) throw new Error('not claimed')
     await one.store.finish(task, end())
     await expect.poll(() => two.queue.length, WAIT).toBe(2)
-    const small = await instance('small', { queuedMax: 1 })
-    await small.queue.count()
-    expect(small.queue.length).toBe(1)
+    const small = await instance('small', { concurrency: 0, queuedMax: 1 })
+    scripted(small)
+    await expect.poll(() => small.queue.length, WAIT).toBe(1)
   })
 })
 
