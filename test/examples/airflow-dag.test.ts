@@ -24,7 +24,7 @@ test('the files compile', async () => {
 
 /**
  * Stand-ins for Airflow, which keep what they are given. They prove that the file wires its operators as meant, and that
- * its checks and `run_safe` do what they say. `.ci/witnesses.d/airflow` proves that real Airflows take it.
+ * its checks and `run_safe` do what they say. `.ci/witnesses airflow` proves that real Airflows take it.
  */
 const STUBS: Record<string, string> = {
   'airflow/__init__.py': '',

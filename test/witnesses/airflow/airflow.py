@@ -1,11 +1,8 @@
 #!/usr/bin/env python3
-"""Runs the DAG of examples/airflow, as shipped, in real Airflows against the real service.
+"""Runs the DAG of examples/airflow, as shipped, in a real Airflow against the real service.
 
-    .ci/witnesses.d/airflow [VERSION ...]
-
-Keeps a virtual environment for each Airflow in WITNESS_DIR, made with the Python that PYTHON names
-(3.10 to 3.12). Prints one line a case. The first case that fails ends the run with exit code 1, and
-with all that Airflow and the service wrote.
+Its own Python has that Airflow. Prints one line a case. The first case that fails ends the run with
+exit code 1, and with all that Airflow and the service wrote.
 """
 
 import json
@@ -24,18 +21,10 @@ import urllib.parse
 import urllib.request
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version as version_of
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-WITNESS_DIR = Path(os.environ.get("WITNESS_DIR", "/var/tmp/task-runner-ci/witnesses"))
-PYENV = Path("/root/.pyenv/versions/3.12.1/bin/python3")
-PYTHON = os.environ.get("PYTHON", str(PYENV) if PYENV.exists() else "/usr/bin/python3")
-
-VERSIONS = ("3.3.2", "2.11.2")
-HTTP_PROVIDER = "6.3.0"
-# Fixes the versions of all that they depend on.
-UPLOADED_PRIOR_TO = "2026-11-30T00:00:00Z"
-PIP = "26.3"
+ROOT = Path(__file__).resolve().parents[3]
 
 DAG = "run_task_safe"
 TOKEN = "token-of-the-airflow-witness-0123456789"
@@ -65,21 +54,6 @@ def until(what, condition, seconds=120):
         if time.monotonic() > deadline:
             raise Wrong(f"not within {seconds} s: {what}")
         time.sleep(0.1)
-
-
-def virtual_environment(version):
-    folder = WITNESS_DIR / f"airflow-{version}"
-    made = folder / "made-of"
-    packages = [f"apache-airflow=={version}", f"apache-airflow-providers-http=={HTTP_PROVIDER}"]
-    recipe = " ".join([PIP, UPLOADED_PRIOR_TO, *packages])
-    if not made.exists() or made.read_text() != recipe:
-        shutil.rmtree(folder, ignore_errors=True)
-        subprocess.run([PYTHON, "-m", "venv", folder], check=True)
-        pip = [folder / "bin/pip", "install", "--quiet"]
-        subprocess.run([*pip, f"pip=={PIP}"], check=True)
-        subprocess.run([*pip, "--uploaded-prior-to", UPLOADED_PRIOR_TO, *packages], check=True)
-        made.write_text(recipe)
-    return folder / "bin"
 
 
 class Process:
@@ -578,12 +552,9 @@ class Witness:
 
 def witness(version, folder):
     begin = time.monotonic()
-    bin_folder = virtual_environment(version)
-    print(f"airflow {version}: installed: {time.monotonic() - begin:.1f} s", flush=True)
-    begin = time.monotonic()
     service = Service(folder)
     try:
-        it = Witness(folder, service, Airflow(version, bin_folder, folder, service))
+        it = Witness(folder, service, Airflow(version, Path(sys.executable).parent, folder, service))
         print(f"airflow {version}: set up: {time.monotonic() - begin:.1f} s", flush=True)
         for name, run in (
             ("the DAG succeeds as shipped", it.success),
@@ -604,9 +575,8 @@ def main():
     # Whoever is terminated cleans up as well.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        for version in sys.argv[1:] or VERSIONS:
-            with tempfile.TemporaryDirectory(prefix="task-runner-airflow-") as folder:
-                witness(version, Path(folder))
+        with tempfile.TemporaryDirectory(prefix="task-runner-airflow-") as folder:
+            witness(version_of("apache-airflow"), Path(folder))
     except (Wrong, subprocess.SubprocessError) as err:
         print(err, file=sys.stderr)
         return 1

@@ -1,23 +1,9 @@
 #!/usr/bin/env bash
 # Runs notebooks with the real papermill by the stand-in of examples/practicus, as tasks of the real
-# service. Keeps a virtual environment in WITNESS_DIR, made with the Python that PYTHON names.
+# service. `papermill.sh PYTHON`: one that has papermill.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
-papermill=2.7.0 ipykernel=7.4.0 pip=26.3
-# Fixes the versions of all that they depend on.
-uploaded_prior_to=2026-11-30T00:00:00Z
-venv=${WITNESS_DIR:-/var/tmp/task-runner-ci/witnesses}/papermill
-recipe="$papermill $ipykernel $pip $uploaded_prior_to"
-if [ "$(cat "$venv/made-of" 2>/dev/null)" != "$recipe" ]; then
-  rm -rf "$venv"
-  "${PYTHON:-/usr/bin/python3}" -m venv "$venv"
-  "$venv/bin/pip" install --quiet "pip==$pip"
-  "$venv/bin/pip" install --quiet --uploaded-prior-to "$uploaded_prior_to" \
-    "papermill==$papermill" "ipykernel==$ipykernel"
-  echo "$recipe" >"$venv/made-of"
-fi
-echo "papermill $papermill: installed: $SECONDS s"
-
+cd "$(dirname "$0")/../../.."
+python=$1
 folder=$(mktemp -d)
 service=
 clean_up() {
@@ -57,7 +43,7 @@ PYTHON
 
 export TASK_RUNNER_TOKEN=token-of-the-papermill-witness
 env -i PATH="$PATH" PORT=0 API_TOKENS=$TASK_RUNNER_TOKEN DATA_DIR="$folder/data" TASKS_DIR="$tasks" \
-  PYTHON_COMMAND="$venv/bin/python" node_modules/.bin/node src/main.ts >"$folder/service.log" 2>&1 &
+  PYTHON_COMMAND="$python" node_modules/.bin/node src/main.ts >"$folder/service.log" 2>&1 &
 service=$!
 until TASK_RUNNER_URL=$(sed -n 's/.*"address":"\([^"]*\)".*/\1/p' "$folder/service.log") && [ -n "$TASK_RUNNER_URL" ]; do
   kill -0 "$service" || { cat "$folder/service.log" >&2; exit 1; }
@@ -66,7 +52,7 @@ done
 export TASK_RUNNER_URL
 
 wrong() {
-  echo "papermill $papermill: FAILED: $1" >&2
+  echo "FAILED: $1" >&2
   tail -n 1000 "$folder/service.log" "$folder"/*.log "$results"/* >&2
   exit 1
 }
@@ -82,7 +68,7 @@ has "$results/report.ipynb" 'count is 42'
 has "$results/failed.ipynb" 'ZeroDivisionError'
 has "$folder/succeeds.log" 'INFO the notebook report.ipynb succeeded'
 has "$folder/succeeds.log" 'ERROR the notebook fails.ipynb failed'
-echo "papermill $papermill: notebooks succeed and fail: $SECONDS s"
+echo "notebooks succeed and fail: $SECONDS s"
 run raises 1
 has "$folder/raises.log" 'PapermillExecutionError'
-echo "papermill $papermill: an error is raised where that is asked for: $SECONDS s"
+echo "an error is raised where that is asked for: $SECONDS s"
