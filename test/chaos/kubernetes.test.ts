@@ -451,8 +451,8 @@ test(
     const settings = kubernetesSettings(fake.kubeconfig.path, {
       ...{ callsPerSecond: perSecond, callsAtOnce: 100 },
       provisioningTimeoutMs: SLOW_MS,
-      // Waiting for one's turn takes its time, too. A call that is given up on a busy machine may still
-      // take effect: a Job that comes after its worker was removed is the reaper's, which is not here.
+      // Waiting for one's turn takes its time, too. A call that is given up on a busy machine may
+      // still take effect: a Job that comes after its worker was removed is left to the reaper.
       waits: { callMs: 2 * SLOW_MS, lastLogMs: SLOW_MS, rideMs: SLOW_MS },
     })
     const backend = new KubernetesBackend(settings)

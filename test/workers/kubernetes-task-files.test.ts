@@ -1,4 +1,4 @@
-/** The ConfigMap that workers get their task files from: made once a change, and removed when no worker needs it. */
+/** The ConfigMap with the task files: made once a change, and removed when no worker needs it. */
 import { chmod, mkdtemp, rm, utimes, writeFile } from 'node:fs/promises'
 import { createServer } from 'node:net'
 import { tmpdir } from 'node:os'

@@ -89,7 +89,7 @@ export class JobWatch {
   /** The last one, until the task has started. */
   #starting: Starting | undefined
   #ended: Promise<Completion> | undefined
-  /** Since when it waits while nobody provisions, and since when its container cannot be started. */
+  /** Since when it waits while nobody provisions, and its container cannot be started; epoch ms. */
   #waitingSince: number | undefined
   #stuckSince: number | undefined
   #log: PodLog | undefined

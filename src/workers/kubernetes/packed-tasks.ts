@@ -68,7 +68,7 @@ export class PackedTasks {
   }
 }
 
-/** Returns a print of all that is in the folder, and when the youngest of it changed, in epoch ms. */
+/** Returns a print of all that is in the folder, and when it changed last, in epoch ms. */
 async function look(folder: string): Promise<{ print: string; changedAt: number }> {
   const { entries, leftOut } = await listTasks(folder)
   let changedAt = 0
