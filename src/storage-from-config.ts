@@ -1,4 +1,4 @@
-/** Where tasks are kept, as a configuration says: a file of our own, or a Postgres that instances share. */
+/** Where tasks are kept: a file of our own, or a Postgres that instances share. */
 import { hostname } from 'node:os'
 import { join } from 'node:path'
 import type { Config } from './config.ts'

@@ -242,7 +242,7 @@ export interface NewTask extends TaskRequest {
 /** What a claim tells beyond the task itself. */
 export interface ClaimedTask extends Task {
   cancelRequested: boolean
-  /** Set where its sealed parameters cannot be read: the task has none of them, and can only be ended. */
+  /** Set where its sealed parameters cannot be read: it has none of them, and can only be ended. */
   damage?: DamagedTaskError
 }
 

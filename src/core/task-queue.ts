@@ -3,7 +3,7 @@ import { type Slot, Slots } from './slots.ts'
 
 /** Maximum tasks claimed at once, so that instances that hear of many tasks share them. */
 const CLAIMED_AT_ONCE = 16
-/** Pause between looks at the table. What happens in between is heard of, but a hint may get lost. */
+/** Pause between looks at the table: a hint of what happens in between may get lost. */
 const LOOK_MS = 1_000
 /** Pause between counts of what waits, where other instances take tasks in as well. */
 const COUNT_MS = 2_000

@@ -213,7 +213,7 @@ export class TaskRunner {
     this.#inSlot(seen.taskId, slot, (run) => this.#takeOn(seen, run, slot))
   }
 
-  /** `work` never rejects. */
+  /** Runs the task, and gives its slot back. `work` never rejects. */
   #inSlot(taskId: string, slot: Slot, work: (run: Run) => Promise<void>): void {
     void this.#once(taskId, work).finally(() => slot.release())
   }
@@ -247,7 +247,7 @@ export class TaskRunner {
     if (task) await this.#seeTaskThrough(task, run, slot)
   }
 
-  /** The whole story of a task that was claimed. Never rejects. */
+  /** Sees a claimed task through, from its worker to its outcome. Never rejects. */
   async #seeTaskThrough(task: ClaimedTask, run: Run, slot: Slot): Promise<void> {
     const letGo = run.letGo.signal
     run.claim = task.claim

@@ -125,7 +125,7 @@ export function traceOf({ traceparent }: Pick<TaskSummary, 'traceparent'>): { tr
  */
 export const PRIORITY_STEP_MS = 60_000
 
-/** Returns where a waiting task stands in the queue, in ms: the lowest goes first. It ages by itself. */
+/** Returns a waiting task's place in the queue, in ms: the lowest goes first. It ages by itself. */
 export function queuePosition(task: { createdAt: number; priority: number }): number {
   return task.createdAt - task.priority * PRIORITY_STEP_MS
 }

@@ -176,7 +176,8 @@ async function untilOldInstancesEnded(pool: pg.Pool): Promise<void> {
   const names = await alive()
   if (names === '') return
   throw new Error(
-    `instances of an earlier version still use this database: ${names}. Stop all of them, then start this version`,
+    `instances of an earlier version still use this database: ${names}. ` +
+      'Stop all of them, then start this version',
   )
 }
 
@@ -188,7 +189,7 @@ async function applied(pool: pg.Pool): Promise<Record<string, { up: () => Promis
   return Object.fromEntries(known.map(({ name }) => [name, { up: async () => {} }]))
 }
 
-/** A pool whose failures are the store's: callers repeat what they need, HTTP clients are told to. */
+/** Makes the pool's failures the store's: callers repeat what they need, HTTP clients are told to. */
 function telling(pool: pg.Pool): PostgresPool {
   const connect = async () => {
     const client = await pool.connect().catch(unavailable)

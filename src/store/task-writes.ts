@@ -48,7 +48,7 @@ export const taskWrites = ({ db, untaken }: Connection) => ({
 
   claimNext: prepared((p: NextClaim) => claimNext({ db, untaken }, p, p.limit)),
 
-  /** Postgres alone. What runs is counted in the same statement: it must be the only one of its kind. */
+  /** Postgres alone. It counts what runs, and so must be the only one of its kind under way. */
   claimNextWithin: prepared((p: NextClaim & { runningMax: number }) => {
     const running = sql`(select count(*) from tasks where status in ('provisioning', 'running'))`
     const room = sql<number>`greatest(0, least(${p.limit}::int, ${p.runningMax}::int - ${running}))`

@@ -5,7 +5,6 @@ import { TaskQueue, type TaskQueueOptions } from '../../src/core/task-queue.ts'
 import { newTask, openStores, QUIET, type Stores } from '../helpers/stores.ts'
 
 const MINUTE_MS = 60_000
-/** Longer than a test may take: what has not happened by a look that was asked for does not happen. */
 const WAIT = { timeout: 10_000, interval: 5 }
 
 let stores: Stores

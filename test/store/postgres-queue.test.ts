@@ -1,4 +1,4 @@
-/** The queue over a real Postgres: several instances, what they tell each other, and a limit for all. */
+/** The queue over a real Postgres: several instances, their hints, and a limit for all. */
 import pg from 'pg'
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest'
 import type { ClaimedTask } from '../../src/core/ports.ts'

@@ -8,7 +8,7 @@ const ITS_QUEUES = ['task', 'sweep', '__pgboss__send-it']
  * of pg-boss beside each, which is dropped.
  */
 export async function up(db: Kysely<unknown>, { hasSchemas }: { hasSchemas: boolean }) {
-  // With the status in front, which is the same for all, or SQLite would take the index of statuses.
+  // The status is in front, though the same for all, or SQLite would take the index of statuses.
   await sql`create index tasks_queued on tasks (status, (created_at - priority * 60000), seq)
     where status = 'queued'`.execute(db)
   // A new name, so that an instance of the version before cannot say any more that it lives: it
