@@ -12,7 +12,7 @@ import { ServiceAccount } from 'kubernetes-models/v1/ServiceAccount'
 import { describe, expect } from 'vitest'
 import { parseAllDocuments } from 'yaml'
 import { loadConfig } from '../../src/config.ts'
-import { RIGHTS } from '../../src/workers/kubernetes/kubernetes-backend.ts'
+import { CLEAN_UP_RIGHTS, RIGHTS } from '../../src/workers/kubernetes/kubernetes-backend.ts'
 import { needs } from '../helpers/needs.ts'
 
 const test = needs('kubectl')
@@ -58,7 +58,7 @@ test('the role grants what the service asks for, and nothing else', async () => 
   const flat = granted.flatMap(({ apiGroups, resources, verbs }) =>
     verbs.map((verb) => `${apiGroups} ${verb} ${resources}`),
   )
-  const asked = RIGHTS.flatMap(({ group, resource, verbs }) =>
+  const asked = [...RIGHTS, ...CLEAN_UP_RIGHTS].flatMap(({ group, resource, verbs }) =>
     verbs.map((verb) => `${group} ${verb} ${resource}`),
   )
   expect(flat.sort()).toEqual(asked.sort())

@@ -86,8 +86,7 @@ describe('the ConfigMap of earlier task files', () => {
     const { backend, fake } = harness
     const names = () => fake.objects('configmaps').map(({ metadata }) => metadata.name)
     return {
-      fake,
-      names,
+      ...{ backend, fake, names },
       /** Provisions a worker with these task files. */
       async worker(text: string) {
         await writeFile(join(folder, 'task.sh'), text)
@@ -117,6 +116,16 @@ describe('the ConfigMap of earlier task files', () => {
     await expect
       .poll(() => it.names().sort())
       .toEqual(['of-somebody-else', second.files, third.files].sort())
+  })
+
+  test('stays where the service may not remove it, and the backend works', async () => {
+    await using it = await open(() => Date.now() + 2 * HOUR_MS)
+    for (const verb of ['list', 'delete']) it.fake.denied.add(`${verb} configmaps`)
+    await it.backend.check()
+    const first = await it.worker('exit 1\n')
+    await first.worker.terminate()
+    const second = await it.worker('exit 2\n')
+    expect(it.names()).toEqual([first.files, second.files])
   })
 
   test('stays for an hour: another instance may be about to name it', async () => {

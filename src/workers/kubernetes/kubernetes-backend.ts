@@ -55,8 +55,12 @@ export const RIGHTS: readonly Right[] = [
   { group: '', resource: 'pods', verbs: ['get', 'list', 'watch'] },
   { group: '', resource: 'pods/log', verbs: ['get'] },
   { group: '', resource: 'events', verbs: ['list'] },
-  { group: '', resource: 'configmaps', verbs: ['create', 'list', 'delete'] },
+  { group: '', resource: 'configmaps', verbs: ['create'] },
   { group: '', resource: 'secrets', verbs: ['create'] },
+]
+/** Without these, task files that no worker needs stay, and the service's log warns of it. */
+export const CLEAN_UP_RIGHTS: readonly Right[] = [
+  { group: '', resource: 'configmaps', verbs: ['list', 'delete'] },
 ]
 const RIGHTS_KNOWN_MS = 300_000
 /** A right that is missing may be granted at any moment. */
