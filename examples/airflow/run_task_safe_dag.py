@@ -1,4 +1,4 @@
-"""Two ways to run a task of the task runner from Airflow 2.9+ or 3; README.md beside this file has the set-up.
+"""Two ways to run a task of the task runner from Airflow 2.10.5+ or 3; README.md beside this file has the set-up.
 
 - name >> submit >> wait >> cancel: operators of the HTTP provider alone. While it waits it takes no worker slot.
 - run_safe: one @task with the helper module. Less to read; it takes a worker slot while it waits.
