@@ -1,16 +1,31 @@
-/** What bootstrap.sh needs to clone a worker's repositories. Pure; shared by all backends. */
+/** The files with which bootstrap.sh prepares a task; the same on all backends. */
+import { readFileSync } from 'node:fs'
 import { isIP } from 'node:net'
-import type { Repository } from '../core/ports.ts'
+import type { Repository, WorkerSpec } from '../core/ports.ts'
 import { encodedForGit } from '../core/worker-setup.ts'
 import { quote } from './quote.ts'
 
-/**
- * The files for the worker's folder: `repositories.sh`, and a secret for each repository that has one, which
- * bootstrap.sh removes when the clones are done.
- */
-export function repositoryFiles(
-  repositories: readonly Repository[],
-): Array<{ name: string; content: string }> {
+export interface NamedContent {
+  name: string
+  content: string
+}
+
+const CLONE = readFileSync(new URL('./clone.sh', import.meta.url), 'utf8')
+
+/** Returns the files for the startup script and the repositories of a worker; none without these. */
+export function preparationFiles({
+  startupScript,
+  repositories,
+}: Pick<WorkerSpec, 'startupScript' | 'repositories'>): NamedContent[] {
+  const startup = { name: 'startup.sh', content: startupScript ?? '' }
+  return [
+    ...(startupScript === undefined ? [] : [startup]),
+    ...(repositories.length === 0 ? [] : repositoryFiles(repositories)),
+  ]
+}
+
+/** Returns `repositories.sh` and the secrets; bootstrap.sh removes these after the last clone. */
+function repositoryFiles(repositories: readonly Repository[]): NamedContent[] {
   const secrets = repositories.flatMap((repository, index) => {
     const content = secretFile(repository)
     return content === undefined ? [] : [{ name: `secret-${index}`, content }]
@@ -21,12 +36,15 @@ export function repositoryFiles(
     const keep = repository.keepCredential ? 'keep' : ''
     const where = [url, directory, branch, `${depth}`, pinOf(repository)].map(quote).join(' ')
     const rest = [keep, ...sparseFolders].map(quote).join(' ')
-    return `clone ${where} ${secret} ${rest}\ncloned $? ${quote(url)}\n`
+    return `clone ${where} ${secret} ${rest}\ncheck_clone $? ${quote(url)}\n`
   })
-  return [{ name: 'repositories.sh', content: lines.join('') }, ...secrets]
+  return [{ name: 'repositories.sh', content: CLONE + lines.join('') }, ...secrets]
 }
 
-/** http(s): a line of git-credential-store(1). ssh: the key, with the line end that OpenSSH wants. */
+/**
+ * Returns the content of a secret's file. http(s): a line of git-credential-store(1). ssh: the key,
+ * with the line end that OpenSSH requires.
+ */
 function secretFile({ url, credential }: Repository): string | undefined {
   if (!credential) return undefined
   const { protocol, host, pathname } = new URL(url)
@@ -35,12 +53,15 @@ function secretFile({ url, credential }: Repository): string | undefined {
   return `${protocol}//${username}:${password}@${host}${pathname}\n`
 }
 
-/** http(s): as git's `http.curloptResolve` wants it, empty when the URL holds an address. ssh: `host=address`. */
+/**
+ * Returns the checked address of a host, for clone.sh. http(s): a value of git's
+ * `http.curloptResolve`, empty when the URL holds an address. ssh: `host=address`.
+ */
 function pinOf({ url, addresses }: Repository): string {
   const { protocol, hostname, port } = new URL(url)
   const host = hostname.replace(/^\[|\]$/g, '')
   if (protocol === 'ssh:') return `${host}=${addresses[0] ?? host}`
   if (isIP(host) !== 0) return ''
-  const spelled = addresses.map((address) => (isIP(address) === 6 ? `[${address}]` : address))
-  return `${hostname}:${port || (protocol === 'https:' ? 443 : 80)}:${spelled.join(',')}`
+  const bracketed = addresses.map((address) => (isIP(address) === 6 ? `[${address}]` : address))
+  return `${hostname}:${port || (protocol === 'https:' ? 443 : 80)}:${bracketed.join(',')}`
 }

@@ -18,7 +18,7 @@ import {
 } from '../core/tasks-folder.ts'
 import { COMMON_ENVIRONMENT } from './environment.ts'
 import { quote } from './quote.ts'
-import { repositoryFiles } from './repositories.ts'
+import { type NamedContent, preparationFiles } from './repositories.ts'
 
 const CHUNK_BYTES = 64 * 1024
 
@@ -51,11 +51,11 @@ export function workerCommand(
   return ['/bin/sh', `${WORKER_FOLDER}/bootstrap.sh`, 'contain', ...args]
 }
 
-/** Files of one worker alone, by their names in its folder. They hold its secrets. `home`: unless it is in that folder. */
-export function ownFiles(
-  spec: WorkerSpec,
-  home?: string,
-): Array<{ name: string; content: string }> {
+/**
+ * Returns the files of one worker only, which hold its secrets, by their names in its folder. `home`:
+ * the task's home, unless it is in that folder.
+ */
+export function ownFiles(spec: WorkerSpec, home?: string): NamedContent[] {
   const exports = Object.entries({
     LANG: 'C.UTF-8',
     ...COMMON_ENVIRONMENT,
@@ -66,10 +66,7 @@ export function ownFiles(
   return [
     { name: 'environment.sh', content: folders + exports.join('') },
     { name: 'notes', content: spec.notes.map((note) => `[task-runner] ${note}\n`).join('') },
-    ...(spec.startupScript === undefined
-      ? []
-      : [{ name: 'startup.sh', content: spec.startupScript }]),
-    ...(spec.repositories.length === 0 ? [] : repositoryFiles(spec.repositories)),
+    ...preparationFiles(spec),
   ]
 }
 

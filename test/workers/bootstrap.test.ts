@@ -422,7 +422,7 @@ describe.each(SHELLS.map((shell) => ({ shell, name: shell.join(' ') })))(
       await rm(join(folder, 'tasks'), { recursive: true })
       const ended = await run(folder, 'task.sh')
       expect(ended.code).not.toBe(0)
-      expect(ended.exit).toBe('startup 1 The folder of the task is not there\n')
+      expect(ended.exit).toBe("startup 1 The task's folder is missing\n")
     })
 
     describe('in the home, the places that people know from Practicus AI', () => {
@@ -465,10 +465,10 @@ describe.each(SHELLS.map((shell) => ({ shell, name: shell.join(' ') })))(
       const [command = '', ...flags] = shell
       const output = execFileSync(
         command,
-        [...flags, '-c', `. '${BOOTSTRAP}'; type choose_interpreter finish run`],
+        [...flags, '-c', `. '${BOOTSTRAP}'; type choose_interpreter write_exit run`],
         { encoding: 'utf8' },
       )
-      for (const name of ['choose_interpreter', 'finish', 'run']) {
+      for (const name of ['choose_interpreter', 'write_exit', 'run']) {
         expect(output).toMatch(new RegExp(`${name} is a .*function`))
       }
     })

@@ -2,10 +2,11 @@
 import { execFile, execFileSync } from 'node:child_process'
 import { cp, mkdir, readFile, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
 import { afterAll, beforeAll, describe, expect } from 'vitest'
 import { WorkerSetup } from '../../src/core/worker-setup.ts'
-import { repositoryFiles } from '../../src/workers/repositories.ts'
+import { preparationFiles } from '../../src/workers/repositories.ts'
 import { BOOTSTRAP } from '../../src/workers/worker-files.ts'
 import { startApp, type TestApp, taskRequest } from '../helpers/app.ts'
 import { type GitServer, startGitServer } from '../helpers/git-server.ts'
@@ -14,6 +15,7 @@ import { needs } from '../helpers/needs.ts'
 
 const test = needs('git')
 
+const CLONE = fileURLToPath(new URL('../../src/workers/clone.sh', import.meta.url))
 const CREDENTIALS = { username: 'x-access-token', password: 'canary/token' }
 const POINTER = 'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n'
 const SHELLS = [['/bin/sh'], ['/bin/bash', '--posix'], ['busybox', 'sh']].filter(
@@ -214,7 +216,7 @@ describe.each(SHELLS.map((shell) => ({ shell, name: shell.join(' ') })))(
         await mkdir(join(folder, name), { recursive: true })
       }
       await cp(BOOTSTRAP, join(folder, 'bootstrap.sh'))
-      for (const { name, content } of repositoryFiles(spec.repositories)) {
+      for (const { name, content } of preparationFiles(spec)) {
         await writeFile(join(folder, name), content)
       }
       const script = 'cat ~/projects/app/private/lib/lib.txt ~/projects/files/sub/real.bin'
@@ -252,9 +254,9 @@ describe.each(SHELLS.map((shell) => ({ shell, name: shell.join(' ') })))(
           ...[
             ...options,
             '-c',
-            '. "$0"; guard http://host.invalid/b.git "" ""; git ls-remote "$1"',
+            '. "$0"; restrict_git http://host.invalid/b.git "" ""; git ls-remote "$1"',
           ],
-          ...[BOOTSTRAP, url],
+          ...[CLONE, url],
         ],
         { env: { PATH: process.env.PATH, LC_ALL: 'C', HOME: '/nonexistent' } },
       )

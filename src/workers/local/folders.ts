@@ -17,6 +17,7 @@ import {
 import { join } from 'node:path'
 import type { LogTail } from '../../core/ports.ts'
 import { type Exit, parseExit } from '../completion.ts'
+import type { NamedContent } from '../repositories.ts'
 import { codeOf, isOurs, LocalFailure, sorted } from './failures.ts'
 import type { ProcessIdentity } from './processes.ts'
 
@@ -40,7 +41,7 @@ export interface Contents {
   record: WorkerRecord
   /** Empty when it is not a file of the tasks folder. */
   taskFile: string
-  files: ReadonlyArray<{ name: string; content: string }>
+  files: readonly NamedContent[]
   notes: string[]
 }
 

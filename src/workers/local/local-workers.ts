@@ -2,10 +2,11 @@ import { lstatSync, mkdirSync } from 'node:fs'
 import { setTimeout as pause } from 'node:timers/promises'
 import type { Completion, LogTail, WorkerSpec, WorkerStatus } from '../../core/ports.ts'
 import { isWorkerName } from '../../core/task.ts'
+import { preparationFiles } from '../repositories.ts'
 import { SlotCgroups, WorkerProcesses } from './cgroup.ts'
 import { isLoss, LocalFailure } from './failures.ts'
 import * as folders from './folders.ts'
-import { filesOf, type Interpreters, jobOf } from './job.ts'
+import { type Interpreters, jobOf } from './job.ts'
 import { type KnownWorker, KnownWorkers } from './known-workers.ts'
 import { killAll, leftOf } from './leftovers.ts'
 import { LocalRun, type RunContext, TAKE_BYTES } from './local-run.ts'
@@ -179,7 +180,7 @@ export class LocalWorkers {
       this.#folders.prepare(folder, this.#settings.tasksDir, {
         record,
         taskFile: spec.taskFolder === 'tasks' ? spec.taskFileName : '',
-        files: filesOf(spec),
+        files: preparationFiles(spec),
         notes,
       })
     } catch (err) {
