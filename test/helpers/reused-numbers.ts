@@ -2,12 +2,8 @@
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { readFileSync, writeFileSync } from 'node:fs'
-import {
-  identify,
-  killIfSame,
-  LeftoverFinder,
-  type ProcessIdentity,
-} from '../../src/workers/local/processes.ts'
+import { LeftoverFinder } from '../../src/workers/local/leftover-finder.ts'
+import { identify, killIfSame, type ProcessIdentity } from '../../src/workers/local/processes.ts'
 
 const SETTLED_SECONDS = 2
 const ENV_OF = { one: { TASK_RUNNER_FOLDER: '/w/one' }, nobody: {} }

@@ -19,12 +19,8 @@ import {
   SlotCgroups,
   WorkerProcesses,
 } from '../../src/workers/local/cgroup.ts'
-import {
-  identify,
-  killIfSame,
-  LeftoverFinder,
-  type ProcessIdentity,
-} from '../../src/workers/local/processes.ts'
+import { LeftoverFinder } from '../../src/workers/local/leftover-finder.ts'
+import { identify, killIfSame, type ProcessIdentity } from '../../src/workers/local/processes.ts'
 import { skipReason } from '../helpers/programs.ts'
 
 const folders: string[] = []

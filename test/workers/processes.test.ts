@@ -13,15 +13,14 @@ import {
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { afterEach, describe, expect, test } from 'vitest'
+import { LeftoverFinder, type ProcessQuery } from '../../src/workers/local/leftover-finder.ts'
 import {
   identify,
   isAlive,
   kill,
   killIfSame,
-  LeftoverFinder,
   nameOf,
   type ProcessIdentity,
-  type Sought,
   writersOf,
 } from '../../src/workers/local/processes.ts'
 import { needs } from '../helpers/needs.ts'
@@ -198,7 +197,7 @@ async function worker({ dir = 'workers' } = {}) {
     finder,
     shell: identity,
     pidFile,
-    find: (more: Partial<Sought> = {}) =>
+    find: (more: Partial<ProcessQuery> = {}) =>
       finder
         .find({ worker: 'task-one', shell: identity, group: identity.pid, ...more })
         .map(({ pid }) => pid),
@@ -512,7 +511,7 @@ time.sleep(1000)`,
   test('the finder never names its own process', async () => {
     const script = `
       import { LeftoverFinder } from ${JSON.stringify(
-        new URL('../../src/workers/local/processes.ts', import.meta.url).pathname,
+        new URL('../../src/workers/local/leftover-finder.ts', import.meta.url).pathname,
       )}
       console.log(JSON.stringify(new LeftoverFinder('/w').find({ worker: 'task-self' })))`
     const child = spawn(process.execPath, ['--input-type=module', '-e', script], {

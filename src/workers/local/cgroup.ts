@@ -4,13 +4,8 @@ import { createHash } from 'node:crypto'
 import { mkdirSync, readdirSync, readFileSync, realpathSync, rmdirSync, statSync } from 'node:fs'
 import { basename, dirname, join, normalize, relative } from 'node:path'
 import { codeOf } from './failures.ts'
-import {
-  identify,
-  type ProcessIdentity,
-  type ProcessSource,
-  type Sought,
-  ticksOf,
-} from './processes.ts'
+import type { ProcessQuery, ProcessSource } from './leftover-finder.ts'
+import { identify, type ProcessIdentity, ticksOf } from './processes.ts'
 
 /** Hierarchies of version 1, best first. No controller does anything unless it is told to; cpuset would need to be. */
 const V1_HIERARCHIES = ['pids', 'freezer', 'name=systemd']
@@ -144,10 +139,10 @@ export class WorkerProcesses implements ProcessSource {
     this.#cgroups = cgroups
   }
 
-  find(sought: Sought): ProcessIdentity[] {
-    const { cgroup, shell } = sought
+  find(query: ProcessQuery): ProcessIdentity[] {
+    const { cgroup, shell } = query
     const pids = cgroup === undefined ? undefined : this.#cgroups?.processes(cgroup)
-    if (!pids || !shell) return this.#marks.find(sought)
+    if (!pids || !shell) return this.#marks.find(query)
     const since = ticksOf(shell)
     const members = pids.flatMap((pid) => (pid === process.pid ? [] : (identify(pid) ?? [])))
     // Older ones were moved in.
@@ -157,7 +152,7 @@ export class WorkerProcesses implements ProcessSource {
       ({ pid, startedAt }) => pid === shell.pid && startedAt === shell.startedAt,
     )
     if (isInside) return found
-    const others = this.#marks.find(sought).filter(({ pid }) => !pids.includes(pid))
+    const others = this.#marks.find(query).filter(({ pid }) => !pids.includes(pid))
     return [...found, ...others]
   }
 }

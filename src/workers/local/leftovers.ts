@@ -1,13 +1,7 @@
 import { setTimeout as pause } from 'node:timers/promises'
 import type { WorkerRecord } from './folders.ts'
-import {
-  type Fifo,
-  identify,
-  killIfSame,
-  nameOf,
-  type ProcessIdentity,
-  type ProcessSource,
-} from './processes.ts'
+import type { ProcessSource } from './leftover-finder.ts'
+import { type Fifo, identify, killIfSame, nameOf, type ProcessIdentity } from './processes.ts'
 
 const KILL_ROUND_MS = 5
 const KILL_ROUNDS_MAX = 400

@@ -5,17 +5,10 @@ import { lost, overLogLimit } from '../completion.ts'
 import { isLoss, isOurs } from './failures.ts'
 import * as folders from './folders.ts'
 import { NO_EXIT } from './known-workers.ts'
+import type { ProcessSource } from './leftover-finder.ts'
 import { killAll, leftOf } from './leftovers.ts'
 import { persistently } from './persistently.ts'
-import {
-  groupOf,
-  isAlive,
-  kill,
-  killIfSame,
-  type ProcessIdentity,
-  type ProcessSource,
-  writersOf,
-} from './processes.ts'
+import { groupOf, isAlive, kill, killIfSame, type ProcessIdentity, writersOf } from './processes.ts'
 import type { SlotPool } from './slot-pool.ts'
 import { openPipeOf, type SlotShell } from './slot-shell.ts'
 import { TaskLog } from './task-log.ts'
