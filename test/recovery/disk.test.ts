@@ -198,7 +198,7 @@ describe.concurrent('on a full disk', () => {
         await stage.submit(service, taskId, 'r-story.sh')
       }
       await eventually(() =>
-        expect(service.log.join('\n')).toMatch(/The disk of the workers is full \(ENOSPC\)/),
+        expect(service.log.join('\n')).toMatch(/The workers' disk is full \(ENOSPC\)/),
       )
       for (const taskId of taskIds) {
         const { body } = await get(service, `/tasks/${taskId}`)

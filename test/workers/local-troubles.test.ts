@@ -9,11 +9,11 @@ import { describe, expect, type TestContext, test, vi } from 'vitest'
 import { UnavailableError } from '../../src/core/errors.ts'
 import { WorkerError } from '../../src/core/ports.ts'
 import {
+  classified,
   FAULT_OF,
   type FailureKind,
   LocalFailure,
-  sorted,
-  toCore,
+  toCoreError,
 } from '../../src/workers/local/failures.ts'
 import { LocalBackend } from '../../src/workers/local/local-backend.ts'
 import { LocalWorkers } from '../../src/workers/local/local-workers.ts'
@@ -38,7 +38,7 @@ describe('a failure of local workers', () => {
       const failure = new LocalFailure(kind, { cause: withCode('EODD') })
       // What is left of an error that another thread sent.
       const received = Object.assign(new Error(failure.message), { kind: failure.kind })
-      const error = toCore(received)
+      const error = toCoreError(received)
       expect((error as Error).message).toMatch(/^(The|No|Another) /)
       expect((error as Error).message).toContain('(EODD)')
       const expected = {
@@ -54,12 +54,12 @@ describe('a failure of local workers', () => {
     ...['ENOSPC', 'EDQUOT', 'EROFS', 'EIO', 'ENODEV', 'ESTALE'],
     ...['EMFILE', 'ENFILE', 'EAGAIN', 'ENOMEM'],
   ])('of the system with %s is ours', (code) => {
-    expect(toCore(sorted(withCode(code)))).toBeInstanceOf(UnavailableError)
+    expect(toCoreError(classified(withCode(code)))).toBeInstanceOf(UnavailableError)
   })
 
   test('that nobody thought of is neither', () => {
     const odd = withCode('EODD')
-    expect(toCore(sorted(odd))).toBe(odd)
+    expect(toCoreError(classified(odd))).toBe(odd)
   })
 })
 
@@ -177,7 +177,10 @@ describe('another task of the same worker name', () => {
     const first = spec('exit 0')
     const second = { ...first, taskId: 'another' }
     const making = harness.backend.provision(first, NEVER)
-    const refused = { reason: 'startup_failed', message: /Another task has a worker of this name/ }
+    const refused = {
+      reason: 'startup_failed',
+      message: /Another task has a worker with this name/,
+    }
     const refusal = () => harness.backend.provision(second, NEVER).then(String, (err) => err)
     for (const when of ['being made', 'ended', 'restarted']) {
       if (when === 'restarted') await harness.reopen()
@@ -518,14 +521,14 @@ describe('the check', () => {
       await backend.check()
       disk.fill()
       await expect(backend.check()).rejects.toThrow(
-        new UnavailableError('The disk of the workers is full (ENOSPC)'),
+        new UnavailableError("The workers' disk is full (ENOSPC)"),
       )
       await expect(backend.provision(spec('exit 0'), NEVER)).rejects.toThrow(UnavailableError)
       disk.free()
       await backend.check()
       disk.remount('ro')
       await expect(backend.check()).rejects.toThrow(
-        new UnavailableError('The disk of the workers is read-only (EROFS)'),
+        new UnavailableError("The workers' disk is read-only (EROFS)"),
       )
       disk.remount('rw')
       await backend.check()

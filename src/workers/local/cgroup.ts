@@ -1,47 +1,53 @@
-/** Cgroups of slots. Synchronous: runs on the local workers' thread. */
+/** Makes cgroups for slots. Synchronous: runs on the local workers' thread. */
 import { spawnSync } from 'node:child_process'
 import { createHash } from 'node:crypto'
 import { mkdirSync, readdirSync, readFileSync, realpathSync, rmdirSync, statSync } from 'node:fs'
 import { basename, dirname, join, normalize, relative } from 'node:path'
 import { codeOf } from './failures.ts'
 import type { ProcessQuery, ProcessSource } from './leftover-finder.ts'
+import { mountsIn } from './mounts.ts'
 import { identify, type ProcessIdentity, ticksOf } from './processes.ts'
 
-/** Hierarchies of version 1, best first. No controller does anything unless it is told to; cpuset would need to be. */
+/** Hierarchies of version 1, best first: those whose cgroups need no setup and limit nothing. */
 const V1_HIERARCHIES = ['pids', 'freezer', 'name=systemd']
-/** A directory has two links, and one more for each cgroup in it. */
+/** Link count of a directory without subdirectories. */
 const LINKS_WITHOUT_CHILDREN = 2
-/** One that is gone, one of threads (whose processes are told with those above it), and one too deep to be named. */
+/**
+ * Errors of reading a cgroup that is gone, is threaded (its parent lists the processes), or has a
+ * path that is too long.
+ */
 const UNREADABLE: readonly string[] = ['ENOENT', 'ENODEV', 'EOPNOTSUPP', 'ENAMETOOLONG']
 const TRIAL = 'trial'
 const TRIAL_MS = 10_000
-/** Ends with 0 if this shell is in the cgroup then, as the kernel tells it. */
+/** Shell commands that enter a cgroup and exit with 0 if the kernel confirms that. */
 const ENTER = `echo $$ >"$0/cgroup.procs" || exit
 while read -r own; do case $own in *"$1") exit 0 ;; esac; done </proc/$$/cgroup
 exit 1`
 
 export interface CgroupMount {
   mountPoint: string
-  /** Which cgroup is mounted there. */
+  /** The cgroup that is mounted there. */
   root: string
   /** Hierarchies of version 1; undefined for version 2. */
   hierarchies: readonly string[] | undefined
 }
 
 /**
- * Makes one cgroup for each slot below the service's own. What a task starts stays in the cgroup of its slot's shell, whatever it does
- * to its session, environment and descriptors; only root, or who may write to all of these cgroups, can move a process out.
+ * Makes one cgroup for each slot below the service's own. A task's processes stay in the cgroup of
+ * their slot's shell, whatever they do to their session, environment and descriptors; only root, or
+ * a user that may write to all of these cgroups, can move a process out.
  *
  * No controllers are enabled: then a cgroup of version 2 may hold both processes and other cgroups.
  */
 export class SlotCgroups {
-  /** Cgroups of this workersDir alone are in here. */
+  /** Holds only cgroups of this workersDir. */
   readonly #folder: string
   readonly #mountPoints: readonly string[]
 
   /**
-   * Removes the empty cgroups that an earlier service left, and leaves those alone in which processes live. Returns undefined where
-   * cgroups cannot be made or entered: in most containers, or without the rights.
+   * Removes the empty cgroups of an earlier service, but none with processes in it. Returns
+   * undefined where cgroups cannot be made or entered: in most containers, or without the
+   * permissions.
    */
   static open(workersDir: string, procDir = '/proc/self'): SlotCgroups | undefined {
     try {
@@ -65,8 +71,8 @@ export class SlotCgroups {
   }
 
   /**
-   * Returns the path of a new cgroup, which a process enters by writing its id to `cgroup.procs` in it. Throws `EEXIST` when there is
-   * one of that name: an earlier service's processes may be in it.
+   * Makes a cgroup and returns its path; a process enters it by writing its id to `cgroup.procs`.
+   * Throws `EEXIST` when one of that name exists: processes of an earlier service may be in it.
    */
   make(name: string): string {
     const path = join(this.#folder, name)
@@ -76,19 +82,20 @@ export class SlotCgroups {
   }
 
   /**
-   * Returns the ids of the processes in a cgroup and those below it. Undefined: there is no such cgroup, or it is none of ours.
-   * The path may come from a worker's record, which its task may have changed: nothing else is listed.
+   * Returns the ids of the processes in a cgroup and those below it; undefined if it is gone or not
+   * ours. The path comes from a worker's record, which the task may have changed: other cgroups are
+   * not listed.
    */
   processes(path: string): number[] | undefined {
     return this.#isOurs(path) ? processesIn(Buffer.from(path)) : undefined
   }
 
-  /** Removes a cgroup with those that its task made in it. False while processes are in one of them. */
+  /** Removes a cgroup with those that its task made in it. Returns false if one has processes. */
   remove(path: string): boolean {
     return this.#isOurs(path) && isRemoved(Buffer.from(path))
   }
 
-  /** Removes what holds the cgroups, if nothing is in it any more. */
+  /** Removes the parent of the cgroups, if it is empty. */
   close(): void {
     isRemovedAlone(Buffer.from(this.#folder))
   }
@@ -97,10 +104,11 @@ export class SlotCgroups {
     const trial = join(this.#folder, TRIAL)
     const tail = join('/', basename(this.#folder), TRIAL)
     try {
-      makeUnlessThere(this.#folder)
+      makeIfMissing(this.#folder)
       for (const child of childrenOf(Buffer.from(this.#folder))) isRemoved(child)
-      makeUnlessThere(trial)
-      // Whether a process may be moved depends on what is above both cgroups: only trying tells.
+      makeIfMissing(trial)
+      // Whether a process may be moved depends on the parents of both cgroups: only a trial shows
+      // it.
       const { status } = spawnSync('/bin/sh', ['-c', ENTER, trial, tail], {
         cwd: '/',
         env: {},
@@ -116,7 +124,7 @@ export class SlotCgroups {
     }
   }
 
-  /** An earlier service may have had its cgroups elsewhere, but under the same name. */
+  /** Accepts other mount points: an earlier service may have had its cgroups elsewhere. */
   #isOurs(path: string): boolean {
     const isBelow = (dir: string) => path.startsWith(join(dir, '/'))
     return (
@@ -129,7 +137,7 @@ export class SlotCgroups {
   }
 }
 
-/** Finds processes by the cgroup of their slot where it has one, and by their marks otherwise. */
+/** Finds processes by their slot's cgroup if it has one, otherwise by their marks. */
 export class WorkerProcesses implements ProcessSource {
   readonly #marks: ProcessSource
   readonly #cgroups: SlotCgroups | undefined
@@ -145,9 +153,10 @@ export class WorkerProcesses implements ProcessSource {
     if (!pids || !shell) return this.#marks.find(query)
     const since = ticksOf(shell)
     const members = pids.flatMap((pid) => (pid === process.pid ? [] : (identify(pid) ?? [])))
-    // Older ones were moved in.
+    // Processes older than the shell were moved in.
     const found = members.filter((one) => one.pid !== shell.pid && ticksOf(one) >= since)
-    // A shell that could not enter, was moved out, or has ended proves nothing about what it started.
+    // If the shell is not in the cgroup (it could not enter, was moved out, or has ended), its
+    // children need not be there either.
     const isInside = members.some(
       ({ pid, startedAt }) => pid === shell.pid && startedAt === shell.startedAt,
     )
@@ -157,19 +166,18 @@ export class WorkerProcesses implements ProcessSource {
   }
 }
 
-/** The mounts of cgroups among those in /proc/<pid>/mountinfo (proc(5)). */
+/** Returns the mounts of cgroups that /proc/<pid>/mountinfo lists. */
 export function cgroupMounts(mountinfo: string): CgroupMount[] {
-  return mountinfo.split('\n').flatMap((line) => {
-    const [mount = '', superblock = ''] = line.split(' - ')
-    const [, , , root = '', mountPoint = ''] = mount.split(' ').map(unescaped)
-    const [type, , options = ''] = superblock.split(' ')
+  return mountsIn(mountinfo).flatMap(({ mountPoint, root, type, options }) => {
     if (type !== 'cgroup' && type !== 'cgroup2') return []
-    const hierarchies = type === 'cgroup' ? options.split(',') : undefined
-    return [{ mountPoint, root, hierarchies }]
+    return [{ mountPoint, root, hierarchies: type === 'cgroup' ? options : undefined }]
   })
 }
 
-/** Where the own cgroup is mounted, best place first. `own`: what /proc/<pid>/cgroup says (cgroups(7)). */
+/**
+ * Returns the paths at which our own cgroup is mounted, best first. `own`: the content of
+ * /proc/<pid>/cgroup (cgroups(7)).
+ */
 export function placesOf(mounts: readonly CgroupMount[], own: string): string[] {
   const lines = own.split('\n').flatMap((line) => {
     const [, hierarchies, path] = /^\d+:([^:]*):(.*)$/.exec(line) ?? []
@@ -182,7 +190,7 @@ export function placesOf(mounts: readonly CgroupMount[], own: string): string[] 
     )
     if (path === undefined || mount === undefined) return []
     const below = relative(mount.root, path)
-    // Not mounted here: a container sees a part alone.
+    // Outside of the mounted part, as in a container.
     return below.startsWith('..') ? [] : [join(mount.mountPoint, below)]
   })
 }
@@ -191,14 +199,8 @@ function folderName(workersDir: string): string {
   return `task-runner-${createHash('sha256').update(workersDir).digest('hex').slice(0, 16)}`
 }
 
-/** Spaces and the like are written as `\040`. */
-function unescaped(field: string): string {
-  return field.replace(/\\([0-7]{3})/g, (_, octal) =>
-    String.fromCharCode(Number.parseInt(octal, 8)),
-  )
-}
-
-function makeUnlessThere(path: string): void {
+/** Makes no parents, unlike `recursive`: where there are none, no cgroups are mounted. */
+function makeIfMissing(path: string): void {
   try {
     mkdirSync(path)
   } catch (err) {
@@ -206,7 +208,7 @@ function makeUnlessThere(path: string): void {
   }
 }
 
-/** Undefined when it is gone. */
+/** Returns undefined when the cgroup is gone. */
 function processesIn(cgroup: Buffer): number[] | undefined {
   let text: string
   let children: Buffer[]
@@ -217,7 +219,7 @@ function processesIn(cgroup: Buffer): number[] | undefined {
     if (!UNREADABLE.includes(codeOf(err) ?? '')) throw err
     return undefined
   }
-  // Zero: a process that is outside of our PID namespace.
+  // 0 stands for a process outside of our PID namespace.
   const pids = text
     .split('\n')
     .map(Number)
@@ -226,7 +228,7 @@ function processesIn(cgroup: Buffer): number[] | undefined {
   return pids
 }
 
-/** In bytes: tasks name them. */
+/** Returns paths as bytes: tasks choose the names, which need not be UTF-8. */
 function childrenOf(cgroup: Buffer): Buffer[] {
   if (statSync(cgroup).nlink === LINKS_WITHOUT_CHILDREN) return []
   return readdirSync(cgroup, { encoding: 'buffer', withFileTypes: true })
@@ -234,7 +236,7 @@ function childrenOf(cgroup: Buffer): Buffer[] {
     .map(({ name }) => within(cgroup, name))
 }
 
-/** False while processes are in it or below it: then all of it stays. */
+/** Removes a cgroup and those below it; returns false, removing none, if one has processes. */
 function isRemoved(cgroup: Buffer): boolean {
   try {
     if (processesIn(cgroup)?.length) return false

@@ -1,15 +1,15 @@
-/** The environment that local tasks start from. */
+/** Makes the environment of local tasks. */
 import { join } from 'node:path'
 import { COMMON_ENVIRONMENT } from '../environment.ts'
 
-export interface Places {
+interface Places {
   home: string
   tmp: string
 }
 
 /**
- * Returns the variables of a task, to which its request adds its own. `base` is what all tasks have. With `isRoot` pip has to
- * be told where to install.
+ * Returns a task's variables, without those of its request. `base`: the variables of all tasks.
+ * `isRoot`: tasks run as root.
  */
 export function localEnvironment(
   base: Readonly<Record<string, string>>,
@@ -20,11 +20,11 @@ export function localEnvironment(
   const ownPrograms = join(home, '.local', 'bin')
   return {
     ...COMMON_ENVIRONMENT,
-    // The machine's Python stays as it is: what pip installs goes to the worker's home and ends with it. Debian's Python
-    // refuses even that without this word (PEP 668).
+    // pip installs into the worker's home, never into the machine's Python. Debian's pip rejects
+    // even that without this variable (PEP 668).
     PIP_BREAK_SYSTEM_PACKAGES: '1',
-    // Others' pip goes there by itself, since they may not write to the machine. Not told to them: with it pip refuses to
-    // install into a venv, or with --target.
+    // Without root, pip installs there by default. Set only for root, since it keeps pip from
+    // installing into a venv or with --target.
     ...(isRoot ? { PIP_USER: '1' } : {}),
     ...others,
     PATH: PATH ? `${ownPrograms}:${PATH}` : ownPrograms,

@@ -1,4 +1,4 @@
-/** Every kind of failure of local workers: what it means for a task, and in what words. */
+/** Classifies the failures of local workers: what they mean for a task, and their messages. */
 import { UnavailableError } from '../../core/errors.ts'
 import { WorkerError } from '../../core/ports.ts'
 
@@ -17,8 +17,9 @@ export type FailureKind =
   | 'folder_broken'
 
 /**
- * `ours`: the machine's trouble, which hinders all tasks alike and is waited for. `task`: what the task asked for cannot be had.
- * `lost`: what the task made of its worker's folder tells no outcome any more.
+ * Whose fault a failure is. `ours`: the machine's, for all tasks; retried until it ends. `task`:
+ * the request cannot be fulfilled. `lost`: the task broke its worker's folder, and its outcome is
+ * unknown.
  */
 export const FAULT_OF = {
   disk_full: 'ours',
@@ -35,7 +36,7 @@ export const FAULT_OF = {
   folder_broken: 'lost',
 } as const satisfies Record<FailureKind, 'ours' | 'task' | 'lost'>
 
-/** Codes of the system (errno(3)) that mean the same wherever they come from. Others depend on what was touched. */
+/** Failures by system error code (errno(3)); the meaning of other codes depends on the path. */
 const KIND_OF_CODE: Readonly<Record<string, FailureKind>> = {
   ENOSPC: 'disk_full',
   EDQUOT: 'disk_full',
@@ -53,29 +54,29 @@ const KIND_OF_CODE: Readonly<Record<string, FailureKind>> = {
   ENOMEM: 'no_memory',
 }
 
-const WORDS = {
-  disk_full: 'The disk of the workers is full',
-  disk_read_only: 'The disk of the workers is read-only',
-  disk_failing: 'The disk of the workers fails',
+const MESSAGES = {
+  disk_full: "The workers' disk is full",
+  disk_read_only: "The workers' disk is read-only",
+  disk_failing: "The workers' disk reports errors",
   no_descriptors: 'The service has no file descriptors left',
   no_processes: 'No process could be started',
   no_memory: 'The machine has no memory left',
   tasks_folder_away: 'The tasks folder cannot be read',
-  workers_folder_away: 'The folder of the workers cannot be used',
+  workers_folder_away: "The workers' folder cannot be used",
   no_answer: 'The local workers do not answer',
   task_file_unusable: 'The task file cannot be used',
-  name_taken: 'Another task has a worker of this name',
+  name_taken: 'Another task has a worker with this name',
   folder_broken: "The worker's folder is broken",
 } satisfies Record<FailureKind, string>
 
-/** A failure that is sorted. Of its fields `kind` is what a message between threads keeps. */
+/** A classified failure. Of its fields, only `kind` survives a message between threads. */
 export class LocalFailure extends Error {
   override name = 'LocalFailure'
   readonly kind: FailureKind
 
-  /** `message`: a sentence for people, where the usual one is not enough. */
+  /** `message`: replaces the usual sentence of the kind. */
   constructor(kind: FailureKind, options: { message?: string; cause?: unknown } = {}) {
-    const { message = WORDS[kind], cause } = options
+    const { message = MESSAGES[kind], cause } = options
     const code = codeOf(cause)
     super(code === undefined ? message : `${message} (${code})`, { cause })
     this.kind = kind
@@ -87,10 +88,10 @@ export function codeOf(err: unknown): string | undefined {
   return typeof code === 'string' && code !== '' ? code : undefined
 }
 
-/** Sorts an error of the system. One that is sorted already, or that means nothing by itself, comes back as it is. */
-export function sorted(err: unknown): unknown {
+/** Returns a system error as a `LocalFailure`, and any other error unchanged. */
+export function classified(err: unknown): unknown {
   if (err instanceof LocalFailure) return err
-  // What the copy of the tasks folder has sorted: a message between threads loses what class it was.
+  // Errors of copying the tasks folder: a message between threads would lose their classes.
   const { message } = err instanceof Error ? err : { message: '' }
   if (err instanceof UnavailableError) return new LocalFailure('tasks_folder_away', { message })
   if (err instanceof WorkerError) return new LocalFailure('task_file_unusable', { message })
@@ -98,25 +99,25 @@ export function sorted(err: unknown): unknown {
   return kind === undefined ? err : new LocalFailure(kind, { cause: err })
 }
 
-/** Like `sorted`; what means nothing by itself is of `kind`. */
-export function sortedAs(kind: FailureKind, err: unknown): LocalFailure {
-  const known = sorted(err)
+/** Returns an error as a `LocalFailure`, by default of `kind`. */
+export function classifiedAs(kind: FailureKind, err: unknown): LocalFailure {
+  const known = classified(err)
   return known instanceof LocalFailure ? known : new LocalFailure(kind, { cause: err })
 }
 
-/** True where trying again later may help, and nothing is known about the task. */
-export function isOurs(err: unknown): boolean {
-  const known = sorted(err)
+/** Returns whether an error says nothing about the task, and a retry may succeed. */
+export function isTemporary(err: unknown): boolean {
+  const known = classified(err)
   return known instanceof LocalFailure && FAULT_OF[known.kind] === 'ours'
 }
 
-/** True where what the task made of its worker's folder tells no outcome any more. */
-export function isLoss(err: unknown): err is LocalFailure {
+/** Returns whether an error means that the task broke its worker's folder. */
+export function isFolderBroken(err: unknown): err is LocalFailure {
   return err instanceof LocalFailure && FAULT_OF[err.kind] === 'lost'
 }
 
-/** What the core makes of an error that came from the thread of the workers. */
-export function toCore(err: unknown): unknown {
+/** Returns an error of the workers' thread as one that the core knows. */
+export function toCoreError(err: unknown): unknown {
   const kind = err instanceof Error && 'kind' in err ? (err.kind as FailureKind) : undefined
   if (!(err instanceof Error) || kind === undefined || !Object.hasOwn(FAULT_OF, kind)) return err
   const outcomes = {

@@ -1,4 +1,4 @@
-/** A worker's folder: everything a local worker has, and all that is known about it after a restart. */
+/** Writes and reads a worker's folder, the only source about a worker after a restart. */
 import {
   closeSync,
   constants,
@@ -18,10 +18,10 @@ import { join } from 'node:path'
 import type { LogTail } from '../../core/ports.ts'
 import { type Exit, parseExit } from '../completion.ts'
 import type { NamedContent } from '../repositories.ts'
-import { codeOf, isOurs, LocalFailure, sorted } from './failures.ts'
+import { classified, codeOf, isTemporary, LocalFailure } from './failures.ts'
 import type { ProcessIdentity } from './processes.ts'
 
-/** `worker.json`. */
+/** Content of `worker.json`. */
 export interface WorkerRecord {
   name: string
   taskId: string
@@ -29,56 +29,57 @@ export interface WorkerRecord {
   createdAt: number
   maxLogBytes: number
   slot: ProcessIdentity
-  /** What goes on with the log once the service has died. The task of a record without it writes the log itself. */
+  /** Process that writes the log after the service has died. Absent: the task writes it itself. */
   reader?: ProcessIdentity
-  /** Of the shell. */
+  /** Cgroup of the shell. */
   cgroup?: string
-  /** Which folder it was written into. Records of the release before have none. */
+  /** Identity of the folder the record was written into. Absent in records of older releases. */
   folder?: string
 }
 
 export interface Contents {
   record: WorkerRecord
-  /** Empty when it is not a file of the tasks folder. */
+  /** Empty when the task file is one of a repository. */
   taskFile: string
   files: readonly NamedContent[]
   notes: string[]
 }
 
-/** Of `exit` and `worker.json`. More than that, the service never wrote. */
+/** Maximum size of `exit` and `worker.json`: the service writes less. */
 const READ_BYTES_MAX = 16 * 1024
-/**
- * How files are opened that a task may have made something else of: a link is not followed, and a FIFO does not hold up whoever
- * opens it.
- */
+const SHORT_LOG_BYTES = 64 * 1024
+/** Flags to open a file that a task may have replaced: follows no link, and blocks on no FIFO. */
 export const SAFELY = constants.O_NOFOLLOW | constants.O_NONBLOCK
 
-/** Enough for the longest without words, and a block of the disk has room for those. */
+/** Length of the longest exit without a message; a longer one fits into the same disk block. */
 const EXIT_LENGTH = 11
 const NO_EXIT = `${' '.repeat(EXIT_LENGTH)}\n`
 
 /** Directories of a folder when a task begins, with the number of their entries. */
 export const DIRECTORIES: Readonly<Record<string, number>> = {
-  ...{ tmp: 0, home: 3 },
-  ...{ 'home/projects': 0, 'home/my': 1, 'home/practicus': 1 },
+  tmp: 0,
+  home: 3,
+  'home/projects': 0,
+  'home/my': 1,
+  'home/practicus': 1,
 }
-/** Links of a home, by which scripts for Practicus AI find their places. bootstrap.sh makes the same in containers. */
+/** Links that scripts for Practicus AI expect. bootstrap.sh makes the same in containers. */
 export const LINKS: Readonly<Record<string, string>> = {
   'home/my/projects': '../projects',
   'home/practicus/task': '../../tasks',
 }
-/** Written anew for each task: empty until then. */
+/** Files that are emptied after each task, and written again for the next one. */
 export const REWRITTEN: readonly string[] = ['exit', 'worker.json', 'package.json']
-/** What is left of a folder whose space was freed. */
+/** Files that are kept in a folder whose space was freed. */
 export const OUTCOME: readonly string[] = ['exit', 'worker.json', 'log']
 
 /**
- * Node looks upwards for what kind of modules `.js` files are: what lies above the data folder, such as the service's own
- * package.json, is no matter of the task's. The search for packages goes on beyond it; nothing ends that one.
+ * Content of package.json: ends Node's upward search for the type of `.js` modules, which would
+ * find the package.json of the service. It does not end the search for packages.
  */
 const PACKAGE = '{}\n'
 
-/** Makes `tmp` and `home`, unless they are there: a home has its links then. */
+/** Makes `tmp` and `home` with its links, unless they exist. */
 export function makeDirectories(folder: string): void {
   const options = { recursive: true, mode: 0o700 }
   const isThere = mkdirSync(join(folder, 'home'), options) === undefined
@@ -90,47 +91,48 @@ export function makeDirectories(folder: string): void {
   }
 }
 
-/** Puts all that a task needs into a folder that has its directories and the tasks. */
+/** Writes the files of a task into a folder that has its directories and the tasks. */
 export function fill(folder: string, contents: Contents): void {
   for (const { name, content } of contents.files) {
     writeFileSync(join(folder, name), content, { mode: 0o600 })
   }
   const lines = contents.notes.map((note) => `[task-runner] ${note}\n`).join('')
   writeFileSync(join(folder, 'log'), lines, { mode: 0o600 })
-  // Made here for its mode, and with room for what the shell writes over it: a disk may be full by then.
+  // Made here for its mode, and with room for the exit: the disk may be full when the task ends.
   write(join(folder, 'exit'), NO_EXIT)
   write(join(folder, 'worker.json'), JSON.stringify(contents.record))
   write(join(folder, 'package.json'), PACKAGE)
 }
 
-/** Into an empty file, or a new one. */
+/** Writes an empty or a new file. */
 function write(path: string, text: string): void {
   writeFileSync(path, text, { flag: 'a', mode: 0o600 })
 }
 
 /**
- * Empties what `fill` writes, for the next worker. Not only then: with the power gone, a file that was emptied earlier is empty or what was
- * written since, never what was in it before; and ext4 would write to the disk at once what follows an emptying in the same breath.
+ * Empties the rewritten files. Done here and not in `fill`: after a loss of power, a file then
+ * never has the content of the task before; and ext4 flushes a file when it is truncated and
+ * written at once.
  */
 export function empty(folder: string): void {
   for (const name of REWRITTEN) {
     try {
       truncateSync(join(folder, name))
     } catch (err) {
-      ignoreMissing(err)
+      if (codeOf(err) !== 'ENOENT') throw err
     }
   }
 }
 
-/** Makes it ready to be started by another shell. What began in it has not run. */
+/** Resets a folder, whose task has not run, for another shell. */
 export function rewrite(folder: string, record: WorkerRecord): void {
   overwrite(folder, 'worker.json', JSON.stringify(record))
   overwrite(folder, 'exit', NO_EXIT)
 }
 
 /**
- * Undefined where there is none, also after a loss of power that took what was written. Throws a `LocalFailure` of kind
- * `folder_broken` where a task made something else of it.
+ * Returns the record; undefined when there is none, or when it was lost in a power failure. Throws
+ * a `LocalFailure` of kind `folder_broken` when the task has changed it.
  */
 export function readRecord(folder: string): WorkerRecord | undefined {
   const json = readIfThere(folder, 'worker.json')
@@ -147,7 +149,7 @@ function parseRecord(json: string): WorkerRecord | undefined {
   } catch {
     return undefined
   }
-  // Holds: each field is looked at before it is used.
+  // Each field is checked below.
   const record = Object(value) as Partial<Record<keyof WorkerRecord, unknown>>
   const isWhole =
     typeof record.name === 'string' &&
@@ -163,35 +165,35 @@ function parseRecord(json: string): WorkerRecord | undefined {
 
 function isIdentity(value: unknown): boolean {
   const { pid, startedAt } = Object(value) as Partial<Record<keyof ProcessIdentity, unknown>>
-  // Signals to lower ones go to more than a group.
+  // Signals to lower pids reach more than one process group.
   return Number.isInteger(pid) && (pid as number) > 1 && typeof startedAt === 'string'
 }
 
 /**
- * True once the slot shell has begun with the task, and after its end: it must not be run again. Before, there are blanks.
- * Throws like `readRecord`.
+ * Returns whether the slot shell has begun the task, which then must not run again. Before, the
+ * exit file holds blanks. Throws like `readRecord`.
  */
 export function hasStarted(folder: string): boolean {
   return /^\w/.test(readIfThere(folder, 'exit') ?? '')
 }
 
-/** How the task ended; undefined while that is not written. Throws like `readRecord`. */
+/** Returns how the task ended; undefined while it is not recorded. Throws like `readRecord`. */
 export function readExit(folder: string): Exit | undefined {
   return parseExit(readIfThere(folder, 'exit') ?? '')
 }
 
-/** 0 when there is no log. */
+/** Returns the size of the log; 0 when there is none. */
 export function logBytes(folder: string): number {
   let stats: Stats | undefined
   try {
     stats = lstatSync(join(folder, 'log'), { throwIfNoEntry: false })
   } catch (err) {
-    if (isOurs(err)) throw err
+    if (isTemporary(err)) throw err
   }
   return stats?.isFile() ? stats.size : 0
 }
 
-/** Throws a `LocalFailure`. */
+/** Returns the log's last bytes. Throws a `LocalFailure`. */
 export function readTail(folder: string, maxBytes: number): LogTail {
   return withPlain(folder, 'log', constants.O_RDONLY, (file, { size: totalBytes }) => {
     const content = Buffer.alloc(Math.min(maxBytes, totalBytes))
@@ -200,13 +202,24 @@ export function readTail(folder: string, maxBytes: number): LogTail {
   })
 }
 
+/** Returns the whole log if it is short; undefined if it is not, or cannot be read. */
+export function readShortLog(folder: string): LogTail | undefined {
+  try {
+    const tail = readTail(folder, SHORT_LOG_BYTES)
+    return tail.totalBytes === tail.content.length ? tail : undefined
+  } catch {
+    // `readTail` reports the error to callers that ask for the log.
+    return undefined
+  }
+}
+
 /**
- * Gives back the space of all but the log's last bytes. Its size stays, and with it every offset: what was cut is a hole. Needs
- * no space of the disk, which may be full.
+ * Frees the space of all but the log's last bytes. The rest becomes a hole, so that its size and
+ * all offsets stay. Works on a full disk.
  */
 export function cutLog(folder: string, keptBytes: number): void {
   withPlain(folder, 'log', constants.O_RDWR, (file, { size, nlink }) => {
-    // Somebody else's file as well, when it has another name.
+    // A hard link: the file may not be the task's.
     if (size <= keptBytes || nlink > 1) return
     const tail = Buffer.alloc(keptBytes)
     const read = readSync(file, tail, 0, keptBytes, size - keptBytes)
@@ -218,7 +231,7 @@ export function cutLog(folder: string, keptBytes: number): void {
   })
 }
 
-/** In place, so that a full disk has room for it. */
+/** Writes over a file without truncating it first, which works on a full disk. */
 function overwrite(folder: string, name: string, text: string): void {
   withPlain(folder, name, constants.O_WRONLY, (file) => {
     const content = Buffer.from(text)
@@ -241,8 +254,8 @@ function readIfThere(folder: string, name: string): string | undefined {
 }
 
 /**
- * Works on a file of the worker's folder, if it still is a plain file. Throws a `LocalFailure`: of the machine's trouble, or of
- * kind `folder_broken`.
+ * Works on a file of the worker's folder. Throws a `LocalFailure`: of kind `folder_broken` if it is
+ * no plain file any more.
  */
 function withPlain<T>(
   folder: string,
@@ -254,39 +267,35 @@ function withPlain<T>(
   try {
     file = openSync(join(folder, name), flags | SAFELY)
     const stats = fstatSync(file)
-    if (!stats.isFile()) throw notPlain(name)
+    if (!stats.isFile()) throw notPlainError(name)
     return work(file, stats)
   } catch (err) {
-    throw asBroken(name, err)
+    throw brokenFileError(name, err)
   } finally {
     if (file !== undefined) closeSync(file)
   }
 }
 
-const WHAT: Readonly<Record<string, string>> = {
+const FILE_NAMES: Readonly<Record<string, string>> = {
   exit: 'exit file',
   log: 'log',
   'worker.json': 'record',
 }
 
-/** What it means that a file of a worker's folder cannot be opened: the machine's trouble, or the task's doing. */
-export function asBroken(name: string, err: unknown): unknown {
-  const known = sorted(err)
+/** Classifies an error of opening a worker's file as the machine's fault or the task's. */
+export function brokenFileError(name: string, err: unknown): unknown {
+  const known = classified(err)
   if (known instanceof LocalFailure) return known
-  // O_NOFOLLOW says so of a link, and a socket cannot be opened.
-  if (['ELOOP', 'ENXIO'].includes(codeOf(err) ?? '')) return notPlain(name)
+  // ELOOP is a link, because of O_NOFOLLOW; ENXIO a socket.
+  if (['ELOOP', 'ENXIO'].includes(codeOf(err) ?? '')) return notPlainError(name)
   return broken(name, 'cannot be read', err)
 }
 
-export function notPlain(name: string): LocalFailure {
+export function notPlainError(name: string): LocalFailure {
   return broken(name, 'is not a plain file any more')
 }
 
 function broken(name: string, what: string, cause?: unknown): LocalFailure {
-  const message = `The worker's ${WHAT[name] ?? name} ${what}`
+  const message = `The worker's ${FILE_NAMES[name] ?? name} ${what}`
   return new LocalFailure('folder_broken', { message, cause })
-}
-
-function ignoreMissing(err: unknown): void {
-  if ((err as NodeJS.ErrnoException).code !== 'ENOENT') throw err
 }

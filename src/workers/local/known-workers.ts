@@ -3,48 +3,48 @@ import { join } from 'node:path'
 import type { Completion } from '../../core/ports.ts'
 import { isWorkerName } from '../../core/task.ts'
 import { completionOf, lost } from '../completion.ts'
-import { isLoss, LocalFailure, sorted, sortedAs } from './failures.ts'
+import { classified, classifiedAs, isFolderBroken, LocalFailure } from './failures.ts'
 import * as folders from './folders.ts'
 import type { ProcessIdentity } from './processes.ts'
 import type { WorkerFolders } from './worker-folders.ts'
 
 export const NO_EXIT =
   'The worker ended without recording an exit code (killed, or the machine restarted)'
-const COPIED = "The worker's folder was copied or moved: its record is of another one"
+const COPIED = "The worker's folder was copied or moved: its record belongs to another folder"
 
-/** A worker as its record has it. */
+/** A worker according to its record. */
 export interface KnownWorker extends Omit<folders.WorkerRecord, 'slot'> {
-  /** Undefined: it is of another folder's worker, and none of our business. */
+  /** Undefined: the record was copied from another worker's folder. */
   slot: ProcessIdentity | undefined
 }
 
-/** What can be known of workers whose task does not run here: from their folders, which tasks may have broken. */
+/** Reads the folders of workers that have no run in this process; tasks may have broken them. */
 export class KnownWorkers {
   readonly #workersDir: string
   readonly #folders: WorkerFolders
   /** Records of workers that this process made or attached to, until they are terminated. */
   readonly #records = new Map<string, folders.WorkerRecord>()
-  /** Workers of an earlier process that made away with their folders, and whose processes run. */
-  readonly #homeless: Set<string>
+  /** Workers of an earlier process that have processes, but no folder any more. */
+  readonly #withoutFolder: Set<string>
 
-  /** `withProcesses`: names of the workers of which processes run. */
+  /** `withProcesses`: names of the workers that have processes. */
   constructor(workersDir: string, workerFolders: WorkerFolders, withProcesses: Iterable<string>) {
     this.#workersDir = workersDir
     this.#folders = workerFolders
-    const isGone = (name: string) => !lstatSync(this.folder(name), { throwIfNoEntry: false })
-    this.#homeless = new Set([...withProcesses].filter(isGone))
+    const hasNoFolder = (name: string) => !lstatSync(this.folder(name), { throwIfNoEntry: false })
+    this.#withoutFolder = new Set([...withProcesses].filter(hasNoFolder))
   }
 
   folder(name: string): string {
     return join(this.#workersDir, name)
   }
 
-  /** Returns the names of what may be workers. Throws a `LocalFailure` when their folder cannot be read. */
+  /** Returns names that may be those of workers. Throws a `LocalFailure` if they cannot be read. */
   names(): string[] {
     try {
-      return [...readdirSync(this.#workersDir), ...this.#homeless]
+      return [...readdirSync(this.#workersDir), ...this.#withoutFolder]
     } catch (err) {
-      throw sortedAs('workers_folder_away', err)
+      throw classifiedAs('workers_folder_away', err)
     }
   }
 
@@ -54,17 +54,17 @@ export class KnownWorkers {
 
   forget(name: string): void {
     this.#records.delete(name)
-    this.#homeless.delete(name)
+    this.#withoutFolder.delete(name)
   }
 
-  /** Returns what is known about a worker; undefined when nothing was started. Throws like `folders.readRecord`. */
+  /** Returns a worker; undefined if its task was not started. Throws like `folders.readRecord`. */
   read(name: string): KnownWorker | undefined {
-    // Whoever puts something else beside the workers' folders may keep it there.
+    // Other files in the workers' folder are left alone.
     if (!isWorkerName(name)) return undefined
     const folder = this.folder(name)
     const stats = lstatSync(folder, { throwIfNoEntry: false })
-    if (!stats && this.#homeless.has(name)) throw broken("The worker's folder is gone")
-    if (!stats || this.#folders.isLeft(folder)) return undefined
+    if (!stats && this.#withoutFolder.has(name)) throw broken("The worker's folder is gone")
+    if (!stats || this.#folders.isReleased(folder)) return undefined
     const known = this.#records.get(name)
     if (known) return known
     if (!stats.isDirectory()) throw broken("The worker's folder is not a folder any more")
@@ -77,34 +77,34 @@ export class KnownWorkers {
     return undefined
   }
 
-  /** Like `read`; undefined also when the record is broken. */
+  /** Returns the same as `read`, but undefined when the task broke the record. */
   readIfWhole(name: string): KnownWorker | undefined {
     try {
       return this.read(name)
     } catch (err) {
-      if (!isLoss(err)) throw err
+      if (!isFolderBroken(err)) throw err
       return undefined
     }
   }
 
   /**
-   * Returns how a task that runs no more has ended. `record`: its worker's, where that is known better than the folder tells.
-   * Throws a `LocalFailure` while it cannot be read, for no fault of the task's.
+   * Returns how a task that has ended did so. `record`: replaces that of the folder. Throws a
+   * `LocalFailure` while the folder cannot be read, unless the task broke it.
    */
   completion(name: string, record?: KnownWorker): Completion {
-    let why = NO_EXIT
+    let message = NO_EXIT
     try {
       const exit = folders.readExit(this.folder(name))
       if (exit) return completionOf(exit)
       const known = record ?? this.read(name)
-      if (known && !known.slot) why = COPIED
+      if (known && !known.slot) message = COPIED
     } catch (err) {
-      if (!isLoss(err)) throw sorted(err)
-      why = err.message
+      if (!isFolderBroken(err)) throw classified(err)
+      message = err.message
     }
-    // With the disk away there is no exit either.
-    this.#folders.sureOfWorkersDir()
-    return lost(why)
+    // An unmounted disk has no exit file either.
+    this.#folders.assertWorkersDir()
+    return lost(message)
   }
 }
 

@@ -19,11 +19,12 @@ import {
 export interface ProcessQuery {
   worker: string
   /**
-   * The shell that runs the worker's task; it is never in the result. Without it, nothing is found by
-   * the files that a process has open: only a process that may descend from it is checked for those.
+   * The shell that runs the worker's task; it is never in the result. Without it, nothing is found
+   * by the files that a process has open: only a process that may descend from it is checked for
+   * those.
    */
   shell?: ProcessIdentity | undefined
-  /** Process group and session of the shell, while it serves this worker, and after it has ended. */
+  /** Process group and session of the shell, while it serves this worker and after its end. */
   group?: number | undefined
   /** The worker's log: a process with this as standard output or error is the worker's. */
   log?: Fifo | undefined
@@ -39,7 +40,7 @@ export interface ProcessSource {
 const TICKS_PER_SECOND = 100
 /** Age after which a process has passed from fork to exec: its environment changes no more. */
 const SETTLED_TICKS = 200
-/** Maximum pids that the kernel skips: those in use, and those of processes that failed to start. */
+/** Maximum pids that the kernel skips: those in use, and those of failed forks. */
 const SKIPPED_MAX = 64
 /** Far fewer than there are pids, so that none was allocated twice. */
 const FORKS_MAX = 4096
@@ -67,13 +68,14 @@ interface ProcessEntry {
  * Finds the processes of a worker by these marks:
  * - the worker's folder in their environment, which children inherit
  * - the process group and session of the slot's shell, and the pipe of the worker's log
- * - a working folder, root or standard descriptor inside the worker's folder, where the environment was
- *   cleared. This needs the folder's path, so it has to run before the folder is renamed
+ * - a working folder, root or standard descriptor inside the worker's folder, where the environment
+ *   was
+ * cleared. This needs the folder's path, so it has to run before the folder is renamed
  * - a parent that has one of these marks
  *
- * An administrator's process may have files in a worker's folder open, too. So open files count only for
- * a process that may descend from the worker's shell: neither it nor an ancestor is older than that
- * shell. A process that merely adopted it is no ancestor.
+ * An administrator's process may have files in a worker's folder open, too. So open files count
+ * only for a process that may descend from the worker's shell: neither it nor an ancestor is older
+ * than that shell. A process that merely adopted it is no ancestor.
  *
  * What cannot have changed is not read again, so that the usual search only lists /proc.
  */
@@ -140,7 +142,7 @@ export class LeftoverFinder implements ProcessSource {
     }
   }
 
-  /** Returns all processes but this one; reads only those that may have changed since the last scan. */
+  /** Returns all processes but this one; reads only those that may have changed. */
   #scan(): Map<number, ProcessEntry> {
     const known = this.#known
     const entries = new Map<number, ProcessEntry>()
@@ -193,7 +195,7 @@ export class LeftoverFinder implements ProcessSource {
     return isParent ? Math.min(candidate.oldestTicks, startTicks) : startTicks
   }
 
-  /** Returns the worker that an environment names, or ''. Compares bytes: names need not be UTF-8. */
+  /** Returns the worker that an environment names, or ''. Names need not be UTF-8. */
   #workerIn(environment: Buffer): string {
     const folder = valueIn(environment, TASK_RUNNER_FOLDER)
     for (const dir of [this.#workersDir, this.#realDir]) {
@@ -211,14 +213,14 @@ export class LeftoverFinder implements ProcessSource {
 }
 
 /**
- * Narrows down which pids may belong to new processes: the kernel allocates them in ascending order.
- * When the number of forks does not fit the pids, any pid may be new: in a container, forks of its
- * neighbours count too, and the next pid can be set through /proc.
+ * Narrows down which pids may belong to new processes: the kernel allocates them in ascending
+ * order. When the number of forks does not fit the pids, any pid may be new: in a container, forks
+ * of its neighbours count too, and the next pid can be set through /proc.
  */
 class PidAllocation {
   #before = { last: Number.NaN, forks: Number.NaN }
 
-  /** Returns whether a pid may have been allocated since the last call. Call it after listing /proc. */
+  /** Returns which pids may be new since the last call. Call it after listing /proc. */
   sinceLastCall(): (pid: number) => boolean {
     const before = this.#before
     const forks = Number(/^processes (\d+)/m.exec(String(readIfThere('/proc/stat')))?.[1])

@@ -7,35 +7,37 @@ const KILL_ROUND_MS = 5
 const KILL_ROUNDS_MAX = 400
 
 /**
- * Returns the live processes of a worker, besides its shell and what writes its log. `run`: its task, while that runs, and
- * where its log goes.
+ * Returns the live processes of a worker, without its shell and the reader of its log. `run`: given
+ * while the task runs.
  */
-export function leftOf(
+export function leftoversOf(
   processes: ProcessSource,
   worker: string,
   record: Pick<WorkerRecord, 'reader' | 'cgroup'> & { slot?: ProcessIdentity | undefined },
   run?: { log: Fifo | undefined },
 ): ProcessIdentity[] {
   const { slot, reader, cgroup } = record
-  // The group counts while the shell is this worker's, and after it has gone. A shell that serves another worker by now, or a
-  // process that got its number, has a group of others.
+  // The group is this worker's while its task runs, and after the shell has ended. Otherwise the
+  // pid is that of a shell that serves another worker by now, or of another process.
   const isOwn = slot && (run || identify(slot.pid) === undefined)
   const found = processes.find({
-    ...{ worker, shell: slot, log: run?.log },
+    worker,
+    shell: slot,
+    log: run?.log,
     ...(isOwn && { group: slot.pid, cgroup }),
   })
   return found.filter(({ pid }) => pid !== reader?.pid)
 }
 
 /**
- * Kills what `find` returns until that is nothing, and puts their names into `ended`. Returns false when some cannot be killed
- * (another user's, or stuck in the kernel).
+ * Kills processes until `find` returns none, and adds their names to `names`. Returns false when
+ * some cannot be killed: another user's, or stuck in the kernel.
  */
-export async function killAll(find: () => ProcessIdentity[], ended?: string[]): Promise<boolean> {
+export async function killAll(find: () => ProcessIdentity[], names?: string[]): Promise<boolean> {
   for (let round = 0; round < KILL_ROUNDS_MAX; round += 1) {
     const found = find()
     if (found.length === 0) return true
-    if (round === 0) ended?.push(...found.flatMap((identity) => nameOf(identity) ?? []))
+    if (round === 0) names?.push(...found.flatMap((identity) => nameOf(identity) ?? []))
     for (const identity of found) killIfSame(identity)
     await pause(KILL_ROUND_MS)
   }

@@ -15,20 +15,20 @@ import type {
 import { SharedLook } from '../../core/shared-look.ts'
 import { until } from '../../core/until.ts'
 import { ServiceThread } from '../../threads/service-thread.ts'
-import { LocalFailure, toCore } from './failures.ts'
-import { asBroken, notPlain, SAFELY } from './folders.ts'
+import { LocalFailure, toCoreError } from './failures.ts'
+import { brokenFileError, notPlainError, SAFELY } from './folders.ts'
 import type { End, LocalSettings, WorkerInfo } from './local-workers.ts'
 import type { Methods, Notice, Request } from './thread.ts'
 
 const FOLLOW_MS = 100
 const CHUNK_BYTES = 64 * 1024
-/** A look at the machine that takes longer finds it unusable. */
+/** Time after which a check counts as failed. */
 const CHECK_MS = 5_000
 
-/** Workers that are processes of this machine, each in a folder of its own. */
+/** Runs workers as processes of this machine, each in its own folder. */
 export class LocalBackend implements WorkerBackend {
   readonly name = 'local'
-  /** Settles when workers can be asked for; rejects when their folder cannot be used. */
+  /** Settles once workers can be made; rejects if their folder cannot be used. */
   readonly ready: Promise<void>
   readonly #settings: LocalSettings
   readonly #thread: ServiceThread<Request>
@@ -38,7 +38,7 @@ export class LocalBackend implements WorkerBackend {
   constructor(
     settings: LocalSettings,
     options: {
-      /** As of `ServiceThread`. */
+      /** Called as `ServiceThread` does. */
       onThreadDeath?: ((err: Error) => void) | undefined
       log?: Logger | undefined
     } = {},
@@ -49,7 +49,7 @@ export class LocalBackend implements WorkerBackend {
       workerData: settings,
       onDeath: options.onThreadDeath,
       onNotice: (notice) => {
-        // Holds: thread.ts sends no others.
+        // thread.ts sends no other notices.
         const { unremovable, found } = notice as Notice
         this.#leftBehind = unremovable
         if (found) options.log?.error(found, 'a folder of a worker could not be removed')
@@ -68,7 +68,8 @@ export class LocalBackend implements WorkerBackend {
       notes.push(`worker_size "${spec.size}" is not enforced on local workers`)
     if (spec.imageConfig !== undefined) notes.push('image_config is not used by local workers')
     const making = this.#call('provision', spec, notes)
-    // Asked along with it. Whether the worker could be made, `making` tells.
+    // Requested at once, which saves a round trip. A failure to provision rejects `making` as
+    // well.
     const end = this.#call('completion', spec.name)
     end.catch(() => {})
     return this.#worker(await until(making, signal), end)
@@ -83,19 +84,19 @@ export class LocalBackend implements WorkerBackend {
     return (await this.#call('list')).map((info) => this.#worker(info))
   }
 
-  /** Concurrent callers share one look, or two. */
+  /** Checks the machine. Concurrent callers share a check. */
   async check(): Promise<void> {
     using deadline = new Deadline(CHECK_MS, [])
     try {
       await until(this.#checks.at(''), deadline.signal)
     } catch (err) {
-      // Of the thread itself: it hangs, has ended, or fails in a way that nobody thought of.
+      // Otherwise the thread hangs, has ended, or failed unexpectedly.
       if (err instanceof TaskRunnerError) throw err
-      throw toCore(new LocalFailure('no_answer', { cause: err }))
+      throw toCoreError(new LocalFailure('no_answer', { cause: err }))
     }
   }
 
-  /** Folders of workers that could not be removed. */
+  /** Returns the number of workers' folders that could not be removed. */
   leftBehind(): number {
     return this.#leftBehind
   }
@@ -112,11 +113,16 @@ export class LocalBackend implements WorkerBackend {
     let end = provisioned
     let wholeLog: LogTail | undefined
     return {
-      ...{ name, taskId, size, createdAt, backend: this.name, image: null },
+      name,
+      taskId,
+      size,
+      createdAt,
+      backend: this.name,
+      image: null,
       status,
       completion: async (signal) => {
         end ??= this.#call('completion', name)
-        // Asked again after a failure, which says nothing about the next time.
+        // A later call tries again.
         end.catch(() => {
           end = undefined
         })
@@ -140,17 +146,17 @@ export class LocalBackend implements WorkerBackend {
     ...args: Parameters<Methods[M]>
   ): Promise<Awaited<ReturnType<Methods[M]>>> {
     try {
-      // Holds: the thread answers with what its method of the same name returned.
+      // The thread returns the result of its method of the same name.
       return (await this.#thread.call({ method, arguments: args })) as Awaited<
         ReturnType<Methods[M]>
       >
     } catch (err) {
-      throw toCore(err)
+      throw toCoreError(err)
     }
   }
 }
 
-/** The log's bytes as they come, from offset `from` on, until the task has ended and all was read. */
+/** Yields the log's bytes from offset `from` on, until the task has ended and all is read. */
 async function* follow(
   path: string,
   from: number,
@@ -160,7 +166,7 @@ async function* follow(
   const file = await openLog(path)
   try {
     for (let at = from; !signal.aborted; ) {
-      // Asked before reading: what is written before the end is then always read.
+      // Checked before reading, so that all that was written before the end is read.
       const running = await isRunning()
       for (;;) {
         const { buffer, bytesRead } = await file.read(Buffer.alloc(CHUNK_BYTES), 0, CHUNK_BYTES, at)
@@ -176,20 +182,20 @@ async function* follow(
   }
 }
 
-/** A task may have made anything of its log: a link is not followed, and a FIFO does not hold us up. */
+/** Opens a log that its task may have replaced: follows no link, and blocks on no FIFO. */
 async function openLog(path: string): Promise<FileHandle> {
   let file: FileHandle | undefined
   try {
     file = await open(path, constants.O_RDONLY | SAFELY)
     if ((await file.stat()).isFile()) return file
-    throw notPlain('log')
+    throw notPlainError('log')
   } catch (err) {
     await file?.close()
-    throw toCore(asBroken('log', err))
+    throw toCoreError(brokenFileError('log', err))
   }
 }
 
-/** A Buffer crosses threads as a plain Uint8Array. */
+/** Returns the last bytes of a log; from another thread, a Buffer arrives as a Uint8Array. */
 function lastBytes({ content, totalBytes }: LogTail, maxBytes: number): LogTail {
   const { buffer, byteOffset, byteLength } = content
   const length = Math.min(byteLength, maxBytes)

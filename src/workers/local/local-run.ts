@@ -2,50 +2,50 @@ import { closeSync, fstatSync, type Stats, statSync } from 'node:fs'
 import { setTimeout as pause } from 'node:timers/promises'
 import type { Completion } from '../../core/ports.ts'
 import { lost, overLogLimit } from '../completion.ts'
-import { isLoss, isOurs } from './failures.ts'
+import { isFolderBroken, isTemporary } from './failures.ts'
 import * as folders from './folders.ts'
 import { NO_EXIT } from './known-workers.ts'
 import type { ProcessSource } from './leftover-finder.ts'
-import { killAll, leftOf } from './leftovers.ts'
+import { killAll, leftoversOf } from './leftovers.ts'
 import { persistently } from './persistently.ts'
 import { groupOf, isAlive, kill, killIfSame, type ProcessIdentity, writersOf } from './processes.ts'
 import type { SlotPool } from './slot-pool.ts'
 import { openPipeOf, type SlotShell } from './slot-shell.ts'
 import { TaskLog } from './task-log.ts'
 
-/** How often a log over its limit is measured: a task may write gigabytes a second. */
-const OVER_LIMIT_WATCH_MS = 5
-/** Taken from a pipe in one turn. */
-export const TAKE_BYTES = 1024 * 1024
-/** How long what a task leaves behind may still write into its log: filters such as `exec > >(tee …)`. */
-const LAST_WORDS_MS = 2_000
-const LAST_WORDS_LOOK_MAX_MS = 50
-/** As long as a process takes to end, once it has closed its files. */
+/** Interval at which a log over its limit is measured: a task may write gigabytes a second. */
+const OVER_LIMIT_POLL_MS = 5
+/** Maximum bytes moved from a pipe in one turn. */
+export const DRAIN_BYTES = 1024 * 1024
+/** How long other processes of an ended task may still write its log, such as `exec > >(tee …)`. */
+const LAST_OUTPUT_MS = 2_000
+const LAST_OUTPUT_POLL_MAX_MS = 50
+/** Time that a process needs to end once it has closed its files. */
 const ENDING_MS = 20
-/** Names of ended processes in the log. */
+/** Maximum names of ended processes in the log. */
 const NAMES_MAX = 5
 const ROUND_MS = 5
 const BEGIN_ROUNDS_MAX = 200
 const READER_ROUNDS_MAX = 400
 
-/** What all runs of a service share. */
+/** Settings and collaborators that all runs of a service share. */
 export interface RunContext {
   terminationGraceMs: number
   pipesDir: string
   slots: SlotPool
   processes: ProcessSource
   isClosed: () => boolean
-  /** Reads how a task has ended from its worker's folder. Throws a `LocalFailure` while that cannot be read. */
+  /** Reads how a task ended from its worker's folder. Throws a `LocalFailure` if it cannot. */
   completionOf: (record: folders.WorkerRecord) => Completion
-  /** Called when there may be something to take from the pipe of a run. */
+  /** Called when a run's pipe may have output. */
   onOutput: () => void
-  /** Called when the task has another shell, as the record says. */
+  /** Called when another shell runs the task, with the record changed. */
   onMoved: (run: LocalRun) => void
-  /** Called once the outcome is known, before `outcome` settles. `isClean`: no process of the task is left. */
+  /** Called before `outcome` settles. `isClean`: no process of the task is left. */
   onEnd: (run: LocalRun, isClean: boolean) => void
 }
 
-/** The shell that was told to run a task, and what was told to it. */
+/** What is needed to start a task: a shell, its commands, and the task's log. */
 export interface Start {
   slot: SlotShell
   job: string
@@ -53,32 +53,32 @@ export interface Start {
 }
 
 /**
- * One task on a local worker, from its start, or since we attached to it after a restart, until its outcome is known. What is
- * known here counts, whatever the task does to its worker's record.
+ * Follows one task on a local worker until its outcome is known, from its start, or from a restart
+ * of the service on. Uses its own copy of the worker's record, which the task may change.
  */
 export class LocalRun {
   readonly #context: RunContext
   readonly #folder: string
   #record: folders.WorkerRecord
-  /** Undefined: a shell that an earlier process started. */
+  /** Undefined: an earlier process of the service started the shell. */
   #slot: SlotShell | undefined
-  /** Undefined: what took it over from an earlier process writes it. */
+  /** Undefined: the slot's reader writes it, since an earlier process has died. */
   #log: TaskLog | undefined
-  /** The pipe of a shell of an earlier process, when nothing else reads from it any more. */
+  /** The pipe of a shell that an earlier process started, if its reader has ended. */
   #pipe: number | undefined
-  /** What the shell was told to run; undefined when an earlier process did. */
+  /** The shell's commands; undefined if an earlier process sent them. */
   readonly #job: string | undefined
-  /** The shell could not start the task, and another one is awaited. */
+  /** The shell could not start the task, and we wait for another. */
   #waitsForSlot = false
   #isEnding = false
   #hasEnded = false
   #endedByItself = false
   #isOverLogLimit = false
-  /** Until when what a stopped task has started may go on, by `performance.now()`. Undefined: nobody stops it. */
+  /** End of a stopped task's grace period, by `performance.now()`. Undefined: it is not stopped. */
   #graceUntil: number | undefined
   readonly #outcome = Promise.withResolvers<Completion>()
 
-  /** Starts the task, or, without `start`, attaches to one that an earlier process has started. */
+  /** Starts the task; without `start`, attaches to a task that an earlier process started. */
   constructor(context: RunContext, folder: string, record: folders.WorkerRecord, start?: Start) {
     this.#context = context
     this.#folder = folder
@@ -87,7 +87,7 @@ export class LocalRun {
     this.#log = start?.log
     this.#job = start?.job
     if (start) this.#begin(start.slot, start.job)
-    else this.#takeOver()
+    else this.#adoptPipe()
   }
 
   get record(): folders.WorkerRecord {
@@ -102,36 +102,36 @@ export class LocalRun {
     return this.#outcome.promise
   }
 
-  /** True once the task itself has ended before anybody stopped it, also while something of it may still write into its log. */
+  /** True once the task has ended unstopped, even if other processes still write its log. */
   get endedByItself(): boolean {
     return this.#endedByItself
   }
 
-  /** Moves what the task has written into its log. Returns how many bytes that was. */
-  take(): number {
+  /** Moves the task's output into its log. Returns the number of bytes. */
+  drain(): number {
     const pipe = this.#pipe ?? this.#slot?.pipe
-    return this.#log && pipe !== undefined ? this.#log.take(pipe, TAKE_BYTES) : 0
+    return this.#log && pipe !== undefined ? this.#log.drain(pipe, DRAIN_BYTES) : 0
   }
 
-  /** Looks whether the log is over its limit, and whether a shell of an earlier process, which reports nothing, has ended. */
-  look(): void {
+  /** Checks the log's limit, and the shell of an earlier process, which reports nothing to us. */
+  poll(): void {
     if (this.#isEnding) return
     try {
       if (!this.#isOverLogLimit && this.#logBytes() > this.#record.maxLogBytes) {
         void this.#endAtLogLimit()
       }
       if (this.#slot || this.#waitsForSlot) return
-      if (!this.#log) this.#takeOver()
+      if (!this.#log) this.#adoptPipe()
       if (this.#hasExit() || !isAlive(this.#record.slot)) void this.settle()
     } catch (err) {
-      // Looked at again in a moment.
-      if (!isOurs(err)) throw err
+      // The next poll tries again.
+      if (!isTemporary(err)) throw err
     }
   }
 
-  /** Sends TERM to all of the task's processes, and KILL after the grace period. Settles when the task has ended. */
+  /** Sends TERM to the task's processes, then KILL. Settles when all have ended. */
   async stop(): Promise<void> {
-    // A shell that has not begun would take the signal for itself, and then begin.
+    // A shell that has not begun the task would take the signal for itself, and then begin.
     for (let round = 0; round < BEGIN_ROUNDS_MAX && !this.#hasStarted(); round += 1) {
       if (this.#waitsForSlot) break
       await pause(ROUND_MS)
@@ -145,10 +145,10 @@ export class LocalRun {
     const { terminationGraceMs } = this.#context
     const { slot } = this.#record
     this.#graceUntil ??= performance.now() + terminationGraceMs
-    // By now it may be another worker's.
+    // The shell may serve another worker by now.
     if (!this.#hasEnded && isAlive(slot)) {
       kill(-slot.pid, 'SIGTERM')
-      for (const identity of this.#left()) {
+      for (const identity of this.#others()) {
         if (groupOf(identity) !== slot.pid) killIfSame(identity, 'SIGTERM')
       }
     }
@@ -159,30 +159,30 @@ export class LocalRun {
   }
 
   /**
-   * Handles the end of the slot's shell. One that failed with nothing of the task run could not fork: that is no outcome of the
-   * task. Never rejects.
+   * Handles the end of the slot's shell. If it failed before the task ran, it could not fork: the
+   * task then gets another shell. Never rejects.
    */
-  async slotEnded(hasFailed: boolean): Promise<void> {
+  async slotExited(hasFailed: boolean): Promise<void> {
     const hasNotRun = () => hasFailed && this.#job !== undefined && !this.#hasExit()
-    if (await persistently(hasNotRun)) await this.#runAgain()
+    if (await persistently(hasNotRun)) await this.#restart()
     else await this.settle()
   }
 
-  /** Ends what the task left behind, frees its slot, and reports how it went. Repeating it is safe. Never rejects. */
+  /** Ends other processes, frees the slot, reports the outcome. Idempotent. Never rejects. */
   async settle(): Promise<void> {
     if (this.#isEnding) return
     this.#isEnding = true
     this.#endedByItself = this.#graceUntil === undefined
     const { maxLogBytes } = this.#record
-    const isEmpty = await persistently(() => this.#letFinish())
+    const isEmpty = await persistently(() => this.#awaitOthers())
     const killed: string[] = []
     const isClean =
-      isEmpty || (await persistently(() => killAll(() => this.#left(), killed))) === true
-    await this.#endLog(killed)
+      isEmpty || (await persistently(() => killAll(() => this.#others(), killed))) === true
+    await this.#closeLog(killed)
     const completion = await persistently(() => this.#context.completionOf(this.#record))
     this.#hasEnded = true
     this.#context.onEnd(this, isClean)
-    // Without an exit nothing would tell after a restart that the shell is this worker's no more.
+    // Without an exit file, the shell would be taken for this worker's after a restart.
     const isReusable = this.#slot?.isAlive && isClean && completion?.reason !== 'worker_lost'
     if (this.#slot && isReusable) this.#context.slots.giveBack(this.#slot)
     else this.#slot?.retire()
@@ -191,7 +191,7 @@ export class LocalRun {
     )
   }
 
-  /** Lets the task go on without us. */
+  /** Leaves the task running. */
   release(): void {
     this.#slot?.retire()
   }
@@ -201,8 +201,8 @@ export class LocalRun {
     this.#context.onOutput()
   }
 
-  /** Where nothing reads any more what the task of an earlier process writes, we do. */
-  #takeOver(): void {
+  /** Takes over the pipe of an earlier process's task, if its reader has ended. */
+  #adoptPipe(): void {
     const { reader, slot, maxLogBytes } = this.#record
     if (!reader || isAlive(reader)) return
     try {
@@ -216,19 +216,19 @@ export class LocalRun {
       this.#pipe = pipe
       this.#context.onOutput()
     } catch (err) {
-      // The task broke its log, and what it wrote is gone; or we look again in a moment.
-      if (!isLoss(err) && !isOurs(err)) throw err
+      // The task broke its log, and its output is lost; or the next poll tries again.
+      if (!isFolderBroken(err) && !isTemporary(err)) throw err
     }
   }
 
-  /** TERM, and KILL at twice the limit: on a fast disk a task that ignores TERM writes ten times that in its grace period. */
+  /** Stops the task; kills it at twice the limit, since it could write gigabytes until then. */
   async #endAtLogLimit(): Promise<void> {
     this.#isOverLogLimit = true
     const { maxLogBytes } = this.#record
     const stopping = persistently(() => this.stop())
     while (!this.#isEnding) {
       if (await persistently(() => this.#logBytes() >= 2 * maxLogBytes)) await this.#kill()
-      else await pause(OVER_LIMIT_WATCH_MS)
+      else await pause(OVER_LIMIT_POLL_MS)
     }
     await stopping
   }
@@ -243,19 +243,19 @@ export class LocalRun {
     await this.settle()
   }
 
-  /** Gives the task to another shell as soon as one can start it, unless it is ended meanwhile. Never rejects. */
-  async #runAgain(): Promise<void> {
+  /** Gives the task to another shell once one can fork, unless it is ended. Never rejects. */
+  async #restart(): Promise<void> {
     const { slots, isClosed, onMoved } = this.#context
     this.#slot = undefined
     this.#waitsForSlot = true
     const isOver = () => this.#isEnding || isClosed()
     const slot = await persistently(() => slots.takeProven(), isOver)
     if (!slot) return
-    const record = { ...this.#record, slot: slot.identity, ...slot.traces }
+    const record = { ...this.#record, slot: slot.identity, ...slot.recordFields }
     try {
       if (!isOver()) await persistently(() => folders.rewrite(this.#folder, record), isOver)
     } catch (err) {
-      if (!isLoss(err)) throw err
+      if (!isFolderBroken(err)) throw err
       slots.giveBack(slot)
       await this.settle()
       return
@@ -272,21 +272,21 @@ export class LocalRun {
   }
 
   /**
-   * Waits for what the task has started: until it has ended, or the grace of a stopped task is over, or, of any other task, until
-   * it cannot write into the log any more, two seconds at most. Returns whether nothing is left.
+   * Waits for the task's other processes to end: for a stopped task until the grace period is over,
+   * otherwise at most 2 s for those that can write to the log. Returns whether all have ended.
    */
-  async #letFinish(): Promise<boolean> {
-    const lastWordsUntil = performance.now() + LAST_WORDS_MS
+  async #awaitOthers(): Promise<boolean> {
+    const lastOutputUntil = performance.now() + LAST_OUTPUT_MS
     let isQuiet = false
-    for (let waitMs = 1; ; waitMs = Math.min(2 * waitMs, LAST_WORDS_LOOK_MAX_MS)) {
-      this.take()
-      const left = this.#left()
+    for (let waitMs = 1; ; waitMs = Math.min(2 * waitMs, LAST_OUTPUT_POLL_MAX_MS)) {
+      this.drain()
+      const left = this.#others()
       if (left.length === 0) return true
       const isStopped = this.#graceUntil !== undefined
-      if (performance.now() >= (this.#graceUntil ?? lastWordsUntil)) return false
+      if (performance.now() >= (this.#graceUntil ?? lastOutputUntil)) return false
       const pipe = this.#pipeStats()
       if (!isStopped && (!pipe || writersOf(pipe, left).length === 0)) {
-        // One that is ending has closed its files before it is gone.
+        // A process closes its files shortly before it is gone.
         if (isQuiet) return false
         isQuiet = true
         await pause(ENDING_MS)
@@ -294,12 +294,12 @@ export class LocalRun {
     }
   }
 
-  /** Nothing of the task is left that could write: what it wrote is in its log when this settles. */
-  async #endLog(killed: readonly string[]): Promise<void> {
+  /** Completes the log. No process is left that could write to it. */
+  async #closeLog(killed: readonly string[]): Promise<void> {
     const { reader } = this.#record
     if (this.#log) {
-      // More than a pipe holds.
-      this.take()
+      // Empties the pipe: it holds less than one turn moves.
+      this.drain()
     } else if (reader) {
       for (let round = 0; round < READER_ROUNDS_MAX && isAlive(reader); round += 1) {
         await pause(ROUND_MS)
@@ -308,17 +308,17 @@ export class LocalRun {
     if (this.#pipe !== undefined) closeSync(this.#pipe)
     try {
       const log = this.#log ?? (killed.length > 0 ? new TaskLog(this.#folder, Infinity) : undefined)
-      if (killed.length > 0) log?.add([wordsOfKilled(killed)])
+      if (killed.length > 0) log?.add([killedNote(killed)])
       log?.close()
     } catch (err) {
-      // The task made something else of its log.
-      if (!isLoss(err)) throw err
+      // The task replaced its log.
+      if (!isFolderBroken(err)) throw err
     }
   }
 
-  #left(): ProcessIdentity[] {
+  #others(): ProcessIdentity[] {
     const { processes } = this.#context
-    return leftOf(processes, this.#record.name, this.#record, { log: this.#pipeStats() })
+    return leftoversOf(processes, this.#record.name, this.#record, { log: this.#pipeStats() })
   }
 
   #pipeStats(): Stats | undefined {
@@ -332,32 +332,32 @@ export class LocalRun {
     }
   }
 
-  /** As far as it is known here: what took the log over from an earlier process writes into the file alone. */
+  /** Returns the bytes that the task wrote; if the reader writes the log, the size of the file. */
   #logBytes(): number {
     return this.#log ? this.#log.seenBytes : folders.logBytes(this.#folder)
   }
 
-  /** True also where it cannot be told any more. */
+  /** Returns true also if the task broke the folder. */
   #hasStarted(): boolean {
-    return unlessLost(() => folders.hasStarted(this.#folder))
+    return trueIfBroken(() => folders.hasStarted(this.#folder))
   }
 
-  /** True also where it cannot be told any more. */
+  /** Returns true also if the task broke the folder. */
   #hasExit(): boolean {
-    return unlessLost(() => folders.readExit(this.#folder) !== undefined)
+    return trueIfBroken(() => folders.readExit(this.#folder) !== undefined)
   }
 }
 
-function unlessLost(look: () => boolean): boolean {
+function trueIfBroken(check: () => boolean): boolean {
   try {
-    return look()
+    return check()
   } catch (err) {
-    if (!isLoss(err)) throw err
+    if (!isFolderBroken(err)) throw err
     return true
   }
 }
 
-function wordsOfKilled(names: readonly string[]): string {
+function killedNote(names: readonly string[]): string {
   const shown = [...new Set(names)].slice(0, NAMES_MAX)
   const more = new Set(names).size - shown.length
   const list = shown.join(', ') + (more > 0 ? ` and ${more} more` : '')

@@ -4,13 +4,14 @@ import type { Completion, LogTail, WorkerSpec, WorkerStatus } from '../../core/p
 import { isWorkerName } from '../../core/task.ts'
 import { preparationFiles } from '../repositories.ts'
 import { SlotCgroups, WorkerProcesses } from './cgroup.ts'
-import { isLoss, LocalFailure } from './failures.ts'
+import { isFolderBroken, LocalFailure } from './failures.ts'
 import * as folders from './folders.ts'
 import { type Interpreters, jobOf } from './job.ts'
 import { type KnownWorker, KnownWorkers } from './known-workers.ts'
 import { LeftoverFinder } from './leftover-finder.ts'
-import { killAll, leftOf } from './leftovers.ts'
-import { LocalRun, type RunContext, TAKE_BYTES } from './local-run.ts'
+import { killAll, leftoversOf } from './leftovers.ts'
+import { LocalRun, type RunContext } from './local-run.ts'
+import { OutputPoller } from './output-poller.ts'
 import { isAlive, type ProcessIdentity } from './processes.ts'
 import type { OnUnremovable } from './removal.ts'
 import { SlotPool } from './slot-pool.ts'
@@ -18,76 +19,71 @@ import { TaskLog } from './task-log.ts'
 import { WorkerFolders } from './worker-folders.ts'
 
 export interface LocalSettings {
-  /** One folder per worker in here. */
+  /** Folder that holds the folders of the workers. */
   workersDir: string
   tasksDir: string
   bootstrap: string
   interpreters: Interpreters
-  /** What every task's environment starts from, besides its own folders. */
+  /** Variables of every task, besides those for its folders. */
   environment: Record<string, string>
-  /** Of the tasks; the service's own is stricter. */
+  /** Umask of the tasks; the service's own is stricter. */
   umask: number
-  /** Of the tasks; undefined: the service's own. */
+  /** Soft limit of the tasks' open files; undefined: the service's own. */
   openFiles?: number | undefined
   terminationGraceMs: number
-  /** What `freeSpace` leaves of a log. */
+  /** Last bytes of a log that `freeSpace` keeps. */
   logBytesKept: number
 }
 
 export interface WorkerInfo {
   name: string
-  /** Empty where nobody knows any more: the task broke its worker's record, and the service was restarted. */
+  /** Empty if it is unknown: the task broke its worker's record, and the service was restarted. */
   taskId: string
   size: string | null
   createdAt: number
   status: WorkerStatus
 }
 
-/** How often logs are measured, and shells of an earlier process looked at. */
-const WATCH_MS = 100
-/** How often pipes are looked into: by turns of the loop while there is much, then ever more seldom. */
-const TAKE_MS = 4
-const TAKE_MAX_MS = 50
-const BEGIN_LOOK_MS = 5
-const SHORT_LOG_BYTES = 64 * 1024
+/** Interval at which logs and the shells of an earlier process are checked. */
+const POLL_MS = 100
+const BEGIN_POLL_MS = 5
 /**
- * A process id used again could hide a leftover from the finder's memory for so long; and what could not be removed is
- * tried again.
+ * Interval at which the cache of processes is cleared, in which a reused pid could hide a process,
+ * and removals are tried again.
  */
 const SWEEP_MS = 60_000
 
 export interface End {
   completion: Completion
-  /** When it is short and can grow no more: then nobody need ask for it. */
+  /** Given for a short log that is complete, which saves a call of `tail`. */
   wholeLog: LogTail | undefined
 }
 
 /**
- * Local workers. Everything here may block, so it runs on a thread of its own (thread.ts); what it knows it
- * can find again from the workers' folders. Tasks may have made anything of those: whatever is odd about one is that worker's
- * trouble alone.
+ * Makes, finds and ends local workers. Runs on its own thread (thread.ts), since everything here
+ * may block. All its state can be read again from the workers' folders. Tasks may break those: that
+ * affects only the task's own worker.
  */
 export class LocalWorkers {
   readonly #settings: LocalSettings
   readonly #folders: WorkerFolders
-  /** Of workers whose task has not ended, as far as we know. */
+  /** Runs of workers whose task has not ended, as far as we know. */
   readonly #runs = new Map<string, LocalRun>()
   readonly #known: KnownWorkers
   readonly #terminating = new Set<string>()
-  /** Workers whose making is under way; one that is terminated meanwhile is not among them any more. */
+  /** Workers that are being made, until they are made or terminated. */
   readonly #making = new Map<string, { taskId: string; made: Promise<WorkerInfo> }>()
-  /** Workers whose task has ended here. True: with nothing left behind, and nothing can come after that. */
+  /** Workers whose task has ended here, with whether all its processes have. */
   readonly #ended = new Map<string, boolean>()
   readonly #processes: WorkerProcesses
   readonly #slots: SlotPool
   readonly #context: RunContext
-  #taking: NodeJS.Timeout | undefined
-  #takeMs = TAKE_MS
-  readonly #watch: NodeJS.Timeout
-  readonly #sweep: NodeJS.Timeout
+  readonly #output = new OutputPoller(this.#runs)
+  readonly #pollTimer: NodeJS.Timeout
+  readonly #sweepTimer: NodeJS.Timeout
   #isClosed = false
 
-  /** Throws when the folder of the workers cannot be used. */
+  /** Throws when the workers' folder cannot be used. */
   constructor(settings: LocalSettings, onUnremovable?: OnUnremovable) {
     this.#settings = settings
     mkdirSync(settings.workersDir, { recursive: true, mode: 0o700 })
@@ -99,10 +95,10 @@ export class LocalWorkers {
     this.#context = this.#makeContext()
     this.#known = new KnownWorkers(settings.workersDir, this.#folders, leftovers.workers())
     for (const name of this.#known.names()) void this.#endIfHalfMade(name)
-    this.#watch = setInterval(() => {
-      for (const run of this.#runs.values()) run.look()
-    }, WATCH_MS)
-    this.#sweep = setInterval(() => {
+    this.#pollTimer = setInterval(() => {
+      for (const run of this.#runs.values()) run.poll()
+    }, POLL_MS)
+    this.#sweepTimer = setInterval(() => {
       leftovers.forget()
       this.#slots.removeCgroups()
       this.#folders.retry()
@@ -110,17 +106,17 @@ export class LocalWorkers {
   }
 
   #makeSlots(cgroups: SlotCgroups | undefined): SlotPool {
-    const { bootstrap, umask, workersDir, openFiles } = this.#settings
     return new SlotPool(
       {
-        ...{ bootstrap, umask, workersDir, openFiles, pipesDir: this.#folders.pipesDir },
+        ...this.#settings,
+        pipesDir: this.#folders.pipesDir,
         onTaskEnd: (slot, name) => {
           const run = this.#runs.get(name)
           if (run?.slot === slot) void run.settle()
         },
         onExit: (slot, hasFailed) => {
           for (const run of this.#runs.values()) {
-            if (run.slot === slot) void run.slotEnded(hasFailed)
+            if (run.slot === slot) void run.slotExited(hasFailed)
           }
         },
       },
@@ -136,7 +132,7 @@ export class LocalWorkers {
       processes: this.#processes,
       isClosed: () => this.#isClosed,
       completionOf: (record) => this.#known.completion(record.name, record),
-      onOutput: () => this.#takeSoon(TAKE_MS),
+      onOutput: () => this.#output.soon(),
       onMoved: ({ record }) => this.#known.keep(record),
       onEnd: ({ record }, isClean) => {
         this.#runs.delete(record.name)
@@ -145,7 +141,7 @@ export class LocalWorkers {
     }
   }
 
-  /** Idempotent by name: a task that was started is attached to, never started again. */
+  /** Makes a worker. Idempotent by name: never starts a task twice. */
   async provision(spec: WorkerSpec, notes: string[]): Promise<WorkerInfo> {
     const { name, taskId } = spec
     const underWay = this.#making.get(name)
@@ -173,10 +169,10 @@ export class LocalWorkers {
       createdAt: Date.now(),
       maxLogBytes: spec.maxLogBytes,
       slot: slot.identity,
-      ...slot.traces,
+      ...slot.recordFields,
     }
     try {
-      // Whoever waited for it has given up meanwhile: it must not run later.
+      // The caller has given up: the task must not run later.
       if (!isWanted() || this.#isClosed) throw new Error('terminated while it was being made')
       this.#folders.prepare(folder, this.#settings.tasksDir, {
         record,
@@ -206,18 +202,18 @@ export class LocalWorkers {
     try {
       const record = this.#runs.get(name)?.record ?? this.#known.read(name)
       if (record) return this.#info(record)
-      // One that nobody waits for any more has to be terminated as well.
+      // Listed, so that the reaper terminates a worker whose caller has given up.
       const making = this.#making.get(name)
       const status = 'Provisioning' as const
       return making && { name, taskId: making.taskId, size: null, createdAt: Date.now(), status }
     } catch (err) {
-      if (!isLoss(err)) throw err
+      if (!isFolderBroken(err)) throw err
       return this.#lostInfo(name, '')
     }
   }
 
   list(): WorkerInfo[] {
-    // A task may have made away with its folder.
+    // A task may have removed its folder.
     const all = new Set([...this.#known.names(), ...this.#runs.keys()])
     return [...all].flatMap((name) => this.find(name) ?? [])
   }
@@ -225,10 +221,10 @@ export class LocalWorkers {
   async completion(name: string): Promise<End> {
     await this.#making.get(name)?.made
     const run = this.#runs.get(name) ?? this.#attach(name)
-    // Before what it left is ended: its shell would take that for the task's own end.
+    // Waits before other processes are ended: the shell would report that as the task's end.
     const completion = run ? await run.outcome : this.#known.completion(name)
     if (!run) await this.#endLeftovers(name)
-    const wholeLog = this.#ended.get(name) ? shortLog(this.#folder(name)) : undefined
+    const wholeLog = this.#ended.get(name) ? folders.readShortLog(this.#folder(name)) : undefined
     return { completion, wholeLog }
   }
 
@@ -236,19 +232,19 @@ export class LocalWorkers {
     return folders.readTail(this.#folder(name), maxBytes)
   }
 
-  /** Ends the task's processes and what it left: TERM, and KILL after the grace period. Repeating it is safe. */
+  /** Sends TERM to the task's processes, and KILL after the grace period. Idempotent. */
   async stop(name: string): Promise<void> {
     const run = this.#runs.get(name) ?? this.#attach(name)
     if (run) await run.stop()
     else await this.#endLeftovers(name)
   }
 
-  /** True once the task itself has ended of its own accord, also while something of it may still write into its log. */
+  /** Returns whether the task has ended unstopped, even if other processes still write its log. */
   hasEnded(name: string): boolean {
     return this.#runs.get(name)?.endedByItself ?? this.#ended.has(name)
   }
 
-  /** Repeating it is safe. Rejects while processes of the worker are left. */
+  /** Removes a worker. Idempotent. Rejects while processes of it are left. */
   async terminate(name: string): Promise<void> {
     this.#terminating.add(name)
     this.#making.delete(name)
@@ -267,48 +263,48 @@ export class LocalWorkers {
     }
   }
 
-  /** Gives back the space of what the outcome of an ended task does not need. Does nothing while the task runs. */
+  /** Removes the files of an ended task but its outcome. Does nothing while the task runs. */
   async freeSpace(name: string): Promise<void> {
     if (this.#runs.has(name) || this.#making.has(name) || this.#attach(name)) return
     if (!this.#ended.get(name) && !(await this.#endLeftovers(name))) return
     await this.#folders.freeSpace(this.#folder(name), this.#settings.logBytesKept)
   }
 
-  /** Does what provisioning does, as far as that leaves nothing behind: forks, writes, lists, reads. Throws a `LocalFailure`. */
+  /** Checks that workers can be made: forks, writes, lists, reads. Throws a `LocalFailure`. */
   async check(): Promise<void> {
     this.#folders.check(this.#settings.tasksDir)
     this.#slots.giveBack(await this.#slots.takeProven())
   }
 
-  /** Lets go: tasks under way end without us. */
+  /** Stops; running tasks go on. */
   close(): void {
     this.#isClosed = true
-    clearInterval(this.#watch)
-    clearTimeout(this.#taking)
-    clearInterval(this.#sweep)
+    clearInterval(this.#pollTimer)
+    this.#output.close()
+    clearInterval(this.#sweepTimer)
     this.#folders.close()
     for (const run of this.#runs.values()) run.release()
     this.#slots.close()
   }
 
-  /** A folder without its record was being made when the power went: nothing runs in it, and the name is free. Never rejects. */
+  /** Removes a folder without a record, left by a loss of power before a task. Never rejects. */
   async #endIfHalfMade(name: string): Promise<void> {
     try {
-      const isOurs = isWorkerName(name)
-      if (isOurs && this.#known.read(name) === undefined) await this.terminate(name)
+      const isWorker = isWorkerName(name)
+      if (isWorker && this.#known.read(name) === undefined) await this.terminate(name)
     } catch {
-      // It is lost, or out of reach: whoever asks for it is told.
+      // Callers that ask for this worker get the error.
     }
   }
 
-  /** What an earlier process made of the name. Undefined: nothing was started. */
+  /** Returns the worker of that name if its task was started. */
   async #existing({ name, taskId }: WorkerSpec): Promise<WorkerInfo | undefined> {
     let record: KnownWorker | undefined
     try {
       record = this.#runs.get(name)?.record ?? this.#known.read(name)
     } catch (err) {
-      if (!isLoss(err)) throw err
-      // What began must not run again.
+      if (!isFolderBroken(err)) throw err
+      // A task that was started must not run again.
       return this.#lostInfo(name, taskId)
     }
     if (!record) return undefined
@@ -316,16 +312,17 @@ export class LocalWorkers {
     if (this.#runs.has(name)) return this.#info(record)
     const folder = this.#folder(name)
     try {
-      // Its shell either has the job in its pipe and is about to start it, or sees the pipe's end and goes.
-      while (!folders.hasStarted(folder) && isAliveIfAny(record.slot)) await pause(BEGIN_LOOK_MS)
+      // The shell either has the job in its pipe and will begin it, or reads the end of the pipe
+      // and exits.
+      while (!folders.hasStarted(folder) && isAliveIfAny(record.slot)) await pause(BEGIN_POLL_MS)
       return folders.hasStarted(folder) ? this.#info(record) : undefined
     } catch (err) {
-      if (!isLoss(err)) throw err
+      if (!isFolderBroken(err)) throw err
       return this.#info(record)
     }
   }
 
-  /** Undefined: it has ended, or is lost. */
+  /** Attaches to a running task; returns undefined if it has ended, or is lost. */
   #attach(name: string): LocalRun | undefined {
     if (this.#ended.has(name)) return undefined
     const folder = this.#folder(name)
@@ -335,7 +332,7 @@ export class LocalWorkers {
     try {
       if (folders.readExit(folder) || !isAlive(slot)) return undefined
     } catch (err) {
-      if (!isLoss(err)) throw err
+      if (!isFolderBroken(err)) throw err
       return undefined
     }
     const whole = { ...record, slot }
@@ -345,22 +342,8 @@ export class LocalWorkers {
     return run
   }
 
-  #takeSoon(ms: number): void {
-    if (this.#isClosed || (this.#taking && ms >= this.#takeMs)) return
-    clearTimeout(this.#taking)
-    this.#takeMs = ms
-    this.#taking = setTimeout(() => {
-      this.#taking = undefined
-      let taken = 0
-      for (const run of this.#runs.values()) taken = Math.max(taken, run.take())
-      if (this.#runs.size === 0) return
-      const isMore = taken >= TAKE_BYTES
-      this.#takeSoon(isMore ? 0 : taken > 0 ? TAKE_MS : Math.min(2 * ms || 1, TAKE_MAX_MS))
-    }, ms)
-  }
-
   async #endLeftovers(name: string): Promise<boolean> {
-    return killAll(() => leftOf(this.#processes, name, this.#known.readIfWhole(name) ?? {}))
+    return killAll(() => leftoversOf(this.#processes, name, this.#known.readIfWhole(name) ?? {}))
   }
 
   #info(record: KnownWorker): WorkerInfo {
@@ -368,7 +351,7 @@ export class LocalWorkers {
     return { name, taskId, size, createdAt, status: this.#status(record) }
   }
 
-  /** Of a worker whose record tells nothing any more. */
+  /** Returns what is known of a worker whose record is broken. */
   #lostInfo(name: string, taskId: string): WorkerInfo {
     const { ctimeMs = Date.now() } = lstatSync(this.#folder(name), { throwIfNoEntry: false }) ?? {}
     const status = this.#terminating.has(name) ? 'Terminating' : 'Completed'
@@ -383,7 +366,7 @@ export class LocalWorkers {
       const isRunning = !folders.readExit(this.#folder(name)) && isAliveIfAny(slot)
       return isRunning ? 'Running' : 'Completed'
     } catch (err) {
-      if (!isLoss(err)) throw err
+      if (!isFolderBroken(err)) throw err
       return 'Completed'
     }
   }
@@ -395,14 +378,4 @@ export class LocalWorkers {
 
 function isAliveIfAny(slot: ProcessIdentity | undefined): boolean {
   return slot !== undefined && isAlive(slot)
-}
-
-function shortLog(folder: string): LogTail | undefined {
-  try {
-    const tail = folders.readTail(folder, SHORT_LOG_BYTES)
-    return tail.totalBytes === tail.content.length ? tail : undefined
-  } catch {
-    // A task may have made away with it: whoever asks for it is told.
-    return undefined
-  }
 }

@@ -1,4 +1,4 @@
-/** How many open files tasks may have: Node raises its own soft limit as it starts, and what it starts inherits that. */
+/** Finds the limit of open files for tasks: children inherit the one that Node has raised. */
 import { readFileSync, readlinkSync } from 'node:fs'
 import { basename } from 'node:path'
 
@@ -7,14 +7,14 @@ interface Limits {
   hard: number
 }
 
-/** What systemd and containerd give a service that asks for nothing: 1024, and this as its hard limit. */
-const HARD_OF_MANAGERS = 524_288
-const SOFT_OF_MANAGERS = 1024
+/** Default limits of services under systemd and containerd. */
+const DEFAULT_HARD_LIMIT = 524_288
+const DEFAULT_SOFT_LIMIT = 1024
 
 /**
- * Returns the soft limit that this process was started with, as far as that can be told; undefined: leave it as it is. Nothing
- * in the process knows it any more. The process that started it does, or the first above that is no Node (npm is one), unless
- * the hard limit shows that ours was set apart from it.
+ * Returns the soft limit that this process was started with; undefined if it is unknown. The
+ * process itself has lost it, so it is read from the nearest ancestor that is not Node (as npm is),
+ * unless a different hard limit shows that ours was set separately.
  */
 export function openFilesAtStart(): number | undefined {
   const own = limitsOf(process.pid)
@@ -23,7 +23,7 @@ export function openFilesAtStart(): number | undefined {
   while (pid > 0 && isNode(pid)) pid = parentOf(pid)
   const above = pid > 0 ? limitsOf(pid) : undefined
   if (above?.hard === own.hard) return above.soft
-  return own.hard === HARD_OF_MANAGERS ? SOFT_OF_MANAGERS : undefined
+  return own.hard === DEFAULT_HARD_LIMIT ? DEFAULT_SOFT_LIMIT : undefined
 }
 
 function limitsOf(pid: number): Limits | undefined {
@@ -39,12 +39,12 @@ function isNode(pid: number): boolean {
   try {
     return /^node(js)?$/.test(basename(readlinkSync(`/proc/${pid}/exe`)))
   } catch {
-    // Another user's.
+    // Another user's process.
     return false
   }
 }
 
-/** Empty where it cannot be read. */
+/** Returns an empty text if the file cannot be read. */
 function read(path: string): string {
   try {
     return readFileSync(path, 'latin1')

@@ -1,12 +1,12 @@
 import { setTimeout as pause } from 'node:timers/promises'
-import { isOurs } from './failures.ts'
+import { isTemporary } from './failures.ts'
 
 const RETRY_MS = 100
 const RETRY_MAX_MS = 2_000
 
 /**
- * Repeats what the machine's trouble keeps from succeeding, with growing pauses. Returns undefined once `isOver`. Throws what
- * is no such trouble.
+ * Retries `act`, with growing pauses, while its failures are temporary. Returns undefined once
+ * `isOver`. Throws any other error.
  */
 export async function persistently<T>(
   act: () => T | Promise<T>,
@@ -16,7 +16,7 @@ export async function persistently<T>(
     try {
       return await act()
     } catch (err) {
-      if (!isOurs(err)) throw err
+      if (!isTemporary(err)) throw err
       await pause(waitMs, undefined, { ref: false })
     }
   }

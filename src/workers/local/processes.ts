@@ -25,8 +25,8 @@ export interface ProcessStat {
 export const TASK_RUNNER_FOLDER = 'TASK_RUNNER_FOLDER'
 
 /**
- * Errors of reading /proc about a process that has ended or is another user's, or a path there that is
- * too long or unreachable.
+ * Errors of reading /proc about a process that has ended or is another user's, or a path there that
+ * is too long or unreachable.
  */
 export const GONE: readonly string[] = [
   'ENOENT',
@@ -84,8 +84,8 @@ export function groupOf({ pid }: ProcessIdentity): number | undefined {
 }
 
 /**
- * Returns the start time in ticks since the machine booted; infinity for a process of an earlier boot,
- * which has no descendants.
+ * Returns the start time in ticks since the machine booted; infinity for a process of an earlier
+ * boot, which has no descendants.
  */
 export function ticksOf({ startedAt }: ProcessIdentity): number {
   const [boot, ticks] = startedAt.split(' ')
@@ -93,8 +93,8 @@ export function ticksOf({ startedAt }: ProcessIdentity): number {
 }
 
 /**
- * Returns the processes that can write to the log, on any descriptor. A process whose descriptors may
- * not be read is included.
+ * Returns the processes that can write to the log, on any descriptor. A process whose descriptors
+ * may not be read is included.
  */
 export function writersOf(log: Fifo, processes: readonly ProcessIdentity[]): ProcessIdentity[] {
   return processes.filter((identity) => {
@@ -150,7 +150,7 @@ export function readLinkIfThere(path: string): Buffer | undefined {
   return ifThere(() => readlinkSync(path, 'buffer'))
 }
 
-/** Throws any error but those of `GONE`: without descriptors, a process must not seem to have ended. */
+/** Throws errors not in `GONE`: without descriptors, no process must seem to have ended. */
 export function ifThere<T>(read: () => T): T | undefined {
   try {
     return read()

@@ -1,4 +1,4 @@
-/** Removes what tasks leave: hostile trees of any size and depth, without holding up the thread. */
+/** Removes the files of tasks: hostile trees of any size and depth, without blocking the thread. */
 import { randomUUID } from 'node:crypto'
 import {
   chmodSync,
@@ -13,49 +13,54 @@ import {
 } from 'node:fs'
 import { basename, dirname, join } from 'node:path'
 import { codeOf } from './failures.ts'
+import { mountsIn } from './mounts.ts'
 
 const SLICE_MS = 10
-/** The clock is looked at after so many files. */
-const FILES_PER_LOOK = 32
-/** Folders in a folder that are remembered at a time. */
+/** Number of files between two reads of the clock. */
+const FILES_PER_CHECK = 32
+/** Maximum subfolders kept in memory for each folder. */
 const BATCH = 1000
-/** Linux takes paths of up to 4096 bytes, and is slow to follow long ones. Below the folder to be removed. */
+/**
+ * Maximum length of a path below the folder to be removed: Linux accepts up to 4096 bytes, but is
+ * slow with long paths.
+ */
 const DEPTH_LENGTH_MAX = 512
 const LISTINGS_MAX = 3
 const ASIDE = 'unremovable-'
 
-/** What could not be removed: where it is now, and why. */
+/** A tree that cannot be removed. */
 export interface Unremovable {
+  /** Where it is now. */
   path: string
   cause: string
 }
 
-/** Called whenever their number changes; with what was found to be one. */
+/** Receives the number of unremovable trees when it changes, and the new one, if any. */
 export type OnUnremovable = (count: number, found?: Unremovable) => void
 
 /**
- * Removes trees, a slice at a time. What cannot be removed (an immutable file, a mount, a folder of another user) is set aside
- * under a name of its own, and tried again when asked to.
+ * Removes trees, a slice at a time. A tree that cannot be removed (an immutable file, a mount, a
+ * folder of another user) gets another name, and is tried again by `retry`.
  */
 export class Removal {
   readonly #unremovable = new Map<string, Unremovable>()
-  readonly #underWay = new Map<string, { steps: Steps; done: PromiseWithResolvers<void> }>()
+  readonly #active = new Map<string, { steps: Steps; done: PromiseWithResolvers<void> }>()
   readonly #asideDir: string
   readonly #onUnremovable: OnUnremovable
   #next: NodeJS.Immediate | undefined
 
-  /** What lies in `asideDir` is out of everybody's way. */
+  /** `asideDir`: the folder in which trees that cannot be removed are renamed. */
   constructor(asideDir: string, onUnremovable: OnUnremovable) {
     this.#asideDir = asideDir
     this.#onUnremovable = onUnremovable
   }
 
-  /** Removes what takes a moment at once, the rest in slices. Settles when that is done. Never rejects. */
+  /** Removes a tree; a small one at once. Settles when done or impossible. Never rejects. */
   add(path: string): Promise<void> {
     return this.#do(path, () => removing(path))
   }
 
-  /** Removes all that is in a folder but these. What cannot be removed stays. Settles when that is done. Never rejects. */
+  /** Removes all entries of a folder but `kept`, as far as possible. Never rejects. */
   empty(folder: string, kept: readonly string[]): Promise<void> {
     return this.#do(`${folder}/`, function* () {
       yield* removing(folder, kept)
@@ -63,33 +68,33 @@ export class Removal {
     })
   }
 
-  /** True of what is being removed, or cannot be. */
+  /** Returns whether a tree is being removed, or cannot be. */
   has(path: string): boolean {
-    return this.#underWay.has(path) || this.#unremovable.has(path)
+    return this.#active.has(path) || this.#unremovable.has(path)
   }
 
-  /** Tries again what could not be removed. */
+  /** Tries again to remove the unremovable trees. */
   retry(): void {
     for (const path of this.#unremovable.keys()) void this.add(path)
   }
 
-  /** Stops. What is left is found at the next start. */
+  /** Stops. The next start of the service removes the rest. */
   close(): void {
     clearImmediate(this.#next)
-    for (const { steps, done } of this.#underWay.values()) {
+    for (const { steps, done } of this.#active.values()) {
       steps.return(undefined)
       done.resolve()
     }
-    this.#underWay.clear()
+    this.#active.clear()
   }
 
   async #do(key: string, begin: () => Steps): Promise<void> {
-    const known = this.#underWay.get(key)
+    const known = this.#active.get(key)
     if (known) return known.done.promise
     const steps = begin()
     if (this.#advance(key, steps)) return
     const done = Promise.withResolvers<void>()
-    this.#underWay.set(key, { steps, done })
+    this.#active.set(key, { steps, done })
     this.#continue()
     await done.promise
   }
@@ -97,18 +102,18 @@ export class Removal {
   #continue(): void {
     this.#next ??= setImmediate(() => {
       this.#next = undefined
-      const [first] = this.#underWay
+      const [first] = this.#active
       if (!first) return
       const [path, { steps, done }] = first
       if (this.#advance(path, steps)) {
-        this.#underWay.delete(path)
+        this.#active.delete(path)
         done.resolve()
       }
-      if (this.#underWay.size > 0) this.#continue()
+      if (this.#active.size > 0) this.#continue()
     })
   }
 
-  /** True when all is done that can be done. */
+  /** Returns whether the removal is finished. */
   #advance(path: string, steps: Steps): boolean {
     const endsAt = performance.now() + SLICE_MS
     for (let files = 1; ; files += 1) {
@@ -117,7 +122,7 @@ export class Removal {
         this.#note(path, step.value)
         return true
       }
-      if (files % FILES_PER_LOOK === 0 && performance.now() > endsAt) return false
+      if (files % FILES_PER_CHECK === 0 && performance.now() > endsAt) return false
     }
   }
 
@@ -133,22 +138,22 @@ export class Removal {
     this.#onUnremovable(this.#unremovable.size, found)
   }
 
-  /** The path it has from then on. */
+  /** Renames a tree. Returns the path that it has from then on. */
   #setAside(path: string): string {
-    // A worker's folder that could not be moved stays where it is, as does what was set aside before.
+    // A worker's folder that could not be moved stays in its place.
     if (dirname(path) !== this.#asideDir || basename(path).startsWith(ASIDE)) return path
     const aside = join(this.#asideDir, ASIDE + randomUUID())
     try {
       renameSync(path, aside)
       return aside
     } catch {
-      // It is counted all the same, under the name that it has.
+      // It keeps its name.
       return path
     }
   }
 }
 
-/** True when it was removed: it is small, and nothing hinders. */
+/** Removes a tree if it is small. Returns whether nothing of it is left. */
 export function removedAtOnce(path: string): boolean {
   const steps = removing(path)
   for (let files = 0; files < BATCH; files += 1) {
@@ -159,30 +164,30 @@ export function removedAtOnce(path: string): boolean {
   return false
 }
 
-/** Removes a tree without entering the mounts in it. Throws when something is left. */
+/** Removes a tree but no mounts in it. Throws when something is left. */
 export async function removeTree(path: string): Promise<void> {
   const left: Unremovable[] = []
   await new Removal('', (_count, found) => found && left.push(found)).add(path)
   if (left[0]) throw new Error(`${path} could not be removed (${left[0].cause})`)
 }
 
-/** Yields after each file; returns what hindered it first, undefined when all is gone. */
+/** Yields after each file; returns the first error, or undefined when all is removed. */
 type Steps = Generator<undefined, unknown>
 
-/** A folder that is being emptied. Paths are bytes, one a character: names of files need not be UTF-8. */
+/** A folder that is being emptied. Paths hold one byte a character: names need not be UTF-8. */
 interface Level {
   path: string
   name: string
   above: Level | undefined
-  /** What cannot be removed. */
+  /** Names of entries that cannot be removed. */
   blocked: Set<string>
   listings: number
-  isOpened: boolean
+  isChmodded: boolean
 }
 
 /**
- * Depth first, without recursion. What lies too deep for a path is moved up. Mounts are not entered: what is in there is not
- * the task's. With some of it kept, the folder itself stays.
+ * Removes depth first, without recursion. Folders too deep for a path are moved up. Mounts are not
+ * entered: their files are not the task's. With entries `kept`, the folder itself stays.
  */
 function* removing(root: string, kept: readonly string[] = []): Steps {
   const rootPath = Buffer.from(root).toString('latin1')
@@ -216,7 +221,7 @@ function* removing(root: string, kept: readonly string[] = []): Steps {
           continue
         }
         try {
-          opening(level, () => unlinkSync(bytes(`${level.path}/${name}`)))
+          permitted(level, () => unlinkSync(bytes(`${level.path}/${name}`)))
         } catch (err) {
           blocked(level, name, err)
         }
@@ -229,7 +234,7 @@ function* removing(root: string, kept: readonly string[] = []): Steps {
           if (mounts.has(path)) throw Object.assign(new Error('a mount'), { code: 'EBUSY' })
           if (path.length > rootPath.length + DEPTH_LENGTH_MAX) {
             const up = `${rootPath}/${randomUUID()}`
-            opening(level, () => renameSync(bytes(path), bytes(up)))
+            permitted(level, () => renameSync(bytes(path), bytes(up)))
             path = up
             above = top
             mounts = undefined
@@ -245,10 +250,10 @@ function* removing(root: string, kept: readonly string[] = []): Steps {
       }
       if (level.blocked.size === 0) {
         const { path } = level
-        opening(level.above, () => rmdirSync(bytes(path)))
+        permitted(level.above, () => rmdirSync(bytes(path)))
       } else if (level.above) level.above.blocked.add(level.name)
     } catch (err) {
-      // Somebody wrote meanwhile.
+      // A process added files meanwhile.
       if (codeOf(err) === 'ENOTEMPTY' && level.listings < LISTINGS_MAX) continue
       if (codeOf(err) !== 'ENOENT') blocked(level.above, level.name, err)
     }
@@ -258,12 +263,12 @@ function* removing(root: string, kept: readonly string[] = []): Steps {
 }
 
 function newLevel(path: string, name: string, above: Level | undefined): Level {
-  return { path, name, above, blocked: new Set(), listings: 0, isOpened: false }
+  return { path, name, above, blocked: new Set(), listings: 0, isChmodded: false }
 }
 
 function* entriesOf(level: Level): Generator<{ name: string; isDirectory: boolean }> {
-  const directory = opening(level, () =>
-    // Its types do not know that a path may be bytes, nor that names then are.
+  const directory = permitted(level, () =>
+    // The types of opendirSync lack paths and names as Buffers.
     opendirSync(bytes(level.path) as unknown as string, { encoding: 'buffer' as 'utf8' }),
   )
   try {
@@ -277,14 +282,14 @@ function* entriesOf(level: Level): Generator<{ name: string; isDirectory: boolea
   }
 }
 
-/** Does it again with a folder's permissions given back to its owner (Go's module cache takes them away). */
-function opening<T>(level: Level | undefined, act: () => T): T {
+/** Acts in a folder; restores missing permissions, which Go's module cache takes away. */
+function permitted<T>(level: Level | undefined, act: () => T): T {
   try {
     return act()
   } catch (err) {
     const isDenied = ['EACCES', 'EPERM'].includes(codeOf(err) ?? '')
-    if (!isDenied || !level || level.isOpened) throw err
-    level.isOpened = true
+    if (!isDenied || !level || level.isChmodded) throw err
+    level.isChmodded = true
     chmodSync(bytes(level.path), 0o700)
     return act()
   }
@@ -298,18 +303,11 @@ function bytes(path: string): Buffer {
   return Buffer.from(path, 'latin1')
 }
 
-/** Paths of mounts, as seen below `root`. */
+/** Returns the paths of mounts below `root`. */
 function mountsBelow(root: string): Set<string> {
   const real = realpathSync.native(root, 'latin1' as BufferEncoding)
-  const found = new Set<string>()
-  for (const line of readFileSync('/proc/self/mountinfo', 'latin1').split('\n')) {
-    // proc(5): the fifth field, with blanks and the like as \ooo.
-    const path = (line.split(' ')[4] ?? '').replace(/\\([0-7]{3})/g, (_, octal: string) =>
-      String.fromCharCode(Number.parseInt(octal, 8)),
-    )
-    if (path.startsWith(`${real}/`)) {
-      found.add(Buffer.from(root).toString('latin1') + path.slice(real.length))
-    }
-  }
-  return found
+  const given = Buffer.from(root).toString('latin1')
+  const mounts = mountsIn(readFileSync('/proc/self/mountinfo', 'latin1'))
+  const below = mounts.filter(({ mountPoint }) => mountPoint.startsWith(`${real}/`))
+  return new Set(below.map(({ mountPoint }) => given + mountPoint.slice(real.length)))
 }

@@ -1,4 +1,4 @@
-/** Short paths to the folders of workers, below the system's folder for temporary files. */
+/** Makes short paths to the folders of workers, below the system's folder for temporary files. */
 import { hash } from 'node:crypto'
 import {
   closeSync,
@@ -19,7 +19,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { SAFELY } from './folders.ts'
 
-/** What the path of a folder for temporary files may have, so that `TMPDIR` has no more than 40. */
+/** Maximum length of the temporary folder's path, for a `TMPDIR` of at most 40 characters. */
 const BASE_LENGTH_MAX = 13
 const BASE_DEFAULT = '/tmp'
 const PREFIX = 'tr-'
@@ -27,56 +27,57 @@ const NAME_LENGTH = 12
 const NAME = new RegExp(`^[0-9a-f]{${NAME_LENGTH}}$`)
 
 /**
- * Keeps a link to each worker's folder. The path of a socket may have 107 bytes (unix(7)), and Python takes 32 of them below
- * TMPDIR: with the data folder's path and a task's id in it there is no room for that. The links lie in a folder that nobody
- * else may enter, under a name that nobody can guess; a file beside the workers' folder has it, for the next process. A link
- * there would lead whoever walks through the data folder into the workers twice.
+ * Keeps a link to each worker's folder. The path of a socket has at most 107 bytes (unix(7)), of
+ * which Python uses 32 below TMPDIR: the data folder's path and a task's id may leave too few. The
+ * links are in a folder that only this user may enter, with a name that cannot be guessed. A file
+ * beside the workers' folder stores its path for the next process; a symbolic link would make tools
+ * that walk the data folder visit the workers twice.
  */
 export class ShortPaths {
   readonly #pointer: string
   #root: string | undefined
 
-  /** Removes the links of workers that are gone. Makes nothing. */
+  /** Removes the links of workers that are gone. */
   constructor(workersDir: string) {
     this.#pointer = `${workersDir}-short`
-    this.#root = this.#rootOfBefore()
+    this.#root = this.#readRoot()
     if (this.#root !== undefined) removeDangling(this.#root)
   }
 
-  /** Returns a path to the folder that is short; the folder's own where none can be made. Repeating it is safe. */
+  /** Returns a short path to the folder, or its own path if none can be made. Idempotent. */
   to(folder: string): string {
     try {
-      const path = join(this.#sureRoot(), shortNameFor(folder))
+      const path = join(this.#ensureRoot(), linkNameFor(folder))
       link(folder, path)
       return path
     } catch {
-      // A task that needs no socket does without.
+      // Most tasks need no socket.
       return folder
     }
   }
 
   remove(folder: string): void {
     if (this.#root !== undefined)
-      tried(() => unlinkSync(join(this.#root ?? '', shortNameFor(folder))))
+      tried(() => unlinkSync(join(this.#root ?? '', linkNameFor(folder))))
   }
 
-  /** Leaves what workers need that run on. */
+  /** Removes the folder of the links, unless running workers need them. */
   close(): void {
     const root = this.#root
     if (root !== undefined && tried(() => rmdirSync(root))) tried(() => unlinkSync(this.#pointer))
   }
 
-  /** Cleaners of temporary files may have removed it, and others made a folder of its name since. */
-  #sureRoot(): string {
-    if (this.#root !== undefined && isOurs(this.#root)) return this.#root
-    this.#root = this.#rootOfBefore()
+  /** Returns the folder of the links. Makes it again if a cleaner of temporary files removed it. */
+  #ensureRoot(): string {
+    if (this.#root !== undefined && isPrivate(this.#root)) return this.#root
+    this.#root = this.#readRoot()
     if (this.#root !== undefined) return this.#root
     const root = makeRoot()
     tried(() => unlinkSync(this.#pointer))
     try {
       writeFileSync(this.#pointer, root, { flag: 'wx', mode: 0o600 })
     } catch (err) {
-      // Nobody would find it again.
+      // The next process could not find it.
       rmdirSync(root)
       throw err
     }
@@ -84,14 +85,14 @@ export class ShortPaths {
     return root
   }
 
-  #rootOfBefore(): string | undefined {
+  #readRoot(): string | undefined {
     let file: number | undefined
     try {
       file = openSync(this.#pointer, constants.O_RDONLY | SAFELY)
       if (!fstatSync(file).isFile()) return undefined
       const content = Buffer.alloc(BASE_LENGTH_MAX + PREFIX.length + 'XXXXXX/'.length)
       const root = content.toString('utf8', 0, readSync(file, content))
-      return isOurs(root) ? root : undefined
+      return isPrivate(root) ? root : undefined
     } catch {
       return undefined
     } finally {
@@ -105,8 +106,8 @@ function makeRoot(): string {
   return mkdtempSync(join(base.length <= BASE_LENGTH_MAX ? base : BASE_DEFAULT, PREFIX))
 }
 
-/** True of a folder, and no link to one, that is ours and in which nobody else can do anything. */
-function isOurs(path: string): boolean {
+/** Returns whether the path is a folder, not a link, that only this user may enter. */
+function isPrivate(path: string): boolean {
   const stats = lstatSync(path, { throwIfNoEntry: false })
   const isClosed = stats !== undefined && (stats.mode & 0o777) === 0o700
   return isClosed && stats.isDirectory() && stats.uid === process.getuid?.()
@@ -117,7 +118,7 @@ function link(folder: string, path: string): void {
     symlinkSync(folder, path)
   } catch (err) {
     if ((err as NodeJS.ErrnoException).code !== 'EEXIST') throw err
-    // Of the same worker, or what a task made of it.
+    // The worker's own link, or what a task replaced it with.
     unlinkSync(path)
     symlinkSync(folder, path)
   }
@@ -132,12 +133,12 @@ function removeDangling(root: string): void {
   }
 }
 
-/** What names a worker's folder in its short path, and in no other worker's. */
-function shortNameFor(folder: string): string {
+/** Returns the name of the link to a worker's folder. */
+function linkNameFor(folder: string): string {
   return hash('sha256', folder).slice(0, NAME_LENGTH)
 }
 
-/** False where it failed, which does not matter here. */
+/** Returns whether the act succeeded; ignores its error. */
 function tried(act: () => void): boolean {
   try {
     act()

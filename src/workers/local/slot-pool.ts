@@ -3,12 +3,12 @@ import type { SlotCgroups } from './cgroup.ts'
 import { codeOf } from './failures.ts'
 import { SlotShell, type SlotShellOptions } from './slot-shell.ts'
 
-/** Keeps the slot shells that run no task, and gives each shell a cgroup where that can be had. */
+/** Keeps the slot shells that run no task, and makes a cgroup for each shell, where possible. */
 export class SlotPool {
   readonly #options: Omit<SlotShellOptions, 'cgroup'>
   readonly #cgroups: SlotCgroups | undefined
   readonly #idle: SlotShell[] = []
-  /** Cgroups of shells that have ended, in which something may still live. */
+  /** Cgroups of shells that have ended; they may still have processes. */
   #oldCgroups: string[] = []
   #isClosed = false
 
@@ -22,25 +22,25 @@ export class SlotPool {
     return this.#idle.pop() ?? (await this.#start())
   }
 
-  /** Like `take`, and the shell has forked once, so that it can start a task. */
+  /** Returns a shell that has just forked, and so can start a task. Throws a `LocalFailure`. */
   async takeProven(): Promise<SlotShell> {
     const slot = await this.take()
     await slot.prove()
     return slot
   }
 
-  /** Takes back a shell that runs no task, with nothing left of its last one. */
+  /** Takes back a shell that runs no task and has no processes of the last one. */
   giveBack(slot: SlotShell): void {
     if (this.#isClosed) slot.retire()
     else this.#idle.push(slot)
   }
 
-  /** Removes the cgroups of shells that have ended, as far as they are empty. */
+  /** Removes the empty cgroups of shells that have ended. */
   removeCgroups(): void {
     this.#oldCgroups = this.#oldCgroups.filter((path) => this.#cgroups?.remove(path) === false)
   }
 
-  /** Ends the idle shells. Those given back later end, too. */
+  /** Ends the idle shells, and later those that are given back. */
   close(): void {
     this.#isClosed = true
     for (const slot of this.#idle) slot.retire()
@@ -66,12 +66,12 @@ export class SlotPool {
     })
   }
 
-  /** Returns undefined where none can be made: then the marks that processes carry have to do. */
+  /** Returns undefined if none can be made: processes are then found by their marks only. */
   #makeCgroup(): string | undefined {
     try {
       return this.#cgroups?.make(`slot-${randomUUID()}`)
     } catch (err) {
-      // There may be as many as there can be.
+      // The limit of cgroups may be reached.
       if (codeOf(err) === undefined) throw err
       return undefined
     }

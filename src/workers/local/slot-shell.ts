@@ -6,21 +6,22 @@ import { Socket } from 'node:net'
 import { join } from 'node:path'
 import type { Readable, Writable } from 'node:stream'
 import { quote } from '../quote.ts'
-import { codeOf, LocalFailure, sorted, sortedAs } from './failures.ts'
+import { classified, classifiedAs, codeOf, LocalFailure } from './failures.ts'
 import type { WorkerRecord } from './folders.ts'
 import { SLOT_PIPE } from './job.ts'
 import { GONE, identify, isAlive, kill, type ProcessIdentity } from './processes.ts'
 
-/** Longer than any name of a worker. */
+/** Maximum length of a line that is kept; names of workers are shorter. */
 const LINE_LENGTH_MAX = 1024
 
-/** Reading does not wait for what is not there yet. */
+/** Flags for reading a pipe without blocking. */
 const READ = constants.O_RDONLY | constants.O_NONBLOCK
-/** What the slot shell ends with when it cannot make its pipe. */
+/** Exit code of a slot shell that cannot make its pipe. */
 const NO_PIPE = 3
 /**
- * Takes the log over when the service has died, which closes its input: until then it only notes which worker's log that is.
- * Its output is the pipe, to read from; it stands in the folder of the workers.
+ * Shell commands that write the log once the service has died, which closes their input. Until then
+ * they read names of workers and remember the last one. Their output is the pipe, opened for
+ * reading; their working folder is that of the workers.
  */
 const READER =
   'while read -r name; do worker=$name; done; [ -z "$worker" ] || exec cat <&1 >>"$worker/log"'
@@ -31,24 +32,24 @@ export interface SlotShellOptions {
   bootstrap: string
   umask: number
   workersDir: string
-  /** The cgroup that it enters, if it can. */
+  /** Cgroup that the shell tries to enter. */
   cgroup: string | undefined
-  /** Where its pipe gets a name. It may not be there yet. */
+  /** Folder for the names of pipes; the shell makes it. */
   pipesDir: string
-  /** Soft limit of open files; undefined: as the service's own. */
+  /** Soft limit of open files; undefined: the service's own. */
   openFiles?: number | undefined
-  /** Called with the name of the worker whose task has ended, its exit file being written. */
+  /** Called with the name of a worker whose task has ended, once its exit file is written. */
   onTaskEnd: (slot: SlotShell, name: string) => void
-  /** `hasFailed`: the shell ended by itself, as shells do that cannot fork. No signal ended it. */
+  /** `hasFailed`: the shell exited by itself, as when it cannot fork; no signal ended it. */
   onExit: (slot: SlotShell, hasFailed: boolean) => void
 }
 
 /**
- * A long-lived shell that runs one task at a time as a foreground command: starting a task then costs one
- * vfork and exec by a tiny process, instead of a fork of the whole service (bench/README.md has figures).
- * It leads its own session and process group, outlives the service until its task has ended, and takes no
- * environment from it. Tasks write into a pipe that it holds open for reading and writing, so that nobody who reads from it
- * need be there.
+ * A long-lived shell that runs one task at a time as a foreground command: starting a task then
+ * costs one vfork and exec by a tiny process, instead of a fork of the whole service
+ * (bench/README.md has figures). It leads its own session and process group, outlives the service
+ * until its task has ended, and inherits no environment. Tasks write into a pipe that it keeps open
+ * for reading and writing, so that they need no reader.
  */
 export class SlotShell {
   readonly identity: ProcessIdentity
@@ -70,7 +71,7 @@ export class SlotShell {
         env: {},
         stdio: ['pipe', 'pipe', 'ignore'],
       })
-      // Not begun: the error comes as an event, which names the cause.
+      // Not started: the error event, which `once` throws, has the cause.
       if (child.pid === undefined) await once(child, 'spawn')
       const identity = identify(child.pid ?? 0)
       if (!identity) throw new LocalFailure('no_processes')
@@ -78,10 +79,10 @@ export class SlotShell {
       await shell.#open(options)
       return shell
     } catch (err) {
-      // Its end is nobody's concern any more, and must not become an unheard error.
+      // An error event without a listener would end the process.
       child?.on('error', () => {})
       if (child?.pid !== undefined) kill(child.pid)
-      throw sortedAs('no_processes', err)
+      throw classifiedAs('no_processes', err)
     }
   }
 
@@ -91,7 +92,7 @@ export class SlotShell {
     this.identity = identity
     child.on('error', () => this.#exited(options, false))
     child.on('exit', (code, signal) => this.#exited(options, signal === null, code))
-    // The shell's end is told by its exit event.
+    // The exit event reports the shell's end.
     child.stdin.on('error', () => {})
     let unread = ''
     child.stdout.setEncoding('utf8').on('data', (chunk: string) => {
@@ -104,41 +105,41 @@ export class SlotShell {
     })
   }
 
-  /** What its tasks write. Reading from it does not block. */
+  /** Output of its tasks. Reading from it does not block. */
   get pipe(): number | undefined {
     return this.#opened?.pipe
   }
 
-  /** What a worker's record has of it, so that the next service finds what this one knows. */
-  get traces(): Pick<WorkerRecord, 'reader' | 'cgroup'> {
+  /** Fields of the record by which a restarted service finds the reader and the cgroup. */
+  get recordFields(): Pick<WorkerRecord, 'reader' | 'cgroup'> {
     const { reader } = this.#opened ?? {}
     const cgroup = this.#cgroup
     return { ...(reader && { reader }), ...(cgroup !== undefined && { cgroup }) }
   }
 
-  /** False from `kill` on: its exit event comes later. */
+  /** Returns false from `kill` on, before the exit event. */
   get isAlive(): boolean {
     return !this.#isKilled && this.#child.exitCode === null && this.#child.signalCode === null
   }
 
-  /** Kills it with all of its group. */
+  /** Kills its process group. */
   kill(): void {
     this.#isKilled = true
     kill(-this.identity.pid)
   }
 
-  /** `name`: of the worker whose job it is. */
+  /** Runs a job. `name`: the worker's. */
   run(name: string, job: string): void {
     this.#opened?.readerInput?.write(`${name}\n`)
     this.#child.stdin.write(job)
   }
 
-  /** Lets the idle shell fork once. Rejects when it cannot, which ends it. */
+  /** Makes the idle shell fork once. Rejects if it cannot, which ends it. */
   prove(): Promise<void> {
-    return this.#answered('(:); echo\n')
+    return this.#command('(:); echo\n')
   }
 
-  /** It ends after its current task, for which nobody here waits. Safe to repeat. */
+  /** Releases the shell, which exits after its current task. Idempotent. */
   retire(): void {
     const { path, pipe, readerInput } = this.#opened ?? {}
     this.#opened = undefined
@@ -147,12 +148,12 @@ export class SlotShell {
     this.#child.unref()
     for (const stream of [this.#child.stdin, readerInput]) stream?.end()
     for (const stream of [this.#child.stdin, this.#child.stdout, readerInput]) {
-      // They are; the types only say streams.
+      // All of them are sockets, although the types say streams.
       if (stream instanceof Socket) stream.unref()
     }
   }
 
-  #answered(command: string): Promise<void> {
+  #command(command: string): Promise<void> {
     const proof = Promise.withResolvers<void>()
     this.#proofs.push(proof)
     this.#child.stdin.write(command)
@@ -169,9 +170,9 @@ export class SlotShell {
   }: SlotShellOptions): Promise<void> {
     const path = join(pipesDir, `pipe-${randomUUID()}`)
     const [dir, fifo] = [quote(pipesDir), quote(path)]
-    await this.#answered(
+    await this.#command(
       [
-        // TERM is for the task: the shell waits for it and writes down its exit code.
+        // TERM is for the task: the shell waits for it and records its exit code.
         'trap : TERM',
         cgroup === undefined ? '' : `echo $$ >${quote(cgroup)}/cgroup.procs`,
         `mkdir -p -m 700 ${dir} && mkfifo -m 600 ${fifo} && exec ${SLOT_PIPE}<>${fifo} || exit ${NO_PIPE}`,
@@ -188,11 +189,13 @@ export class SlotShell {
       blocking = openSync(path, constants.O_RDONLY)
       pipe = openSync(path, READ)
       const child = spawn('/bin/sh', ['-c', READER], {
-        ...{ cwd: workersDir, detached: true, env: {} },
+        cwd: workersDir,
+        detached: true,
+        env: {},
         stdio: ['pipe', blocking, 'ignore'],
       })
       if (child.pid === undefined) await once(child, 'spawn')
-      // Its end is nobody's concern: without it, what is in the pipe waits for the next start.
+      // Nothing depends on the reader: without it, output stays in the pipe until the next start.
       child.on('error', () => {})
       child.stdin?.on('error', () => {})
       child.unref()
@@ -215,11 +218,11 @@ export class SlotShell {
   }
 }
 
-/** Opens the pipe of a shell that an earlier process has started. Undefined: it has ended. */
+/** Opens the pipe of an earlier process's shell; returns undefined if that has ended. */
 export function openPipeOf(slot: ProcessIdentity, pipesDir: string): number | undefined {
   const folder = `/proc/${slot.pid}/fd`
   try {
-    // Its number is another one while a task runs: shells put it aside then.
+    // Its descriptor is not 3 while a task runs: shells then duplicate it to another number.
     for (const name of readdirSync(folder)) {
       if (!readlinkSync(join(folder, name)).startsWith(pipesDir)) continue
       const pipe = openSync(join(folder, name), READ)
@@ -229,7 +232,7 @@ export function openPipeOf(slot: ProcessIdentity, pipesDir: string): number | un
     return undefined
   } catch (err) {
     if (GONE.includes(codeOf(err) ?? '')) return undefined
-    throw sorted(err)
+    throw classified(err)
   }
 }
 

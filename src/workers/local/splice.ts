@@ -1,34 +1,36 @@
 /**
- * Moves bytes from a pipe into a file. With splice(2) they never leave the kernel: whoever is killed meanwhile has moved them, or
- * they are still in the pipe. Where Node cannot call it, they are read and written, and a kill in between loses what was read.
+ * Moves bytes from a pipe into a file. With splice(2) they never leave the kernel, so that a kill
+ * at any time loses none. Where Node cannot call it, they are read and written, and a kill in
+ * between loses what was read.
  */
 import { readSync, writeSync } from 'node:fs'
 import { getSystemErrorName } from 'node:util'
 import { codeOf } from './failures.ts'
 
-/** As much as a pipe holds. */
+/** Capacity of a pipe. */
 const CHUNK_BYTES = 64 * 1024
 /** SPLICE_F_MOVE and SPLICE_F_NONBLOCK. */
 const FLAGS = 3
 const EAGAIN = 11
-/** A file system, or a limit on system calls, that does not know it. */
-const UNKNOWN: readonly number[] = [1, 22, 38]
+/** EPERM, EINVAL and ENOSYS: the file system or a seccomp filter does not allow it. */
+const UNSUPPORTED: readonly number[] = [1, 22, 38]
 
 const splice = openSplice()
-let isKnown = splice !== undefined
+let isSupported = splice !== undefined
 let chunk: Buffer | undefined
 
 /**
- * Moves what is in the pipe, at most a chunk, to the offset `at` of the file, and returns how many bytes. 0: it was empty. `pipe` must not block. Throws errors of the
- * file; the bytes are still in the pipe then, or are lost where they had to be read.
+ * Moves at most a chunk from the pipe to the offset `at` of the file. Returns the number of bytes;
+ * 0 if the pipe was empty. `pipe` must be non-blocking. Throws errors of the file: the bytes are
+ * then still in the pipe, or lost if splice(2) is not available.
  */
 export function moveChunk(pipe: number, file: number, at: number): number {
-  if (isKnown) {
-    const { bytes, errno } = splice?.(pipe, file, at) ?? { bytes: -1, errno: UNKNOWN[0] ?? 0 }
+  if (isSupported) {
+    const { bytes, errno } = splice?.(pipe, file, at) ?? { bytes: -1, errno: UNSUPPORTED[0] ?? 0 }
     if (bytes >= 0) return bytes
     if (errno === EAGAIN) return 0
-    if (!UNKNOWN.includes(errno)) throw systemError(errno)
-    isKnown = false
+    if (!UNSUPPORTED.includes(errno)) throw systemError(errno)
+    isSupported = false
   }
   const read = readChunk(pipe)
   for (let written = 0; written < read.length; ) {
@@ -37,7 +39,7 @@ export function moveChunk(pipe: number, file: number, at: number): number {
   return read.length
 }
 
-/** Returns how many bytes were in the pipe, at most a chunk. They are gone. */
+/** Discards at most a chunk from the pipe. Returns the number of bytes. */
 export function discardChunk(pipe: number): number {
   return readChunk(pipe).length
 }
@@ -59,7 +61,7 @@ function systemError(errno: number): Error {
 
 type Splice = (pipe: number, file: number, at: number) => { bytes: number; errno: number }
 
-/** Undefined before Node 26.1, and where it was built without. */
+/** Returns undefined before Node 26.1, and if Node was built without `node:ffi`. */
 function openSplice(): Splice | undefined {
   const ffi = process.getBuiltinModule('node:ffi')
   if (!ffi) return undefined
@@ -70,7 +72,7 @@ function openSplice(): Splice | undefined {
     },
     __errno_location: { arguments: [], return: 'pointer' },
   })
-  // One for each thread: this one's.
+  // errno of this thread.
   const errnoAt = functions.__errno_location()
   const offset = Buffer.alloc(8)
   return (pipe, file, at) => {

@@ -1,4 +1,4 @@
-/** A worker's own copy of the tasks folder: a task may change what it likes in there. */
+/** Copies the tasks folder for a worker, whose task may change its copy. */
 import { hash } from 'node:crypto'
 import {
   accessSync,
@@ -36,28 +36,30 @@ import {
   tasksFolderUnavailable,
 } from '../../core/tasks-folder.ts'
 
-/** Prints of a copy, and of what it was made from. Both are as they were while their prints are the same. */
+/** Fingerprints of a copy and its original: unchanged folders have the same fingerprints. */
 export interface TasksCopy {
   original: string
   copy: string
   leftOut: readonly LeftOut[]
 }
 
-/** Clocks of file systems tick every 10 ms or faster: a file may change again in the tick in which it was looked at. */
+/** Age after which another change must alter the time stamp: file systems tick every 10 ms. */
 const SETTLED_MS = 1000
+/** Equals no fingerprint. */
 const NEVER = ''
 const MAYBE = { throwIfNoEntry: false } as const
-/** A file may come and go again while it is copied. */
+/** A file may be replaced again and again while it is copied. */
 const ATTEMPTS = 3
-/** Errors of writing alone, where the file that is read need not be looked at. */
+/** Errors that only writing causes. */
 const WRITE_FAULTS: readonly string[] = ['ENOSPC', 'EDQUOT', 'EROFS', 'EFBIG']
 const CHUNK_BYTES = 1024 * 1024
 
 /**
- * Makes `to` a copy of the tasks folder; nothing is done where the `last` copy, untouched since, still is one. Reflinks where
- * the disk can. Links are followed inside the tasks folder, and left out where they leave it. What cannot be read is left
- * out. `notCopied`: real paths of folders that may lie in there. Throws `UnavailableError` when the folder itself cannot
- * be read; any other error is of writing the copy.
+ * Copies the tasks folder to `to`, unless the `last` copy there is still up to date. Uses reflinks
+ * if the disk supports them. Follows links inside the tasks folder; leaves out links that leave it,
+ * and what cannot be read. `notCopied`: real paths of folders that may be in the tasks folder.
+ * Throws `UnavailableError` when the folder itself cannot be read; any other error is of writing
+ * the copy.
  */
 export function copyTasks(
   tasksDir: string,
@@ -68,25 +70,27 @@ export function copyTasks(
   const root = rootOf(tasksDir)
   const isSettledAt = Date.now() - SETTLED_MS
   const entriesIn = (folder: string) => entriesOf(folder, notCopied)
-  const { print, changedAt } = look(root, entriesIn)
-  if (last?.original === print && isUntouched(to, last)) return last
+  const { hash: original, changedAt } = fingerprint(root, entriesIn)
+  if (last?.original === original && isUntouched(to, last)) return last
   rmSync(to, { recursive: true, force: true })
   const { leftOut, isRepeatable } = copyFolders(root, to, entriesIn)
   const isSettled = changedAt < isSettledAt && isRepeatable
-  return { original: isSettled ? print : NEVER, copy: look(to).print, leftOut }
+  return { original: isSettled ? original : NEVER, copy: fingerprint(to).hash, leftOut }
 }
 
 /**
- * False also when it is gone. A write to a file shows even in the tick of the copying: copies have the times of their originals.
- * Asked before each use, too: what the finder of leftovers does not know may have written since the last one.
+ * Returns whether a copy exists and is unchanged. Copied files have the times of their originals,
+ * so that any later write shows. Checked before each use as well: a process that was not found may
+ * have written since.
  */
 export function isUntouched(folder: string, { copy }: TasksCopy): boolean {
-  return existsSync(folder) && look(folder).print === copy
+  return existsSync(folder) && fingerprint(folder).hash === copy
 }
 
 /**
- * Throws when a copy lacks a task file: a `WorkerError` when that is not there or is not for us to read, `UnavailableError`
- * when the whole folder cannot be read, and another error when the file may be readable in a moment.
+ * Throws when a copy lacks a task file: a `WorkerError` when the file is missing or may not be
+ * read, `UnavailableError` when the whole folder cannot be read, and another error when a retry may
+ * succeed.
  */
 export function assertCopied(
   name: string,
@@ -106,7 +110,7 @@ export function assertCopied(
 function rootOf(tasksDir: string): string {
   try {
     const root = realpathSync.native(tasksDir)
-    // With a slash, for what is no folder.
+    // The slash makes this fail for a file.
     accessSync(root + sep, constants.R_OK | constants.X_OK)
     return root
   } catch (err) {
@@ -114,7 +118,7 @@ function rootOf(tasksDir: string): string {
   }
 }
 
-/** Copies what can be read. `isRepeatable`: another copy would leave out the same. */
+/** Copies all readable files. `isRepeatable`: another copy would leave out the same files. */
 function copyFolders(
   root: string,
   to: string,
@@ -125,10 +129,10 @@ function copyFolders(
   const leave = (path: string, err: unknown) => {
     const left = leftOutFor(relative(root, path), err)
     if (left) leftOut.push(left)
-    // It may be back, or the disk be mended, with nothing that shows in a print.
+    // It may become readable without a change of the fingerprint.
     if (READ_FAULTS[codeOf(err)] !== 'refused') isRepeatable = false
   }
-  /** Undefined: it could not be read. */
+  /** Returns undefined, and notes the failure, if it cannot be read. */
   const reading = <T>(path: string, read: () => T): T | undefined => {
     try {
       return read()
@@ -158,7 +162,7 @@ function copyFolders(
     if (!real) return
     const stats = reading(link, () => statSync(real))
     if (stats?.isFile()) copyFile(real, target, link)
-    // Leads to the same place inside the copy; a linked folder may contain itself.
+    // Links to the same folder in the copy: a copied folder could contain itself.
     else if (stats?.isDirectory()) symlinkSync(relative(dirname(link), real) || '.', target)
   }
   const copyFolder = (from: string, target: string) => {
@@ -180,7 +184,7 @@ function copyFolders(
   return { leftOut, isRepeatable }
 }
 
-/** Where a link leads. Empty: out of the folder, or nowhere. */
+/** Returns the target of a link; empty if it is missing or outside of the folder. */
 function realOf(link: string, root: string): string {
   try {
     const real = realpathSync.native(link)
@@ -191,7 +195,7 @@ function realOf(link: string, root: string): string {
   }
 }
 
-/** Returns the code of the failure to read a file. Undefined: it can be read. */
+/** Returns the error code of reading a file; undefined if it can be read. */
 function codeOfReading(path: string): string | undefined {
   try {
     readThrough(path)
@@ -201,7 +205,7 @@ function codeOfReading(path: string): string | undefined {
   }
 }
 
-/** Throws why a file cannot be read. */
+/** Reads a whole file. Throws if it cannot be read. */
 function readThrough(path: string): true {
   const file = openSync(path, READ)
   try {
@@ -213,22 +217,25 @@ function readThrough(path: string): true {
   }
 }
 
-/** `changedAt`: milliseconds since the epoch. On a network file system as new as its cache of attributes. */
-function look(
+/**
+ * Returns a hash of the attributes of all files, and the time of the last change in epoch ms. On a
+ * network file system, both are as old as its attribute cache.
+ */
+function fingerprint(
   root: string,
   entriesIn = (folder: string) => readdirSync(folder, { withFileTypes: true }),
-): { print: string; changedAt: number } {
+): { hash: string; changedAt: number } {
   const lines: string[] = []
   let changedAt = 0
   const add = (path: string, stats: Stats | undefined) => {
     const { ino, mode, size, mtimeMs, ctimeMs } = stats ?? {}
     lines.push([relative(root, path), ino, mode, size, mtimeMs, ctimeMs].join(' '))
-    // What went away while we look is changing just now.
+    // A file that has just disappeared is changing now.
     changedAt = Math.max(changedAt, ctimeMs ?? Number.POSITIVE_INFINITY)
   }
-  const looking = (path: string, at: () => void) => {
+  const withErrors = (path: string, act: () => void) => {
     try {
-      at()
+      act()
     } catch (err) {
       const code = codeOf(err)
       lines.push(`${relative(root, path)} ${code}`)
@@ -239,20 +246,20 @@ function look(
     add(folder, lstatSync(folder))
     for (const entry of entriesIn(folder)) {
       const path = join(folder, entry.name)
-      looking(path, () => {
-        // By this name it cannot be looked at.
+      withErrors(path, () => {
+        // A name that is not UTF-8 cannot be opened.
         if (!isUtf8(entry.name)) lines.push(relative(root, path))
         else if (entry.isDirectory() && !LINKED.includes(entry.name)) walk(path)
         else {
           add(path, lstatSync(path, MAYBE))
-          // Links may lead nowhere, or in a circle.
+          // `existsSync` is false for a broken link and for one that leads to itself.
           if (entry.isSymbolicLink() && existsSync(path)) add(path, statSync(path, MAYBE))
         }
       })
     }
   }
-  looking(root, () => walk(root))
-  return { print: hash('sha256', lines.join('\n')), changedAt }
+  withErrors(root, () => walk(root))
+  return { hash: hash('sha256', lines.join('\n')), changedAt }
 }
 
 function entriesOf(folder: string, skip: readonly string[]): Dirent[] {

@@ -1,9 +1,9 @@
-/** The thread that local workers live on: forks, /proc and file copies block it instead of the HTTP loop. */
+/** Runs local workers on a thread: forks, /proc and file copies would block the HTTP loop. */
 import { workerData } from 'node:worker_threads'
 import { type Answer, type Call, failed } from '../../threads/messages.ts'
 import { perTurn } from '../../threads/per-turn.ts'
 import { serve } from '../../threads/serving.ts'
-import { sorted } from './failures.ts'
+import { classified } from './failures.ts'
 import { type LocalSettings, LocalWorkers } from './local-workers.ts'
 import type { Unremovable } from './removal.ts'
 
@@ -26,17 +26,17 @@ export interface Request {
   arguments: unknown[]
 }
 
-/** How many folders cannot be removed, and one that was found to be such. */
+/** The number of folders that cannot be removed, and the new one, if any. */
 export interface Notice {
   unremovable: number
   found: Unremovable | undefined
 }
 
-// The first may come before the thread has started.
+// Sends at the end of the turn: the first notice may come before `notify` is defined.
 const notices = perTurn<Notice>((all) => {
   for (const notice of all) notify(notice)
 })
-// Holds: local-backend.ts starts this thread with it.
+// local-backend.ts starts this thread with the settings.
 const workers = new LocalWorkers(workerData as LocalSettings, (unremovable, found) =>
   notices.add({ unremovable, found }),
 )
@@ -59,15 +59,15 @@ const answers = perTurn<{ answer: Answer; moved: readonly ArrayBuffer[] }>((all)
 async function answer({ id, request }: Call<Request>): Promise<void> {
   try {
     const method = methods[request.method] as (...args: unknown[]) => unknown
-    // Holds: local-backend.ts types its calls by `Methods`.
+    // local-backend.ts types the arguments by `Methods`.
     const value = await method.apply(workers, request.arguments)
     answers.add({ answer: { id, value }, moved: logsIn(value) })
   } catch (err) {
-    answers.add({ answer: failed(id, sorted(err)), moved: [] })
+    answers.add({ answer: failed(id, classified(err)), moved: [] })
   }
 }
 
-/** The memory of a log in an answer: a copy would stay until this thread, which makes little garbage, collects it. */
+/** Returns the memory of a log in an answer, to be moved: a copy would be collected late. */
 function logsIn(value: unknown): ArrayBuffer[] {
   const { content } = Object(value) as { content?: unknown }
   return content instanceof Uint8Array && content.buffer instanceof ArrayBuffer

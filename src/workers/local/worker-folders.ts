@@ -14,7 +14,7 @@ import {
 } from 'node:fs'
 import { basename, dirname, join } from 'node:path'
 import { leftOutNotes } from '../../core/tasks-folder.ts'
-import { codeOf, isOurs, LocalFailure, sorted, sortedAs } from './failures.ts'
+import { classified, classifiedAs, codeOf, isTemporary, LocalFailure } from './failures.ts'
 import {
   type Contents,
   cutLog,
@@ -31,53 +31,53 @@ import { type OnUnremovable, Removal, removedAtOnce } from './removal.ts'
 import { ShortPaths } from './short-paths.ts'
 import { assertCopied, copyTasks, isUntouched, type TasksCopy } from './tasks-copy.ts'
 
-/** More than run at a time on most machines. */
+/** Maximum folders kept for reuse: most machines run fewer tasks at a time. */
 const SPARES_MAX = 64
-/** What hinders may be put right twice: there is no folder to move to, and no right to move. */
+/** Attempts to move a folder: a missing target and permissions are repaired in between. */
 const MOVES_MAX = 3
 const TRIAL = Buffer.alloc(16 * 1024, ' ')
 
-/** What must not have changed. */
-interface Prints {
+/** State of a folder when its task began. */
+interface Fingerprints {
   byName: ReadonlyMap<string, string>
   tasks: TasksCopy
 }
 
 interface Spare {
   folder: string
-  /** Undefined: there is none in it. */
+  /** Undefined: the folder has no copy of the tasks. */
   tasks: TasksCopy | undefined
 }
 
 /**
- * Makes the folders of workers, and uses them again. A file system makes a new inode ever more slowly while it takes leave of
- * others (ext4 looks past all that were freed in the last five seconds), and making and removing waits for the disk whenever
- * the store does. So what a task did not touch is kept for the next one: its folder, without anything in it that a task may find.
+ * Makes the folders of workers, and reuses them. ext4 allocates inodes slowly for 5 s after many
+ * were freed, and creating and removing files waits for the journal, which the store's commits
+ * write. So a folder is kept for the next task, without the files that its task made or changed.
  */
 export class WorkerFolders {
-  /** Of the workers' folder as it was found. */
+  /** Inode of the workers' folder at the start. */
   readonly #inode: number
   readonly #realDir: string
-  /** Beside the folder of the workers: what is in there is no worker. */
+  /** Folder of the spare folders, beside that of the workers. */
   readonly #sparesDir: string
-  /** For the pipes of slot shells. It may not be there. */
+  /** Folder of the slot shells' pipes; the shells make it. */
   readonly pipesDir: string
   readonly #spares: Spare[] = []
-  /** Of the workers that got their folder here. */
-  readonly #prints = new Map<string, Prints>()
-  /** They may lie in the tasks folder. */
+  /** State of the folders that this process made, by their paths. */
+  readonly #fingerprints = new Map<string, Fingerprints>()
+  /** Our own folders, which may be inside the tasks folder. */
   readonly #notCopied: readonly string[]
   readonly #removal: Removal
   readonly #shortPaths: ShortPaths
 
-  /** `workersDir` must be there. */
+  /** `workersDir` must exist. */
   constructor(workersDir: string, onUnremovable: OnUnremovable = () => {}) {
     this.#realDir = realpathSync.native(workersDir)
     this.#inode = lstatSync(this.#realDir).ino
     this.#sparesDir = `${workersDir}-spare`
     this.pipesDir = `${workersDir}-pipes`
     this.#removal = new Removal(this.#sparesDir, onUnremovable)
-    this.#removeLeft()
+    this.#removeEarlier()
     this.#shortPaths = new ShortPaths(workersDir)
     const around = realpathSync.native(dirname(workersDir))
     const beside = [this.#sparesDir, this.pipesDir].map((path) => join(around, basename(path)))
@@ -85,8 +85,8 @@ export class WorkerFolders {
   }
 
   /**
-   * Makes the folder ready for its task. It comes to its place by renaming: once it is there, it is whole. Throws a
-   * `LocalFailure` where that is anybody's fault, and leaves nothing then.
+   * Prepares a folder for its task. It is renamed into place last, so that an existing folder is
+   * complete. Throws a `LocalFailure` for known failures, and leaves no files then.
    */
   prepare(folder: string, tasksDir: string, contents: Contents): void {
     const spare = this.#spares.pop()
@@ -104,21 +104,21 @@ export class WorkerFolders {
         record: { ...contents.record, folder: identity },
         notes: [...contents.notes, ...leftOutNotes(leftOut)],
       })
-      const byName = printsOf(draft)
+      const byName = fingerprintsOf(draft)
       this.#moveTo(folder, draft)
-      this.#prints.set(folder, { byName, tasks })
+      this.#fingerprints.set(folder, { byName, tasks })
     } catch (err) {
       void this.#removal.add(draft)
       throw this.#failureOf(err, tasksDir)
     }
   }
 
-  /** Returns a short path to the folder's `tmp`, if there can be one. */
+  /** Returns the path of the folder's `tmp`, if possible a short one. */
   tmpOf(folder: string): string {
     return join(this.#shortPaths.to(folder), 'tmp')
   }
 
-  /** What a record is of: a copy of the folder is another one. */
+  /** Returns the identity of a folder, by which a record in a copy of it is detected. */
   identityOf(inode: number, name: string): string {
     return `${inode} ${join(this.#realDir, name)}`
   }
@@ -127,46 +127,46 @@ export class WorkerFolders {
     return record.folder === undefined || record.folder === this.identityOf(inode, record.name)
   }
 
-  /** True of the folder of a worker that has ended: only what cannot be removed is left of it. */
-  isLeft(folder: string): boolean {
+  /** Returns whether the worker has ended, and its folder is being removed or cannot be. */
+  isReleased(folder: string): boolean {
     return this.#removal.has(folder)
   }
 
-  /** The worker has ended, and nothing of it runs. Its folder is out of the way when this settles, if it can be moved or removed. */
+  /**
+   * Removes the folder of a worker without processes, or keeps it for reuse. Settles once it is
+   * gone or cannot be moved or removed.
+   */
   async release(folder: string): Promise<void> {
     this.#shortPaths.remove(folder)
-    const prints = this.#prints.get(folder)
+    const fingerprints = this.#fingerprints.get(folder)
     let spare: string | undefined
     try {
-      spare = this.#movedAside(folder)
+      spare = this.#moveAside(folder)
     } catch (err) {
-      if (isOurs(err)) throw sorted(err)
-      this.#prints.delete(folder)
+      if (isTemporary(err)) throw classified(err)
+      this.#fingerprints.delete(folder)
       await this.#removal.add(folder)
       return
     }
-    this.#prints.delete(folder)
+    this.#fingerprints.delete(folder)
     if (spare === undefined) return
-    if (prints && this.#spares.length < SPARES_MAX) {
+    if (fingerprints && this.#spares.length < SPARES_MAX) {
       try {
-        const tasks = removeChanged(spare, prints)
+        const tasks = removeChanged(spare, fingerprints)
         empty(spare)
         this.#spares.push({ folder: spare, tasks })
         return
       } catch {
-        // It is of no use to a next worker.
+        // It cannot be reused.
       }
     }
     void this.#removal.add(spare)
   }
 
-  /**
-   * Empties the folder of a worker that has ended of all but its outcome, with the last bytes of its log; and gives up what is
-   * spared.
-   */
+  /** Removes all but the outcome of an ended task and its log's end, and the spare folders. */
   async freeSpace(folder: string, logBytesKept: number): Promise<void> {
-    // What is not as it was made is not used again.
-    this.#prints.delete(folder)
+    // Without fingerprints, the folder is not reused.
+    this.#fingerprints.delete(folder)
     const spares = this.#spares.splice(0).map((spare) => this.#removal.add(spare.folder))
     if (lstatSync(folder, { throwIfNoEntry: false })?.isDirectory()) {
       await this.#removal.empty(folder, OUTCOME)
@@ -175,14 +175,14 @@ export class WorkerFolders {
     await Promise.all(spares)
   }
 
-  /** Does what `prepare` does, as far as that leaves nothing behind. Throws a `LocalFailure`. */
+  /** Checks that `prepare` can work, with a trial folder. Throws a `LocalFailure`. */
   check(tasksDir: string): void {
-    this.sureOfWorkersDir()
+    this.assertWorkersDir()
     try {
       const trial = this.#spareFolder()
       this.#makeFolder(trial)
       try {
-        // As many as a folder has: a disk may have room for bytes and not for files.
+        // As many files as `prepare` makes: a disk may be out of inodes only.
         makeDirectories(trial)
         for (const name of REWRITTEN) writeFileSync(join(trial, name), '', { mode: 0o600 })
         writeFileSync(join(trial, 'log'), TRIAL, { mode: 0o600 })
@@ -190,25 +190,25 @@ export class WorkerFolders {
         removedAtOnce(trial)
       }
     } catch (err) {
-      throw sortedAs('workers_folder_away', err)
+      throw classifiedAs('workers_folder_away', err)
     }
-    sureOfTasks(tasksDir)
+    assertTasksDir(tasksDir)
   }
 
-  /** Throws a `LocalFailure` unless the folder of the workers is the one it was: a disk may be away, and with it every worker. */
-  sureOfWorkersDir(): void {
+  /** Throws a `LocalFailure` if the workers' folder was replaced, as by an unmounted disk. */
+  assertWorkersDir(): void {
     try {
       if (lstatSync(this.#realDir).ino === this.#inode) {
-        listable(this.#realDir)
+        assertListable(this.#realDir)
         return
       }
     } catch (err) {
-      throw sortedAs('workers_folder_away', err)
+      throw classifiedAs('workers_folder_away', err)
     }
     throw new LocalFailure('workers_folder_away')
   }
 
-  /** Tries again what could not be removed. */
+  /** Tries again to remove what could not be removed. */
   retry(): void {
     this.#removal.retry()
   }
@@ -219,14 +219,14 @@ export class WorkerFolders {
     this.#shortPaths.close()
   }
 
-  /** Removes what an earlier process, which was killed, had spared, and tries again what it could not remove. */
-  #removeLeft(): void {
+  /** Removes the spare folders of an earlier process, and what it could not remove. */
+  #removeEarlier(): void {
     void this.#removal.add(this.pipesDir)
     let left: string[]
     try {
       left = readdirSync(this.#sparesDir)
     } catch (err) {
-      // A file, or what else is in its place, holds no folder of a worker.
+      // It is no folder: a file, for example.
       if (codeOf(err) !== 'ENOENT') void this.#removal.add(this.#sparesDir)
       return
     }
@@ -234,7 +234,7 @@ export class WorkerFolders {
     try {
       rmdirSync(this.#sparesDir)
     } catch {
-      // Some are still being removed, or cannot be.
+      // It is not empty: removals go on, or are impossible.
     }
   }
 
@@ -242,16 +242,16 @@ export class WorkerFolders {
     try {
       renameSync(draft, folder)
     } catch (err) {
-      // Left by an earlier process, whose task never began.
+      // A folder of an earlier process, whose task never began.
       if (!['ENOTEMPTY', 'EEXIST', 'ENOTDIR'].includes(codeOf(err) ?? '')) throw err
-      const aside = this.#movedAside(folder)
+      const aside = this.#moveAside(folder)
       if (aside !== undefined) void this.#removal.add(aside)
       renameSync(draft, folder)
     }
   }
 
-  /** Where it is then; undefined when it was not there. */
-  #movedAside(folder: string): string | undefined {
+  /** Moves a folder to the spare ones. Returns its path there; undefined if it did not exist. */
+  #moveAside(folder: string): string | undefined {
     const aside = this.#spareFolder()
     for (let tries = 1; ; tries += 1) {
       try {
@@ -262,7 +262,7 @@ export class WorkerFolders {
         if (tries === MOVES_MAX) throw err
         const stats = lstatSync(folder, { throwIfNoEntry: false })
         if (!stats) return undefined
-        // Somebody may have removed where it goes, or its own permissions, which moving it needs.
+        // The target may have been removed, or the folder's own permissions.
         if (code === 'ENOENT') mkdirSync(this.#sparesDir, { recursive: true, mode: 0o700 })
         else if (['EACCES', 'EPERM'].includes(code) && stats.isDirectory()) chmodSync(folder, 0o700)
         else throw err
@@ -270,10 +270,10 @@ export class WorkerFolders {
     }
   }
 
-  /** Whose fault it is that a folder could not be made. */
+  /** Returns the failure to make a folder: the tasks folder's, the disk's, or the error itself. */
   #failureOf(err: unknown, tasksDir: string): unknown {
-    const known = sorted(err)
-    // What a read may fail of as well is the tasks folder's when that fails again.
+    const known = classified(err)
+    // A failing disk may be that of the tasks folder: then the check fails.
     if (known instanceof LocalFailure && known.kind !== 'disk_failing') return known
     try {
       this.check(tasksDir)
@@ -283,7 +283,7 @@ export class WorkerFolders {
     }
   }
 
-  /** Not `recursive` at once, which says ENOENT of a disk that is read-only. */
+  /** Makes a folder and its parent; `recursive` alone would hide EROFS behind ENOENT. */
   #makeFolder(path: string): void {
     try {
       mkdirSync(path, { mode: 0o700 })
@@ -300,18 +300,18 @@ export class WorkerFolders {
 }
 
 /** Throws a `LocalFailure` when the tasks folder cannot be read. */
-function sureOfTasks(tasksDir: string): void {
+function assertTasksDir(tasksDir: string): void {
   try {
-    listable(tasksDir)
+    assertListable(tasksDir)
   } catch (err) {
-    const known = sorted(err)
+    const known = classified(err)
     const isItsOwn = !(known instanceof LocalFailure) || known.kind === 'disk_failing'
     throw isItsOwn ? new LocalFailure('tasks_folder_away', { cause: err }) : known
   }
 }
 
-/** Throws when it cannot be. Reads some entries at most: it may hold many. */
-function listable(folder: string): void {
+/** Throws if a folder cannot be listed. Reads only some of its entries. */
+function assertListable(folder: string): void {
   const directory = opendirSync(folder)
   try {
     directory.readSync()
@@ -320,11 +320,14 @@ function listable(folder: string): void {
   }
 }
 
-/** What is left of the tasks. Throws when the folder is of no more use. */
-function removeChanged(folder: string, { byName, tasks }: Prints): TasksCopy | undefined {
-  if (printOf(folder) !== byName.get('.')) throw new Error('the folder itself was changed')
-  const isAsItWas = (name: string) =>
-    printOf(folder, name) === byName.get(name) &&
+/**
+ * Removes what the task made or changed. Returns the copy of the tasks if it is unchanged. Throws
+ * if the folder cannot be reused.
+ */
+function removeChanged(folder: string, { byName, tasks }: Fingerprints): TasksCopy | undefined {
+  if (fingerprintOf(folder) !== byName.get('.')) throw new Error('the folder itself was changed')
+  const isUnchanged = (name: string) =>
+    fingerprintOf(folder, name) === byName.get(name) &&
     (!(name in DIRECTORIES) || readdirSync(join(folder, name)).length === DIRECTORIES[name])
   let left: TasksCopy | undefined
   for (const entry of readdirSync(folder, { withFileTypes: true })) {
@@ -334,22 +337,25 @@ function removeChanged(folder: string, { byName, tasks }: Prints): TasksCopy | u
       left = tasks
       continue
     }
-    // With what is known to be in it, from the outside in.
+    // The entry itself comes before its known content.
     const known = [...byName.keys()].filter((key) => key === name || key.startsWith(`${name}/`))
-    if (known.length > 0 && known.every(isAsItWas)) continue
+    if (known.length > 0 && known.every(isUnchanged)) continue
     if (!entry.isDirectory()) unlinkSync(path)
     else if (!removedAtOnce(path)) throw new Error('there is more to remove than takes a moment')
   }
   return left
 }
 
-function printsOf(folder: string): Prints['byName'] {
+function fingerprintsOf(folder: string): Fingerprints['byName'] {
   const names = ['.', ...Object.keys(DIRECTORIES), ...Object.keys(LINKS), ...REWRITTEN]
-  return new Map(names.map((name) => [name, printOf(folder, name)]))
+  return new Map(names.map((name) => [name, fingerprintOf(folder, name)]))
 }
 
-/** A directory's and a link's tell also whether anything was ever done to it; the files are written by others than the task. */
-function printOf(folder: string, name = '.'): string {
+/**
+ * Returns attributes that change when a task touches the entry. Files lack the ctime: the service
+ * and the shell write them.
+ */
+function fingerprintOf(folder: string, name = '.'): string {
   const path = join(folder, name)
   const { ino, mode, uid, gid, nlink, ctimeMs } = lstatSync(path)
   const place = name in LINKS ? [readlinkSync(path)] : []
