@@ -1,29 +1,30 @@
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from 'prom-client'
 import type { DeliveryStore, TaskStore, WorkerBackend } from '../core/ports.ts'
 
-/** From a glance to a day: a task may be over in milliseconds, or run for hours. */
+/** Buckets up to a day: a task may run for milliseconds or for hours. */
 const LONG_SECONDS = [0.01, 0.1, 1, 5, 15, 60, 300, 1_800, 3_600, 21_600, 86_400]
 const SHORT_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5]
-/**
- * Maximum outcomes remembered whose first attempt has not been recorded here: others may make it.
- */
+/** Maximum outcomes remembered before their first attempt, which another instance may make. */
 const AWAITED_MAX = 10_000
 
 /**
- * What Prometheus is told, gathered at the doors of the core, which knows nothing of it. Names and units by
- * https://prometheus.io/docs/practices/naming/; labels have a known, small number of values.
+ * Collects the metrics for Prometheus by wrapping the ports of the core. Names and units follow
+ * https://prometheus.io/docs/practices/naming/; labels have a small, known number of values.
  */
 export class Metrics {
   readonly #registry = new Registry()
-  /** When tasks ended whose first attempt is still to come, in epoch ms. */
+  /** End of tasks whose first attempt is still to come, in epoch ms. */
   readonly #finishedAt = new Map<string, number>()
 
   readonly #finished = this.#counter('tasks_finished_total', 'Tasks that ended', [
     'status',
     'reason',
   ])
-  readonly #queueWait = this.#histogram('queue_wait_seconds', 'From accepted to claimed')
-  readonly #provisioning = this.#histogram('provisioning_seconds', 'Until a worker ran its task')
+  readonly #queueWait = this.#histogram(
+    'queue_wait_seconds',
+    'From accepting a task to its first claim',
+  )
+  readonly #provisioning = this.#histogram('provisioning_seconds', 'Time to provision a worker')
   readonly #run = this.#histogram('run_seconds', 'From the start of a task to its end')
   readonly #callbackDelay = this.#histogram(
     'callback_delay_seconds',
@@ -32,7 +33,7 @@ export class Metrics {
   readonly #attempts = this.#counter('callback_attempts_total', 'Callback attempts', ['outcome'])
   readonly #logBytes = this.#counter('log_bytes_total', 'Bytes that tasks logged')
   readonly #logBytesCut = this.#counter('log_bytes_cut_total', 'Bytes of logs that were not kept')
-  readonly #leaked = this.#counter('workers_leaked_total', 'Workers found that no task knew')
+  readonly #leaked = this.#counter('workers_leaked_total', 'Workers found without a task')
   readonly #store = this.#histogram('store_seconds', 'Calls of the store', ['operation'])
 
   constructor(options: { tasks: TaskStore; backend: WorkerBackend; now: () => number }) {
@@ -63,13 +64,13 @@ export class Metrics {
     return this.#registry.contentType
   }
 
-  /** In Prometheus' text format. Throws when the store or the workers cannot be asked. */
+  /** Returns the metrics as Prometheus text. Throws if the store or the backend is unavailable. */
   async text(): Promise<string> {
     await this.#collect()
     return this.#registry.metrics()
   }
 
-  /** Every name there is. */
+  /** Returns the names of all metrics. */
   names(): string[] {
     return this.#registry.getMetricsAsArray().map(({ name }) => name)
   }
@@ -92,7 +93,7 @@ export class Metrics {
       if (task.startedAt !== null) this.#run.observe((finishedAt - task.startedAt) / 1000)
       this.#logBytes.inc(logBytes)
       this.#logBytesCut.inc(Math.max(0, log.totalBytes - log.content.length))
-      if (delivery) this.#await(task.taskId, finishedAt)
+      if (delivery) this.#awaitAttempt(task.taskId, finishedAt)
       return committed
     }
     return this.#timed(store, { claimNext, finish })
@@ -126,8 +127,8 @@ export class Metrics {
     return wrapped(backend, { provision })
   }
 
-  /** Forgets the oldest for it, where there is no more room. */
-  #await(taskId: string, finishedAt: number): void {
+  /** Remembers when a task ended; forgets the oldest when there are too many. */
+  #awaitAttempt(taskId: string, finishedAt: number): void {
     this.#finishedAt.set(taskId, finishedAt)
     const [oldest] = this.#finishedAt.keys()
     if (this.#finishedAt.size > AWAITED_MAX && oldest !== undefined) {
@@ -135,7 +136,7 @@ export class Metrics {
     }
   }
 
-  /** The port with these methods instead of its own, and the time of each call told. */
+  /** Returns the port with some methods replaced, and the duration of each call measured. */
   #timed<Port extends object>(port: Port, instead: Partial<Port>): Port {
     return wrapped(port, instead, (method, operation) => {
       const seconds = this.#store.labels(operation)
@@ -161,16 +162,15 @@ export class Metrics {
   }
 
   #histogram(name: string, help: string, labelNames: string[] = []) {
-    return new Histogram({
-      ...{ name: `task_runner_${name}`, help, labelNames, registers: [this.#registry] },
-      buckets: labelNames.length > 0 ? SHORT_SECONDS : LONG_SECONDS,
-    })
+    const registers = [this.#registry]
+    const buckets = labelNames.length > 0 ? SHORT_SECONDS : LONG_SECONDS
+    return new Histogram({ name: `task_runner_${name}`, help, labelNames, registers, buckets })
   }
 }
 
 type Method = (...args: unknown[]) => unknown
 
-/** The port with these methods instead of its own; each is wrapped when it is first called. */
+/** Returns the port with some methods replaced, each wrapped when it is first used. */
 function wrapped<Port extends object>(
   port: Port,
   instead: Partial<Port>,

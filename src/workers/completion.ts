@@ -1,39 +1,39 @@
 import { constants } from 'node:os'
 import type { Completion } from '../core/ports.ts'
 
-/** How a task ended, as bootstrap.sh writes it down: `<phase> <exit code> <words>`. */
+/** Content of the exit file that bootstrap.sh writes: `<phase> <exit code> <message>`. */
 export interface Exit {
-  /** `clone`, `startup`: the task itself did not run. */
+  /** After `clone` or `startup`, the task itself did not run. */
   phase: 'clone' | 'startup' | 'task'
   code: number
-  /** What the bootstrap has to say about it. */
-  words: string | null
-  /** In a container that stays: nothing is left of the task. */
+  /** Message of the bootstrap. */
+  message: string | null
+  /** True in a container that stays, once no process of the task is left. */
   isOver: boolean
 }
 
-/** Undefined while it is not written. */
+/** Returns undefined while the exit is not written. */
 export function parseExit(line: string): Exit | undefined {
   const match = /^(clone|startup|task) (\d+)(?: (.+))?\n(over\n)?/.exec(line)
   if (!match) return undefined
-  const [, phase, code, words = null, over] = match
-  // Holds: the expression lets nothing else through.
+  const [, phase, code, message = null, over] = match
+  // The expression matches no other phases.
   return {
     phase: phase as Exit['phase'],
     code: Number(code),
-    words,
+    message,
     isOver: over !== undefined,
   }
 }
 
-/** What an exit says about a task. */
-export function completionOf({ phase, code, words }: Exit): Completion {
+/** Returns how a task with this exit ended. */
+export function completionOf({ phase, code, message }: Exit): Completion {
   const signal = signalName(code)
   if (phase === 'clone') {
-    return { reason: 'startup_failed', exitCode: null, signal: null, message: words }
+    return { reason: 'startup_failed', exitCode: null, signal: null, message }
   }
   if (phase === 'startup') {
-    return { reason: 'startup_failed', exitCode: code, signal, message: words }
+    return { reason: 'startup_failed', exitCode: code, signal, message }
   }
   if (code === 0) return { reason: 'completed', exitCode: 0, signal: null, message: null }
   if (signal) {
@@ -42,18 +42,18 @@ export function completionOf({ phase, code, words }: Exit): Completion {
   return { reason: 'exit_code', exitCode: code, signal: null, message: exitMessage(code) }
 }
 
-/** Without an exit nobody can know how a task ended. */
+/** Returns the completion of a task without an exit: nobody can know how it ended. */
 export function lost(message: string): Completion {
   return { reason: 'worker_lost', exitCode: null, signal: null, message }
 }
 
-/** A task that logged more than it may. */
+/** Returns the completion of a task that logged more than it may. */
 export function overLogLimit(maxLogBytes: number): Completion {
   const message = `Logged more than the limit of ${maxLogBytes} bytes`
   return { reason: 'log_limit', exitCode: null, signal: null, message }
 }
 
-/** Codes 126 and 127 are the shell's own (POSIX XCU 2.8.2). */
+/** Returns a sentence; 126 and 127 are the shell's own codes (POSIX XCU 2.8.2). */
 function exitMessage(code: number): string {
   if (code === 126) return 'Exit code 126: a command was found but could not be executed'
   if (code === 127) return 'Exit code 127: the interpreter, or a command, was not found'
@@ -62,7 +62,7 @@ function exitMessage(code: number): string {
 
 const NAMES = new Map(Object.entries(constants.signals).map(([name, number]) => [number, name]))
 
-/** Shells report a command that a signal ended as 128 + its number (POSIX XCU 2.8.2). Null for other codes. */
+/** Returns the signal of a code above 128, as shells report it (POSIX XCU 2.8.2), else null. */
 function signalName(exitCode: number): string | null {
   return exitCode > 128 ? (NAMES.get(exitCode - 128) ?? null) : null
 }

@@ -1,5 +1,5 @@
-/** What the environment of every task begins with, on all backends. A request may set other values. */
+/** Variables of every task, on all backends. A request may override them. */
 export const COMMON_ENVIRONMENT: Readonly<Record<string, string>> = {
-  // Started by a shell script, Python would show nothing until it ends, and nothing at all when it is stopped.
+  // Python that a shell script starts would buffer its output, and lose it when stopped.
   PYTHONUNBUFFERED: '1',
 }

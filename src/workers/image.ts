@@ -1,11 +1,11 @@
 export interface ImageNames {
-  /** For workers that name none. */
+  /** Image of workers whose request names none. */
   default: string
-  /** Put before short names; empty, or such as `example.com/team/`. */
+  /** Prefix of short names; empty, or for example `example.com/team/`. */
   prefix: string
 }
 
-/** The image as engines know it: a short name gets the prefix, and one without tag or digest gets `latest`. */
+/** Returns the full name: with the prefix if it is short, and `latest` without tag or digest. */
 export function imageFor(name: string | undefined, names: ImageNames): string {
   const given = name ?? names.default
   const isShort = !given.includes('/')

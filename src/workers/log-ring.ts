@@ -4,8 +4,8 @@ const CAPACITY_MIN = 4096
 const CHUNK_BYTES = 64 * 1024
 
 /**
- * The last bytes of a log that comes as a stream, and how many there were in all. Followers read from it; one
- * that is slower than the log misses what was overwritten, and holds up nobody.
+ * Keeps the last bytes of a streamed log, and counts all. A follower that is slower than the log
+ * misses the overwritten bytes, and delays nobody.
  */
 export class LogRing {
   readonly #capacityMax: number
@@ -39,19 +39,19 @@ export class LogRing {
     this.#changed.dispatchEvent(new Event('change'))
   }
 
-  /** Nothing comes after this. Idempotent. */
+  /** Ends the log. Idempotent. */
   end(): void {
     this.#isEnded = true
     this.#changed.dispatchEvent(new Event('change'))
   }
 
-  /** The last bytes, as far as they are kept. */
+  /** Returns the last bytes that are kept. */
   tail(maxBytes: number): { content: Buffer; totalBytes: number } {
     const content = this.#read(this.#totalBytes - maxBytes, this.#totalBytes)
     return { content, totalBytes: this.#totalBytes }
   }
 
-  /** Bytes from an offset on, as they come, until the log ends or `signal` aborts. */
+  /** Yields the bytes from an offset on, until the log ends or `signal` aborts. */
   async *follow(from: number, signal: AbortSignal): AsyncGenerator<Buffer, void> {
     for (let at = from; !signal.aborted; ) {
       const start = Math.max(at, this.#keptFrom)
@@ -69,11 +69,11 @@ export class LogRing {
 
   /** Settles with the next change, or when `signal` aborts. */
   async #change(signal: AbortSignal): Promise<void> {
-    // What it rejects with is the abort, which the caller looks for itself.
+    // It rejects only when `signal` aborts, which the caller checks.
     await once(this.#changed, 'change', { signal }).catch(() => {})
   }
 
-  /** A copy: what is kept may be overwritten while a reader is at it. */
+  /** Returns a copy, since the kept bytes may be overwritten while they are read. */
   #read(from: number, to: number): Buffer {
     const capacity = this.#buffer.length
     const start = Math.max(from, this.#keptFrom)
@@ -83,7 +83,7 @@ export class LogRing {
     return Buffer.concat([head, this.#buffer.subarray(0, to - start - head.length)])
   }
 
-  /** Before it has grown to its full size nothing was overwritten, so that a plain copy keeps all. */
+  /** Grows the buffer by copying it: nothing is overwritten before it has its full size. */
   #grow(neededBytes: number): void {
     const capacity = this.#buffer.length
     if (neededBytes <= capacity || capacity === this.#capacityMax) return

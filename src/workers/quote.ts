@@ -1,6 +1,6 @@
 /**
- * A word of a POSIX shell that means exactly `value`, byte for byte (XCU 2.2.2: nothing is special between
- * single quotes). `value` must not contain NUL.
+ * Returns `value` as one word of a POSIX shell, in single quotes, between which nothing is special
+ * (XCU 2.2.2). `value` must not contain NUL.
  */
 export function quote(value: string): string {
   return `'${value.replaceAll("'", `'\\''`)}'`

@@ -12,7 +12,7 @@ export interface NamedContent {
 
 const CLONE = readFileSync(new URL('./clone.sh', import.meta.url), 'utf8')
 
-/** Returns the files for the startup script and the repositories of a worker; none without these. */
+/** Returns the files for a worker's startup script and repositories, if it has any. */
 export function preparationFiles({
   startupScript,
   repositories,

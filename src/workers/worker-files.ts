@@ -1,4 +1,4 @@
-/** What a worker's folder holds when its container starts; the same for all container engines. */
+/** Makes the files of a container's worker folder; the same for all container engines. */
 import { constants } from 'node:fs'
 import { type FileHandle, open, readFile, realpath, stat } from 'node:fs/promises'
 import { dirname, join, relative } from 'node:path'
@@ -22,17 +22,17 @@ import { type NamedContent, preparationFiles } from './repositories.ts'
 
 const CHUNK_BYTES = 64 * 1024
 
-/** Where the worker's folder is in every container. */
+/** Path of the worker's folder in every container. */
 export const WORKER_FOLDER = '/worker'
-/** Tasks run as this user, so that no image makes them root. */
+/** User id of tasks, so that no image makes them root. */
 export const WORKER_USER = 10_001
 
 export const BOOTSTRAP = fileURLToPath(new URL('./bootstrap.sh', import.meta.url))
 
-/** What a container gets beyond the grace period of its task: the bootstrap ends what is left, and names it. */
+/** Time after the grace period in which the bootstrap kills and logs the remaining processes. */
 export const BOOTSTRAP_END_MS = 2_000
 
-/** The command of a worker's container. `messageFile`: where the engine looks for a container's last words. */
+/** Returns the command of a worker's container. `messageFile`: where the engine reads the exit. */
 export function workerCommand(
   spec: WorkerSpec,
   { terminationGraceMs, messageFile = '' }: { terminationGraceMs: number; messageFile?: string },
@@ -52,8 +52,8 @@ export function workerCommand(
 }
 
 /**
- * Returns the files of one worker only, which hold its secrets, by their names in its folder. `home`:
- * the task's home, unless it is in that folder.
+ * Returns the files of one worker only, which hold its secrets, by their names in its folder.
+ * `home`: the task's home, unless it is in that folder.
  */
 export function ownFiles(spec: WorkerSpec, home?: string): NamedContent[] {
   const exports = Object.entries({
@@ -70,11 +70,11 @@ export function ownFiles(spec: WorkerSpec, home?: string): NamedContent[] {
   ]
 }
 
-/** Everything that all workers share. */
+/** Files that all workers share. */
 export interface SharedTar {
-  /** The bootstrap and the tasks folder. The same files give the same bytes. */
+  /** The bootstrap and the tasks folder; equal files give equal bytes. */
   tar: AsyncIterable<Uint8Array>
-  /** Complete once the tar was read to its end. */
+  /** Complete once the tar has been read to its end. */
   leftOut: readonly LeftOut[]
 }
 
@@ -83,7 +83,7 @@ type Add = (
   body?: Iterable<Uint8Array> | AsyncIterable<Uint8Array>,
 ) => Promise<void>
 
-/** Throws `UnavailableError`, as reading the tar does, when the tasks folder cannot be read. */
+/** Throws `UnavailableError`, as does reading the tar, if the tasks folder cannot be read. */
 export async function sharedTar(tasksDir: string): Promise<SharedTar> {
   const listed = await listTasks(tasksDir)
   const tar = packed(async (add) => {
@@ -96,9 +96,10 @@ export async function sharedTar(tasksDir: string): Promise<SharedTar> {
 }
 
 /**
- * Returns the worker's whole folder as tar, below `worker/`, with notes of what is left out. With a `home` elsewhere, that
- * folder is in the tar as well: an image may have one, with files in it. Throws what `assertTaskFile`
- * throws; reading the tar throws `UnavailableError` when the tasks folder cannot be read.
+ * Packs the worker's whole folder, below `worker/`, with notes of the files that are left out. A
+ * `home` elsewhere is packed as well, as an empty folder: the image may have one with files. Throws
+ * what `assertTaskFile` throws; reading the tar throws `UnavailableError` if the tasks folder
+ * cannot be read.
  */
 export async function workerTar(
   spec: WorkerSpec,
@@ -122,7 +123,7 @@ export async function workerTar(
   })
 }
 
-/** Packs what `write` adds, as fast as it is read. */
+/** Packs the entries that `write` adds, as fast as the tar is read. */
 function packed(write: (add: Add) => Promise<void>): AsyncIterable<Uint8Array> {
   const { readable, controller } = createTarPacker()
   const add: Add = async (header, body = []) => {
@@ -146,8 +147,8 @@ async function addContent(add: Add, name: string, content: Buffer): Promise<void
 }
 
 /**
- * Adds the tasks folder as far as it can be read, and to `leftOut` what turns out to be unreadable. Links inside the folder
- * are followed; those that leave it are left out, as are installed packages: an image brings its own.
+ * Adds the readable entries of the tasks folder, and the others to `leftOut`. Follows links inside
+ * the folder; leaves out links that leave it, and installed packages, which images bring along.
  */
 async function addTasks(
   add: Add,
@@ -184,11 +185,11 @@ interface OpenFile {
   size: number
   mode: number
   mtime: Date
-  /** The first of it: when that can be read, the rest can, as a rule. */
+  /** First bytes: if they can be read, the rest usually can. */
   start: Buffer
 }
 
-/** Looks at an entry of the tasks folder. Undefined: workers get nothing of it. */
+/** Opens an entry of the tasks folder. Returns undefined if workers do not get it. */
 async function find(
   root: string,
   path: string,
@@ -201,7 +202,7 @@ async function find(
   if (real === undefined) return undefined
   const stats = await stat(real)
   if (stats.isFile()) return openFile(real)
-  // Leads to the same place inside the copy; a linked folder may contain itself.
+  // Links to the same folder in the copy: a copied folder could contain itself.
   return stats.isDirectory() ? { linkname: relative(dirname(source), real) || '.' } : undefined
 }
 
@@ -211,7 +212,7 @@ async function openFile(path: string): Promise<OpenFile | undefined> {
     const stats = await file.stat()
     if (stats.isFile()) {
       const start = await readChunk(file, stats.size)
-      // A short one is taken as it is by now, whatever it was a moment ago.
+      // The file may have shrunk since `stat`.
       const size = stats.size <= CHUNK_BYTES ? start.length : stats.size
       return { file, size, mode: stats.mode, mtime: stats.mtime, start }
     }
@@ -229,7 +230,7 @@ async function* contentOf({ file, size, start }: OpenFile): AsyncGenerator<Uint8
     const chunk = await readChunk(file, left).catch((err: unknown) => {
       throw tasksFolderUnavailable(err)
     })
-    // It became shorter meanwhile: what the tar has promised is filled up with zeros, as other programs do.
+    // The file has shrunk since its header was written: zeros fill it up, as in other tar programs.
     const filled = chunk.length === 0 ? Buffer.alloc(Math.min(left, CHUNK_BYTES)) : chunk
     left -= filled.length
     yield filled
