@@ -1,8 +1,8 @@
 import { setTimeout as pause } from 'node:timers/promises'
 
 /**
- * Calls `send` so often a second for `ms`, whether the last call has been answered or not: slow answers must not thin out the
- * probes. Calls that came late are made up for at once. Settles with the last answer.
+ * Calls `send` at a fixed rate for `ms`, without waiting for answers: slow answers must not reduce
+ * the number of probes. Makes up for late calls at once. Settles with the last answer.
  */
 export async function onBeat(
   perSecond: number,

@@ -1,4 +1,4 @@
-/** `npm run bench -- [--quick] [--only <name>]`. README.md beside this says what each row means. */
+/** `npm run bench -- [--quick] [--only <name>]`. README.md explains the rows. */
 import { cpus, release, totalmem } from 'node:os'
 import { parseArgs } from 'node:util'
 import { finished } from './finished.ts'

@@ -1,6 +1,6 @@
-"""The shape of the old app, to compare with: a thread for each task, a subprocess for each script, no durability.
+"""A FastAPI app to compare with: a thread per task, a subprocess per script, nothing stored.
 
-/usr/bin/python3 fastapi_app.py, with TASKS_DIR in the environment; says where it listens as the service does.
+Run it with /usr/bin/python3 and TASKS_DIR in the environment. It logs its address as the service does.
 """
 
 import json
@@ -56,7 +56,7 @@ async def start(task: TaskRequest) -> dict:
     return {"success": True, "message": "Started Task successfully", "task_id": task.task_id}
 
 
-# With the protocol named: asyncio sends at once (TCP_NODELAY) on no other, and an answer would wait 40 ms for an acknowledgement.
+# asyncio sets TCP_NODELAY only with the protocol given; without it, answers wait 40 ms for an ACK.
 listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
 listener.bind(("127.0.0.1", 0))
 listener.listen(2048)

@@ -5,8 +5,8 @@ import { keyFromFolder, Sealer } from '../src/secrets/sealing.ts'
 const TABLES = ['tasks', 'task_logs', 'deliveries', 'delivery_attempts']
 
 /**
- * Copies tasks that a service has stored, which does not run now, until there are `count` more: the copies take turns, in the
- * order of the models. So every row is as the service itself writes it, whatever its columns are.
+ * Adds `count` copies of tasks to the database of a stopped service, in turns of the models. So
+ * every row is as the service itself writes it.
  */
 export async function fill(dataDir: string, models: string[], count: number): Promise<void> {
   const sealer = new Sealer(await keyFromFolder(dataDir))
@@ -15,10 +15,10 @@ export async function fill(dataDir: string, models: string[], count: number): Pr
   const sealed = new Map<string, string>()
   for (const id of models) {
     const row = db.prepare('select sealed from tasks where task_id = ?').get(id)
-    // Holds: so the column is declared.
+    // The column is a blob.
     sealed.set(id, sealer.unseal(row?.sealed as Uint8Array, id))
   }
-  // Every task's is bound to its id.
+  // The sealed fields of a task are bound to its id.
   db.function('sealed_anew', (model, id) =>
     sealer.seal(sealed.get(String(model)) ?? '', String(id)),
   )

@@ -8,11 +8,11 @@ import { Service } from './service.ts'
 const TASKS = { 'often.sh': 'echo hi\n', 'seldom.sh': 'echo hi\n', 'fails.sh': 'exit 1\n' }
 const FINISHED = 1_000_000
 const FEW = 1_000
-/** One in so many is of `seldom.sh`, and one fails. */
+/** One task in this many runs `seldom.sh`, and one fails. */
 const SELDOM = 100
 const P99_MS = 20
 
-/** Looking at tasks where many have ended, and where few have. */
+/** Measures requests for tasks after many tasks have ended, and after few. */
 export async function finished(context: Context): Promise<Row[]> {
   const rounds = context.quick ? 2 : 3
   const probes = context.quick ? 100 : 300
@@ -26,7 +26,7 @@ export async function finished(context: Context): Promise<Row[]> {
   context.note(`filled in ${((performance.now() - startedAt) / 1000).toFixed(0)} s`)
   await using many = await start(manyFolder)
   await using few = await start(await leaveFinished(FEW, receiver))
-  // By what a cursor holds: paging there would take as many requests.
+  // Makes the cursor itself: paging there would take too many requests.
   const cursor = (before: number) => Buffer.from(`before:${before}`).toString('base64url')
   const requests: Record<string, (of: number) => string> = {
     'GET /tasks': () => '/tasks',
@@ -66,10 +66,12 @@ export async function finished(context: Context): Promise<Row[]> {
   return rows
 }
 
-/** The folder of a service in which so many tasks have ended, with their callbacks delivered. */
+/** Returns the folder of a stopped service with `count` ended tasks, their callbacks delivered. */
 async function leaveFinished(count: number, receiver: Receiver): Promise<string> {
   const service = await Service.start({
-    ...{ tasks: TASKS, callbackUrl: receiver.url, idPrefix: `of-${count}` },
+    tasks: TASKS,
+    callbackUrl: receiver.url,
+    idPrefix: `of-${count}`,
   })
   const models: string[] = []
   for (const file of ['often.sh', 'seldom.sh', 'fails.sh']) {
@@ -78,7 +80,7 @@ async function leaveFinished(count: number, receiver: Receiver): Promise<string>
     await receiver.reaches(goal)
     models.push(taskId)
   }
-  // The attempts are recorded before this ends.
+  // Waits until the attempts are recorded.
   await service.stop()
   const [often = '', ...others] = models
   const turns = [...Array<string>(SELDOM - others.length).fill(often), ...others]

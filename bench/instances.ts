@@ -11,13 +11,13 @@ import { Service } from './service.ts'
 const TRIVIAL = new URL('./trivial-service.ts', import.meta.url).pathname
 const SEALING_KEY = Buffer.alloc(32, 7).toString('base64')
 const INSTANCES = [1, 2, 4]
-/** A pace at which nothing queues up: what is left is the way from the answer to the claim. */
+/** Pace at which no queue builds up, to measure the time from the answer to the claim. */
 const PACE_MS = 20
 const WAITING = [1_000, 10_000, 100_000, 1_000_000]
 /** As the queue does. */
 const CLAIMED = 16
 
-/** Tasks that start no process: what instances over one Postgres make of them, beside one over SQLite. */
+/** Measures instances that share one Postgres, against one with SQLite; tasks start no process. */
 export async function instances(context: Context): Promise<Row[]> {
   await using postgres = await startPostgres()
   open.add(postgres)
@@ -82,7 +82,7 @@ async function measure(size: number, count: number, postgres: Postgres) {
   }
 }
 
-/** Times are the database's own on both ends. */
+/** Returns the median wait, by the clock of the database. */
 async function waitOf(services: Service[], url: string): Promise<number> {
   for (let index = 0; index < 100; index += 1) {
     await services[index % services.length]?.submit('trivial.sh')
@@ -110,7 +110,7 @@ async function allDone([service]: Service[]): Promise<void> {
   }
 }
 
-/** What it takes to claim tasks out of many that wait. It should not grow with them. */
+/** Measures how long claiming takes with many waiting tasks; it should not grow with them. */
 export async function waiting(context: Context): Promise<Row[]> {
   await using postgres = await startPostgres()
   const url = await postgres.database()
@@ -121,7 +121,7 @@ export async function waiting(context: Context): Promise<Row[]> {
   const figures = new Map<number, number[]>()
   let there = 0
   for (const size of context.quick ? WAITING.slice(0, 3) : WAITING) {
-    // Each a second later than the one before, so that the oldest goes first.
+    // Each task is a second younger than the one before, so that the oldest goes first.
     await client.query(
       `insert into tasks (task_id, task_file_name, status, worker_name, worker_state, claim, digest,
          terminate_on_completion, timeout_seconds, has_callback, created_at, sealed)
@@ -151,6 +151,9 @@ export async function waiting(context: Context): Promise<Row[]> {
   await connection.close()
   const yardstick = { name: `of ${WAITING[0]}`, figures: figures.get(WAITING[0] ?? 0) ?? [] }
   return [...figures].map(([size, measured]) => ({
-    ...{ what: `claim ${CLAIMED} of ${size} waiting tasks`, unit: 'ms', measured, yardstick },
+    what: `claim ${CLAIMED} of ${size} waiting tasks`,
+    unit: 'ms',
+    measured,
+    yardstick,
   }))
 }

@@ -8,18 +8,18 @@ import { BARE_ACCEPT, bareAccept, DurableWriter } from './yardsticks.ts'
 
 const FILE = 'echo.sh'
 const TASKS = { [FILE]: 'echo hi\n' }
-/** Between two probes. */
+/** Pause between two probes. */
 const PACE_MS = 10
-/** More than a round can work off. */
+/** More tasks than a round can run. */
 const QUEUED = 16_000
 
-/** Per round. */
+/** Milliseconds, of one round. */
 interface Samples {
   accept: number[]
   bare: number[]
 }
 
-/** Accept and end-to-end latency, one task at a time on a service that has nothing else to do. */
+/** Measures accept and end-to-end latency, one task at a time on an otherwise idle service. */
 export async function idleLatency(context: Context): Promise<Row[]> {
   const rounds = context.quick ? 2 : 3
   const probes = context.quick ? 50 : 100
@@ -58,14 +58,14 @@ export async function idleLatency(context: Context): Promise<Row[]> {
   ]
 }
 
-/** The same while the queue is full of work, with the delay of the service's event loop. */
+/** Measures accept latency with a full queue, and the delay of the service's event loop. */
 export async function saturatedLatency(context: Context): Promise<Row[]> {
   const rounds = context.quick ? 2 : 3
   const roundMs = context.quick ? 4_000 : 10_000
   await using receiver = await Receiver.start()
   await using service = await start(receiver, ['--import', LOOP_DELAY, ...context.nodeOptions])
   await using disk = await DurableWriter.start()
-  // Waits for the same cores, and does nothing.
+  // An idle process that competes for the same cores.
   await using idler = new NodeProcess(
     ['--import', LOOP_DELAY, '--eval', 'setInterval(() => {}, 1000); console.log("started")'],
     { folder: disk.folder, env: {} },
@@ -75,7 +75,7 @@ export async function saturatedLatency(context: Context): Promise<Row[]> {
   const delays: number[] = []
   const idlerDelays: number[] = []
   let submitted = 0
-  // Between rounds the service itself is what keeps the machine busy.
+  // Only once: between rounds the service itself keeps the machine busy.
   await context.quiet()
   for (let round = 0; round < rounds; round += 1) {
     const refill = QUEUED - (submitted - receiver.count)
@@ -105,7 +105,7 @@ export async function saturatedLatency(context: Context): Promise<Row[]> {
   ]
 }
 
-/** Sends on a fixed beat, whether the last answer is there or not: slow answers must not thin out the probes. */
+/** Sends probes at a fixed rate: slow answers must not reduce their number. */
 async function probe(service: Service, disk: DurableWriter, ms: number): Promise<Samples> {
   const samples: Samples = { accept: [], bare: [] }
   const underWay: Array<Promise<unknown>> = []

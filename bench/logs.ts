@@ -9,7 +9,7 @@ import { timeOf } from './yardsticks.ts'
 const MEGABYTES = 500
 const LINE = 'a line of a log, about as long as the lines that build tools print'
 
-/** A task that prints a lot, against the same script writing into a file. */
+/** Measures a task that prints a lot, against the same script writing into a file. */
 export async function logThroughput(context: Context): Promise<Row[]> {
   const megabytes = context.quick ? MEGABYTES / 5 : MEGABYTES
   const rounds = context.quick ? 2 : 5
@@ -43,7 +43,7 @@ export async function logThroughput(context: Context): Promise<Row[]> {
       },
     ]
     for (const contender of round % 2 === 0 ? contenders : contenders.toReversed()) {
-      // What the last one wrote must not be written out at the expense of the next.
+      // The disk must not still write the output of the last turn.
       await timeOf('sync', folder)
       await contender()
     }

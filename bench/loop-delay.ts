@@ -1,13 +1,13 @@
 /**
- * `node --import ./bench/loop-delay.ts …`: measures the event loop of the process's main thread from outside its code.
- * On SIGUSR2, writes what was measured since the last time as one line of JSON to stderr, and starts anew.
+ * Measures the event loop of a process that is started with `node --import ./bench/loop-delay.ts`.
+ * On SIGUSR2, writes the delays since the last time as a line of JSON to stderr.
  */
 import { monitorEventLoopDelay } from 'node:perf_hooks'
 import { isMainThread } from 'node:worker_threads'
 
 const RESOLUTION_MS = 10
 
-/** Milliseconds that a timer came late. */
+/** Delays of a timer in milliseconds. */
 export interface LoopDelay {
   p50: number
   p99: number
@@ -19,7 +19,7 @@ if (isMainThread) {
   const histogram = monitorEventLoopDelay({ resolution: RESOLUTION_MS })
   histogram.enable()
   process.on('SIGUSR2', () => {
-    // The histogram holds the time between two firings, which includes the interval itself.
+    // The histogram measures the time between two timers, which includes the interval.
     const late = (nanoseconds: number) => Math.max(0, nanoseconds / 1e6 - RESOLUTION_MS)
     const loopDelay: LoopDelay = {
       p50: late(histogram.percentile(50)),

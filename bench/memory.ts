@@ -10,7 +10,7 @@ const SETTLE_MS = 2_000
 const DISK_WRITES = 300
 const IDLE_MB = 110
 
-/** Resident memory, and how fast tasks are accepted while none of them can run. */
+/** Measures resident memory, and the rate at which tasks are accepted while none can run. */
 export async function memory(context: Context): Promise<Row[]> {
   const queued = context.quick ? QUEUED / 10 : QUEUED
   await using disk = await DurableWriter.start()
@@ -40,7 +40,10 @@ export async function memory(context: Context): Promise<Row[]> {
   const yardstick = { name: 'an idle Node process', figures: [await bare.residentMb()] }
   return [
     {
-      ...{ what: 'resident memory, idle', unit: 'MB', measured: [idle], yardstick },
+      what: 'resident memory, idle',
+      unit: 'MB',
+      measured: [idle],
+      yardstick,
       aim: { of: 'value', limit: IDLE_MB, better: 'less' },
     },
     { what: `resident memory, ${queued} tasks queued`, unit: 'MB', measured: [full], yardstick },

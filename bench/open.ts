@@ -1,8 +1,8 @@
-/** What is not disposed yet: for an end from outside, which `await using` does not see. */
+/** Resources that are not disposed yet; a signal ends the bench without `await using`. */
 export const open = new Set<AsyncDisposable>()
 
 export async function closeAll(): Promise<void> {
-  // Like `await using`: what was opened last goes first.
+  // Closes the last one first, like `await using`.
   for (const each of [...open].toReversed()) {
     try {
       await each[Symbol.asyncDispose]()

@@ -5,13 +5,13 @@ const SAMPLE_MS = 300
 const BUSY_MAX = 0.2
 const IDLE_FIELDS = [3, 4]
 
-/** Waits for a quiet machine before each round, as long as its patience lasts, and remembers what it found. */
+/** Waits for an otherwise idle machine before each round, and remembers the load that it found. */
 export class OtherLoad {
   #patienceMs: number
   /** Share of the cores in use just before each round. */
   readonly found: number[] = []
 
-  /** `patienceMs`: for the whole run. */
+  /** `patienceMs`: maximum wait in the whole run. */
   constructor(patienceMs: number) {
     this.#patienceMs = patienceMs
   }
@@ -36,7 +36,7 @@ async function busyShare(): Promise<number> {
   return 1 - (after.idle - before.idle) / (after.all - before.all)
 }
 
-/** proc_stat(5): user, nice, system, idle, iowait, … */
+/** Reads /proc/stat (proc_stat(5)): user, nice, system, idle, iowait, … */
 async function ticks(): Promise<{ idle: number; all: number }> {
   const [line = ''] = (await readFile('/proc/stat', 'utf8')).split('\n')
   const fields = line.trim().split(/\s+/).slice(1, 9).map(Number)

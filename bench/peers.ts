@@ -1,4 +1,4 @@
-/** What people would run instead, as far as it is installed. A text in place of one says why it is not there. */
+/** Starts other task runners, for comparison. Where one is not installed, a text says so. */
 import { execFile } from 'node:child_process'
 import { once } from 'node:events'
 import { mkdtemp, rm, writeFile } from 'node:fs/promises'
@@ -18,12 +18,12 @@ const FASTAPI_PACKAGES = 'python3-fastapi python3-uvicorn python3-requests'
 export const FASTAPI_NAME = 'FastAPI, a thread per task, nothing kept (fastapi_app.py)'
 export const WEBHOOK_NAME =
   'webhook: no callback, no queue, no log or outcome kept, no cancelling; the caller waits for the end'
-/** As many as the service runs at a time by default. */
+/** Requests at a time: as many as the service runs tasks by default. */
 const WEBHOOK_CLIENTS = 4 * navigator.hardwareConcurrency
 const START_MS_MAX = 10_000
 const POLL_MS = 20
 
-/** The old app's shape, which takes the same requests as the service. */
+/** Starts a FastAPI app that takes the same requests as the service. */
 export async function startFastApi(options: {
   tasks: Record<string, string>
   callbackUrl: string
@@ -34,7 +34,7 @@ export async function startFastApi(options: {
   return Service.start({ ...options, main: FASTAPI, command: PYTHON, idPrefix: 'fastapi' })
 }
 
-/** github.com/adnanh/webhook: answers with what the script printed, once it has ended. */
+/** Runs github.com/adnanh/webhook, which answers with a script's output once it has ended. */
 export class Webhook implements AsyncDisposable {
   readonly #folder: string
   readonly #process: NodeProcess
@@ -47,7 +47,7 @@ export class Webhook implements AsyncDisposable {
     open.add(this)
   }
 
-  /** `tasksDir`: where the scripts are. */
+  /** `tasksDir`: the folder of the scripts. */
   static async start(tasksDir: string): Promise<Webhook | string> {
     if (!(await runs('webhook', ['-version']))) {
       return 'webhook is left out: apt-get install webhook'
@@ -73,7 +73,7 @@ export class Webhook implements AsyncDisposable {
     return webhook
   }
 
-  /** Scripts per second. */
+  /** Returns the scripts per second. */
   async run(file: string, count: number): Promise<number> {
     const path = `/hooks/${file.slice(file.lastIndexOf('.') + 1)}`
     const startedAt = performance.now()
@@ -82,7 +82,9 @@ export class Webhook implements AsyncDisposable {
       while (left > 0) {
         left -= 1
         const { statusCode, body } = await this.#pool.request({
-          ...{ method: 'POST', path, headers: { 'content-type': 'application/json' } },
+          method: 'POST',
+          path,
+          headers: { 'content-type': 'application/json' },
           body: JSON.stringify({ task_file_name: file }),
         })
         const text = await body.text()
@@ -114,7 +116,7 @@ export class Webhook implements AsyncDisposable {
   }
 }
 
-/** `peer`: or why there is none. */
+/** Returns the yardstick of a peer. `peer`: a text instead of one says why it is missing. */
 export function peer(name: string, figures: number[] | undefined, peer: unknown): Row['yardstick'] {
   return { name: typeof peer === 'string' ? peer : name, figures: figures ?? [] }
 }
@@ -126,11 +128,11 @@ async function runs(command: string, args: string[]): Promise<boolean> {
   )
 }
 
-/** It takes no port of the kernel's choice that it would tell. */
+/** Finds a free port: webhook would not report one that the kernel chose. */
 async function freePort(): Promise<number> {
   const server = createServer().listen(0, '127.0.0.1')
   await once(server, 'listening')
-  // Holds: a TCP server that listens.
+  // A TCP server that listens has this address.
   const { port } = server.address() as AddressInfo
   server.close()
   await once(server, 'close')

@@ -1,4 +1,4 @@
-/** A process, of Node unless told otherwise, that writes into files instead of pipes: reading its log must not cost the bench any time. */
+/** A process, by default Node, that writes into files: reading pipes would cost the bench time. */
 import { type ChildProcess, spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { closeSync, openSync } from 'node:fs'
@@ -18,7 +18,7 @@ export class NodeProcess implements AsyncDisposable {
   readonly #stdout: string
   readonly #stderr: string
 
-  /** `folder`: where its output goes. */
+  /** `folder`: of its output. */
   constructor(
     args: string[],
     options: { folder: string; env: Record<string, string>; command?: string | undefined },
@@ -38,28 +38,28 @@ export class NodeProcess implements AsyncDisposable {
     return pid
   }
 
-  /** The first line of stdout that `matches`. Throws when the process ends before it. */
+  /** Waits for a line of stdout that `matches`. Throws when the process ends before. */
   async line(matches: (line: string) => boolean): Promise<string> {
     return this.#lineOf(this.#stdout, (lines) => lines.find(matches))
   }
 
-  /** Since the last call; needs `--import LOOP_DELAY`. */
+  /** Returns the delays since the last call; needs `--import LOOP_DELAY`. */
   async loopDelay(): Promise<LoopDelay> {
     const own = (lines: string[]) => lines.filter((line) => line.startsWith('{"loopDelay"'))
     const before = own(await linesOf(this.#stderr)).length
     this.#child.kill('SIGUSR2')
     const line = await this.#lineOf(this.#stderr, (lines) => own(lines)[before])
-    // Holds: loop-delay.ts writes exactly this.
+    // loop-delay.ts writes this object.
     return (JSON.parse(line) as { loopDelay: LoopDelay }).loopDelay
   }
 
-  /** Resident memory, MB. */
+  /** Returns the resident memory in MB. */
   async residentMb(): Promise<number> {
     const status = await readFile(`/proc/${this.pid}/status`, 'utf8')
     return Number(/VmRSS:\s+(\d+) kB/.exec(status)?.[1]) / 1024
   }
 
-  /** As the kernel does it to whoever takes too much memory. */
+  /** Kills it with SIGKILL, as the kernel's OOM killer does. */
   async kill(): Promise<void> {
     const exited = once(this.#child, 'exit')
     this.#child.kill('SIGKILL')
@@ -86,11 +86,13 @@ export class NodeProcess implements AsyncDisposable {
       if (line !== undefined) return line
       await pause(POLL_MS)
     }
-    throw new Error(`the process did not say it: ${await readFile(this.#stderr, 'utf8')}`)
+    throw new Error(
+      `the process did not print the expected line: ${await readFile(this.#stderr, 'utf8')}`,
+    )
   }
 }
 
-/** Complete lines only. */
+/** Returns the complete lines of a file. */
 async function linesOf(path: string): Promise<string[]> {
   return (await readFile(path, 'utf8')).split('\n').slice(0, -1)
 }

@@ -1,4 +1,4 @@
-/** What a long queue costs: those who add to it, and a restart. */
+/** Measures what a long queue costs when a task is accepted, and at a restart. */
 import { join } from 'node:path'
 import { onBeat } from './beat.ts'
 import { fill } from './filling.ts'
@@ -14,11 +14,11 @@ const TASKS = { [SLEEP]: 'sleep 1000\n', 'stamp.sh': STAMP }
 const PER_SECOND = 1_000
 const BARE_PER_SECOND = 50
 const WAITING = 100_000
-/** Of each, when two are asked in turn. */
+/** Rate for each of two services that are asked in turn. */
 const IN_TURN_PER_SECOND = 50
 const PENDING = 10_000
 
-/** Accepts on a fixed beat, while sleeping tasks hold every slot. */
+/** Measures accepting at a fixed rate while sleeping tasks hold every slot. */
 export async function acceptIntoQueue(context: Context): Promise<Row[]> {
   const rounds = context.quick ? 2 : 3
   const roundMs = context.quick ? 3_000 : 10_000
@@ -52,7 +52,7 @@ export async function acceptIntoQueue(context: Context): Promise<Row[]> {
   return [row(0.5), { ...row(0.99), aim: { of: 'value', limit: 10, better: 'less' } }]
 }
 
-/** Two services, one with an empty queue and one with a very long one, asked in turn. */
+/** Compares a service with a very long queue with one whose queue is empty, asked in turn. */
 export async function longQueue(context: Context): Promise<Row[]> {
   const rounds = context.quick ? 2 : 3
   const roundMs = context.quick ? 3_000 : 10_000
@@ -60,7 +60,11 @@ export async function longQueue(context: Context): Promise<Row[]> {
   const env = { MAX_QUEUED_TASKS: String(WAITING * 2) }
   const { nodeOptions } = context
   await using full = await Service.start({
-    ...{ tasks: TASKS, callbackUrl: null, nodeOptions, env, idPrefix: 'again' },
+    tasks: TASKS,
+    callbackUrl: null,
+    nodeOptions,
+    env,
+    idPrefix: 'again',
     folder: await leaveQueued(SLEEP, waiting, null),
   })
   await using empty = await sleeping({ nodeOptions, env })
@@ -89,7 +93,7 @@ export async function longQueue(context: Context): Promise<Row[]> {
   }))
 }
 
-/** From the start of the process after a kill until the first waiting task runs. */
+/** Measures from the start of the process after a kill until the first waiting task runs. */
 export async function restart(context: Context): Promise<Row[]> {
   const rounds = context.quick ? 2 : 5
   const pending = context.quick ? PENDING / 10 : PENDING
@@ -112,7 +116,7 @@ export async function restart(context: Context): Promise<Row[]> {
   async function untilFirstRuns(count: number): Promise<number> {
     await using receiver = await Receiver.start()
     const first = Promise.withResolvers<number>()
-    // What the script prints is its time. The task that ran when the service was killed calls back with other words.
+    // The script prints its time. The task that ran during the kill calls back with other output.
     receiver.onArrival = ({ logs }) => {
       if (Number(logs) > 0) first.resolve(Number(logs))
     }
@@ -125,7 +129,7 @@ export async function restart(context: Context): Promise<Row[]> {
   }
 }
 
-/** The folder of a service that was killed while so many tasks were waiting. */
+/** Returns the folder of a service that was killed while `count` tasks were waiting. */
 async function leaveQueued(
   file: string,
   count: number,
@@ -138,7 +142,7 @@ async function leaveQueued(
   return service.folder
 }
 
-/** Its slots are held, by tasks that end with it. */
+/** Starts a service whose slots are all held by tasks that end with it. */
 async function sleeping(options: {
   callbackUrl?: string | null
   nodeOptions?: readonly string[]

@@ -4,11 +4,11 @@ import type { AddressInfo } from 'node:net'
 export interface Arrival {
   taskId: string
   logs: string
-  /** Epoch ms, when its request had come whole. */
+  /** Epoch ms at which its request was complete. */
   at: number
 }
 
-/** Takes callbacks, answers at once, counts each task's once, and knows which failed. */
+/** Receives callbacks, answers at once, counts each task once, and counts failed ones. */
 export class Receiver implements AsyncDisposable {
   readonly #server
   readonly #seen = new Set<string>()
@@ -23,7 +23,7 @@ export class Receiver implements AsyncDisposable {
       request.on('end', () => {
         response.end('{}')
         const at = Date.now()
-        // Holds: so the API calls back.
+        // The body of callbacks in the API.
         const outcome = JSON.parse(Buffer.concat(chunks).toString()) as {
           task_id: string
           success: boolean
@@ -47,7 +47,7 @@ export class Receiver implements AsyncDisposable {
   }
 
   get url(): string {
-    // Holds: a TCP server that listens.
+    // A TCP server that listens has this address.
     const { port } = this.#server.address() as AddressInfo
     return `http://127.0.0.1:${port}/callback`
   }

@@ -1,17 +1,17 @@
-/** Figures, one per round, and the table they end in. Pure. */
+/** Makes a table of figures, one per round. */
 
 export interface Row {
   what: string
   unit: string
   /** One figure per round. */
   measured: number[]
-  /** Without figures: left out, and the name says why. */
+  /** Without figures, the name says why they are missing. */
   yardstick: { name: string; figures: number[] }
-  /** `ratio` and `value` say which of the two the limit is for. */
+  /** `of`: whether the limit is one of the ratio or of the value. */
   aim?: { of: 'ratio' | 'value'; limit: number; better: 'more' | 'less' }
 }
 
-/** `q` in 0..1; of an unsorted list. */
+/** Returns a quantile of an unsorted list; `q` in 0..1. */
 export function quantile(figures: readonly number[], q: number): number {
   const sorted = figures.toSorted((a, b) => a - b)
   return sorted[Math.min(sorted.length - 1, Math.floor(q * sorted.length))] ?? Number.NaN
@@ -23,7 +23,7 @@ export function median(figures: readonly number[]): number {
   return ((sorted[Math.floor(middle)] ?? 0) + (sorted[Math.ceil(middle)] ?? 0)) / 2
 }
 
-/** Markdown, aligned, so that it reads in a terminal as well. */
+/** Returns a table in Markdown, aligned for terminals. */
 export function table(rows: readonly Row[]): string {
   const cells = [
     ['what', 'measured', 'yardstick of the same run', 'ratio', 'aim'],
@@ -47,7 +47,7 @@ export function table(rows: readonly Row[]): string {
   return lines.join('\n')
 }
 
-/** Round by round, since what else the machine does changes between rounds. */
+/** Returns the ratio of each round: the other load of the machine changes between rounds. */
 function ratios(row: Row): number[] {
   return row.measured.map((figure, round) => figure / (row.yardstick.figures[round] ?? Number.NaN))
 }
@@ -62,7 +62,7 @@ function aimText(row: Row): string {
   return `${better === 'more' ? '>=' : '<'} ${Number(limit.toPrecision(2))}${unit}: ${met ? 'met' : 'missed'}`
 }
 
-/** Median, and the smallest and largest round. */
+/** Returns the median, and the smallest and largest figure. */
 function spread(figures: readonly number[]): string {
   if (figures.length === 1) return short(figures[0] ?? Number.NaN)
   return `${short(median(figures))} (${short(Math.min(...figures))} to ${short(Math.max(...figures))})`

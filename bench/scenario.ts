@@ -2,11 +2,11 @@ import type { Row } from './report.ts'
 
 export interface Context {
   quick: boolean
-  /** For the service's process: `--cpu-prof` and the like. */
+  /** Options for the service's process, such as `--cpu-prof`. */
   nodeOptions: readonly string[]
-  /** Tells whoever waits. */
+  /** Prints progress. */
   note: (text: string) => void
-  /** Awaited before each round: waits a while for other load to end. */
+  /** Waits a while for other load to end; called before each round. */
   quiet: () => Promise<void>
 }
 

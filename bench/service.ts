@@ -5,15 +5,15 @@ import { Pool } from 'undici'
 import { open } from './open.ts'
 import { NodeProcess } from './process.ts'
 
-/** As `npm start` has them. */
+/** Node options of `npm start`. */
 const NODE_OPTIONS = ['--disable-sigusr1', '--max-semi-space-size=2']
 const COMPILED = new URL('../node_modules/.cache/node', import.meta.url).pathname
 const MAIN = new URL('../src/main.ts', import.meta.url).pathname
-/** Of those that wait for an answer before they send the next request. */
+/** Number of clients that wait for an answer before they send the next request. */
 const CLIENTS = 8
-/** Enough that a request sent on a beat waits for no other one. */
+/** Enough connections that no request waits for another one. */
 const CONNECTIONS_MAX = 128
-/** What tasks see of the environment, on both sides of a comparison. */
+/** Environment of tasks, on both sides of a comparison. */
 export const ENVIRONMENT = { PATH: '/usr/local/bin:/usr/bin:/bin', LANG: 'C.UTF-8' }
 export const PYTHON = '/usr/bin/python3'
 
@@ -22,7 +22,7 @@ export interface Accepted {
   latencyMs: number
 }
 
-/** The real service, as `npm start` runs it, on folders of its own; whatever it started ends with it. */
+/** The real service, as `npm start` runs it, with its own folders; its tasks end with it. */
 export class Service implements AsyncDisposable {
   readonly process: NodeProcess
   readonly folder: string
@@ -57,13 +57,13 @@ export class Service implements AsyncDisposable {
     callbackUrl: string | null
     env?: Record<string, string>
     nodeOptions?: readonly string[]
-    /** Instead of the service's own. */
+    /** Program to run instead of the service. */
     main?: string
-    /** What runs `main`; default: Node. */
+    /** Interpreter of `main`; default: Node. */
     command?: string
-    /** Of a service that was killed: the next one goes on with what it left. Ends with this one. */
+    /** Folder of a killed service to continue with; removed with this one. */
     folder?: string
-    /** Where several share their tasks. */
+    /** Prefix of task ids, for several services with one database. */
     idPrefix?: string
   }): Promise<Service> {
     const folder = options.folder ?? (await mkdtemp(join(tmpdir(), 'task-runner-bench-')))
@@ -98,13 +98,13 @@ export class Service implements AsyncDisposable {
         await rm(folder, { recursive: true })
         throw err
       })
-    // Holds: main.ts logs the address with this message.
+    // main.ts logs the address with this message.
     const { address } = JSON.parse(listening) as { address: string }
     const { callbackUrl, idPrefix = 'bench' } = options
     return new Service(folder, { process, address, callbackUrl, idPrefix })
   }
 
-  /** Throws unless the answer is 200, which means that the task is on disk. */
+  /** Submits a task. Throws unless the answer is 200: then the task is on disk. */
   async submit(taskFileName: string): Promise<Accepted> {
     this.#submitted += 1
     const taskId = `${this.#idPrefix}-${this.#submitted}`
@@ -137,16 +137,16 @@ export class Service implements AsyncDisposable {
     await Promise.all(Array.from({ length: CLIENTS }, client))
   }
 
-  /** The cheapest answer the service can give: a round trip that touches neither store nor workers. */
+  /** Sends the cheapest request, which uses neither the store nor workers. */
   async ping(): Promise<void> {
     const { body } = await this.#pool.request({ method: 'GET', path: '/health/live' })
     await body.dump()
   }
 
-  /** How many tasks are in that state, up to a page of them. */
+  /** Returns the number of tasks with a status, at most a page. */
   async count(status: string): Promise<number> {
     const { body } = await this.#pool.request({ method: 'GET', path: `/tasks?status=${status}` })
-    // Holds: so the API lists tasks.
+    // The API lists tasks in this form.
     return ((await body.json()) as { tasks: unknown[] }).tasks.length
   }
 
@@ -157,16 +157,16 @@ export class Service implements AsyncDisposable {
   async get(path: string): Promise<Record<string, unknown>> {
     const { statusCode, body } = await this.#pool.request({ method: 'GET', path })
     if (statusCode !== 200) throw new Error(`${path}: ${statusCode} ${await body.text()}`)
-    // Holds: every answer of the API is a JSON object.
+    // Every answer of the API is a JSON object.
     return (await body.json()) as Record<string, unknown>
   }
 
-  /** Ends it and its tasks, by a signal that the service does not hear; its folder stays. */
+  /** Kills the service and its tasks with SIGKILL; keeps its folder. */
   async kill(): Promise<void> {
     await this.#leave(() => this.process.kill())
   }
 
-  /** Ends it in its own way; its folder stays. */
+  /** Stops the service with SIGTERM, and its tasks; keeps its folder. */
   async stop(): Promise<void> {
     await this.#leave(() => this.process[Symbol.asyncDispose]())
   }
@@ -189,7 +189,7 @@ export class Service implements AsyncDisposable {
     await rm(this.folder, { recursive: true, force: true, maxRetries: 5 })
   }
 
-  /** Local tasks outlive the service by design. */
+  /** Kills the local tasks, which outlive the service by design. */
   async #endTasks(): Promise<void> {
     const workersDir = join(this.folder, 'data', 'workers')
     for (const name of await readdir(workersDir).catch(() => [])) {

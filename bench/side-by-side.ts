@@ -5,18 +5,18 @@ import { quantile, type Row } from './report.ts'
 import type { Context } from './scenario.ts'
 import { Service } from './service.ts'
 
-/** bash, without a process of its own for it. */
+/** Prints the time in bash without starting a process. */
 export const STAMP = 'echo $EPOCHREALTIME\n'
 const FILE = 'stamp.sh'
 const EXIT_TO_CALLBACK_MS = 50
 
-/** Per round. */
+/** Milliseconds, of one round. */
 interface Samples {
   accept: number[]
   exitToCallback: number[]
 }
 
-/** The same load on the service and on FastAPI, in turn: how fast each accepts, and how soon it tells the end. */
+/** Compares accepting and calling back with FastAPI, under the same load, in turn. */
 export async function sideBySide(context: Context): Promise<Row[]> {
   const rounds = context.quick ? 2 : 5
   const roundMs = context.quick ? 2_000 : 5_000
@@ -28,7 +28,7 @@ export async function sideBySide(context: Context): Promise<Row[]> {
   const contenders: Record<string, Service> = { service }
   if (typeof fastApi !== 'string') contenders.fastApi = peers.use(fastApi)
   const rows: Row[] = []
-  // What either runs off with ease, what keeps a small machine busy, and more than either can.
+  // Easy for both, enough to keep a small machine busy, and more than both can run.
   for (const perSecond of [20, 200, 1_000]) {
     const all: Record<string, Samples[]> = { service: [], fastApi: [] }
     for (let round = -1; round < rounds; round += 1) {
@@ -72,7 +72,7 @@ async function load(
   ms: number,
 ): Promise<Samples> {
   const samples: Samples = { accept: [], exitToCallback: [] }
-  // The last thing the script did was to print its time, in seconds.
+  // The script prints its time in seconds as its last act.
   receiver.onArrival = ({ logs, at }) => samples.exitToCallback.push(at - Number(logs) * 1000)
   const before = receiver.count
   await onBeat(perSecond, ms, async () => {

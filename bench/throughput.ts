@@ -6,7 +6,7 @@ import type { Context } from './scenario.ts'
 import { Service } from './service.ts'
 import { RUN_MANY, type ScriptsPerSecond } from './yardsticks.ts'
 
-/** Each contender's turn takes 1 to 5 seconds: long against a hiccup, short against a change of the other load. */
+/** A turn takes 1 to 5 s: long enough to outlast hiccups, shorter than changes of other load. */
 const SIZES = {
   sh: { rounds: 5, warmUp: 2_000, count: 1_000, script: 'echo hi\n' },
   py: { rounds: 5, warmUp: 300, count: 300, script: 'print("hi")\n' },
@@ -14,7 +14,7 @@ const SIZES = {
 const OF_THE_MACHINE = 0.85
 const OF_FASTAPI = 1.3
 
-/** From the first submit to the last callback, against the same script run without any service, or by another. */
+/** Measures from first submit to last callback, against scripts without a service, and peers. */
 export async function throughput(kind: keyof typeof SIZES, context: Context): Promise<Row[]> {
   const { script } = SIZES[kind]
   const rounds = context.quick ? 2 : SIZES[kind].rounds
@@ -46,7 +46,7 @@ export async function throughput(kind: keyof typeof SIZES, context: Context): Pr
   for (let round = -1; round < rounds; round += 1) {
     await context.quiet()
     const order = Object.entries(contenders)
-    // Nobody always comes first, and nobody always follows the same one.
+    // Rotates the order, so that each contender goes first once.
     order.push(...order.splice(0, Math.max(0, round) % order.length))
     for (const [name, contender] of order) {
       const rate = await contender(file, round < 0 ? SIZES[kind].warmUp : count, folder)

@@ -1,4 +1,4 @@
-/** The service with workers that have run their task the moment they are asked for: what is left is the service itself. */
+/** Starts the service with workers whose tasks end at once, to measure only the service. */
 import { buildApp } from '../src/app.ts'
 import { loadConfig } from '../src/config.ts'
 import type { Worker, WorkerBackend, WorkerSpec } from '../src/core/ports.ts'
@@ -7,7 +7,12 @@ const done = { reason: 'completed', exitCode: 0, signal: null, message: null } a
 
 function trivialWorker({ name, taskId }: WorkerSpec): Worker {
   return {
-    ...{ name, taskId, backend: 'trivial', image: null, size: null, createdAt: Date.now() },
+    name,
+    taskId,
+    backend: 'trivial',
+    image: null,
+    size: null,
+    createdAt: Date.now(),
     status: async () => 'Completed',
     completion: async () => done,
     stop: async () => {},

@@ -1,4 +1,4 @@
-/** What the machine itself can do, without us. */
+/** Measures the machine without the service. */
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { type FileHandle, mkdtemp, open as openFile, rm } from 'node:fs/promises'
@@ -10,7 +10,7 @@ import { ENVIRONMENT, PYTHON, type Service } from './service.ts'
 const INTERPRETERS: Record<string, string> = { sh: '/usr/bin/bash', py: `${PYTHON} -u` }
 const WRITE_BYTES = 4096
 
-/** A shell command line, in milliseconds. Its output is dropped unless it redirects it. */
+/** Returns how long a shell command takes, in milliseconds; discards its output. */
 export async function timeOf(command: string, folder: string): Promise<number> {
   const startedAt = performance.now()
   const child = spawn('/bin/sh', ['-c', command], {
@@ -26,8 +26,8 @@ export async function timeOf(command: string, folder: string): Promise<number> {
 export type ScriptsPerSecond = (file: string, count: number, folder: string) => Promise<number>
 
 /**
- * Ways to run a script many times, all with the interpreter the service uses, writing to one file: beside the folder, since
- * the service would copy it for each of its workers.
+ * Ways to run a script many times with the service's interpreter. The output goes into a file
+ * outside of the tasks folder, which the service would copy for each worker.
  */
 export const RUN_MANY: Record<string, ScriptsPerSecond> = {
   'shell loop': async (file, count, folder) => {
@@ -54,14 +54,14 @@ function interpreter(file: string): string {
 
 export const BARE_ACCEPT = 'GET /health/live plus one durable 4 KB write'
 
-/** The least that any durable accept over HTTP costs. */
+/** Measures the minimum cost of a durable accept over HTTP. */
 export async function bareAccept(service: Service, disk: DurableWriter): Promise<number> {
   const startedAt = performance.now()
   await service.ping()
   return performance.now() - startedAt + (await disk.write())
 }
 
-/** Appends and waits for the disk, as any durable accept must. Returns the milliseconds each took. */
+/** Appends and waits for the disk, as any durable accept must. */
 export class DurableWriter implements AsyncDisposable {
   readonly folder: string
   readonly #file: FileHandle
@@ -78,6 +78,7 @@ export class DurableWriter implements AsyncDisposable {
     return new DurableWriter(folder, await openFile(join(folder, 'file'), 'a'))
   }
 
+  /** Returns the time that it took, in milliseconds. */
   async write(): Promise<number> {
     const startedAt = performance.now()
     await this.#file.write(this.#content)
