@@ -10,7 +10,7 @@ import { UnavailableError } from '../../src/core/errors.ts'
 import { WorkerError } from '../../src/core/ports.ts'
 import {
   classified,
-  FAULT_OF,
+  FAILURES,
   type FailureKind,
   LocalFailure,
   toCoreError,
@@ -31,8 +31,8 @@ const NOBODY = 65_534
 const withCode = (code: string) => Object.assign(new Error(`${code}: it failed`), { code })
 
 describe('a failure of local workers', () => {
-  const kinds = Object.keys(FAULT_OF) as FailureKind[]
-  test.each(kinds.map((kind) => [kind, FAULT_OF[kind]] as const))(
+  const kinds = Object.keys(FAILURES) as FailureKind[]
+  test.each(kinds.map((kind) => [kind, FAILURES[kind].fault] as const))(
     'of kind %s is %s, also when it comes from the thread, and says why',
     (kind, fault) => {
       const failure = new LocalFailure(kind, { cause: withCode('EODD') })

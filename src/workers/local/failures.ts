@@ -2,39 +2,28 @@
 import { UnavailableError } from '../../core/errors.ts'
 import { WorkerError } from '../../core/ports.ts'
 
-export type FailureKind =
-  | 'disk_full'
-  | 'disk_read_only'
-  | 'disk_failing'
-  | 'no_descriptors'
-  | 'no_processes'
-  | 'no_memory'
-  | 'tasks_folder_away'
-  | 'workers_folder_away'
-  | 'no_answer'
-  | 'task_file_unusable'
-  | 'name_taken'
-  | 'folder_broken'
+type Fault = 'ours' | 'task' | 'lost'
 
 /**
- * Whose fault a failure is. `ours`: the machine's, for all tasks; retried until it ends. `task`:
- * the request cannot be fulfilled. `lost`: the task broke its worker's folder, and its outcome is
- * unknown.
+ * Kinds of failures, and whose fault they are. `ours`: the machine's, for all tasks; retried until
+ * it ends. `task`: the request cannot be fulfilled. `lost`: the task broke its worker's folder, and
+ * its outcome is unknown.
  */
-export const FAULT_OF = {
-  disk_full: 'ours',
-  disk_read_only: 'ours',
-  disk_failing: 'ours',
-  no_descriptors: 'ours',
-  no_processes: 'ours',
-  no_memory: 'ours',
-  tasks_folder_away: 'ours',
-  workers_folder_away: 'ours',
-  no_answer: 'ours',
-  task_file_unusable: 'task',
-  name_taken: 'task',
-  folder_broken: 'lost',
-} as const satisfies Record<FailureKind, 'ours' | 'task' | 'lost'>
+export const FAILURES = {
+  disk_full: { fault: 'ours', message: "The workers' disk is full" },
+  disk_read_only: { fault: 'ours', message: "The workers' disk is read-only" },
+  disk_failing: { fault: 'ours', message: "The workers' disk reports errors" },
+  no_descriptors: { fault: 'ours', message: 'The service has no file descriptors left' },
+  no_processes: { fault: 'ours', message: 'No process could be started' },
+  no_memory: { fault: 'ours', message: 'The machine has no memory left' },
+  tasks_folder_away: { fault: 'ours', message: 'The tasks folder cannot be read' },
+  workers_folder_away: { fault: 'ours', message: "The workers' folder cannot be used" },
+  no_answer: { fault: 'ours', message: 'The local workers do not answer' },
+  task_file_unusable: { fault: 'task', message: 'The task file cannot be used' },
+  name_taken: { fault: 'task', message: 'Another task has a worker with this name' },
+  folder_broken: { fault: 'lost', message: "The worker's folder is broken" },
+} as const satisfies Record<string, { fault: Fault; message: string }>
+export type FailureKind = keyof typeof FAILURES
 
 /** Failures by system error code (errno(3)); the meaning of other codes depends on the path. */
 const KIND_OF_CODE: Readonly<Record<string, FailureKind>> = {
@@ -54,21 +43,6 @@ const KIND_OF_CODE: Readonly<Record<string, FailureKind>> = {
   ENOMEM: 'no_memory',
 }
 
-const MESSAGES = {
-  disk_full: "The workers' disk is full",
-  disk_read_only: "The workers' disk is read-only",
-  disk_failing: "The workers' disk reports errors",
-  no_descriptors: 'The service has no file descriptors left',
-  no_processes: 'No process could be started',
-  no_memory: 'The machine has no memory left',
-  tasks_folder_away: 'The tasks folder cannot be read',
-  workers_folder_away: "The workers' folder cannot be used",
-  no_answer: 'The local workers do not answer',
-  task_file_unusable: 'The task file cannot be used',
-  name_taken: 'Another task has a worker with this name',
-  folder_broken: "The worker's folder is broken",
-} satisfies Record<FailureKind, string>
-
 /** A classified failure. Of its fields, only `kind` survives a message between threads. */
 export class LocalFailure extends Error {
   override name = 'LocalFailure'
@@ -76,7 +50,7 @@ export class LocalFailure extends Error {
 
   /** `message`: replaces the usual sentence of the kind. */
   constructor(kind: FailureKind, options: { message?: string; cause?: unknown } = {}) {
-    const { message = MESSAGES[kind], cause } = options
+    const { message = FAILURES[kind].message, cause } = options
     const code = codeOf(cause)
     super(code === undefined ? message : `${message} (${code})`, { cause })
     this.kind = kind
@@ -108,22 +82,22 @@ export function classifiedAs(kind: FailureKind, err: unknown): LocalFailure {
 /** Returns whether an error says nothing about the task, and a retry may succeed. */
 export function isTemporary(err: unknown): boolean {
   const known = classified(err)
-  return known instanceof LocalFailure && FAULT_OF[known.kind] === 'ours'
+  return known instanceof LocalFailure && FAILURES[known.kind].fault === 'ours'
 }
 
 /** Returns whether an error means that the task broke its worker's folder. */
 export function isFolderBroken(err: unknown): err is LocalFailure {
-  return err instanceof LocalFailure && FAULT_OF[err.kind] === 'lost'
+  return err instanceof LocalFailure && FAILURES[err.kind].fault === 'lost'
 }
 
 /** Returns an error of the workers' thread as one that the core knows. */
 export function toCoreError(err: unknown): unknown {
   const kind = err instanceof Error && 'kind' in err ? (err.kind as FailureKind) : undefined
-  if (!(err instanceof Error) || kind === undefined || !Object.hasOwn(FAULT_OF, kind)) return err
+  if (!(err instanceof Error) || kind === undefined || !Object.hasOwn(FAILURES, kind)) return err
   const outcomes = {
     ours: () => new UnavailableError(err.message, { cause: err }),
     task: () => new WorkerError('startup_failed', err.message, { cause: err }),
     lost: () => err,
   }
-  return outcomes[FAULT_OF[kind]]()
+  return outcomes[FAILURES[kind].fault]()
 }

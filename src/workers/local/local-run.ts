@@ -308,7 +308,7 @@ export class LocalRun {
     if (this.#pipe !== undefined) closeSync(this.#pipe)
     try {
       const log = this.#log ?? (killed.length > 0 ? new TaskLog(this.#folder, Infinity) : undefined)
-      if (killed.length > 0) log?.add([killedNote(killed)])
+      if (killed.length > 0) log?.add(killedNote(killed))
       log?.close()
     } catch (err) {
       // The task replaced its log.

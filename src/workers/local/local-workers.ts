@@ -12,7 +12,7 @@ import { LeftoverFinder } from './leftover-finder.ts'
 import { killAll, leftoversOf } from './leftovers.ts'
 import { LocalRun, type RunContext } from './local-run.ts'
 import { OutputPoller } from './output-poller.ts'
-import { isAlive, type ProcessIdentity } from './processes.ts'
+import { isAlive } from './processes.ts'
 import type { OnUnremovable } from './removal.ts'
 import { SlotPool } from './slot-pool.ts'
 import { TaskLog } from './task-log.ts'
@@ -314,7 +314,7 @@ export class LocalWorkers {
     try {
       // The shell either has the job in its pipe and will begin it, or reads the end of the pipe
       // and exits.
-      while (!folders.hasStarted(folder) && isAliveIfAny(record.slot)) await pause(BEGIN_POLL_MS)
+      while (!folders.hasStarted(folder) && isAlive(record.slot)) await pause(BEGIN_POLL_MS)
       return folders.hasStarted(folder) ? this.#info(record) : undefined
     } catch (err) {
       if (!isFolderBroken(err)) throw err
@@ -363,7 +363,7 @@ export class LocalWorkers {
     if (this.#runs.has(name)) return 'Running'
     if (this.#ended.has(name)) return 'Completed'
     try {
-      const isRunning = !folders.readExit(this.#folder(name)) && isAliveIfAny(slot)
+      const isRunning = !folders.readExit(this.#folder(name)) && isAlive(slot)
       return isRunning ? 'Running' : 'Completed'
     } catch (err) {
       if (!isFolderBroken(err)) throw err
@@ -374,8 +374,4 @@ export class LocalWorkers {
   #folder(name: string): string {
     return this.#known.folder(name)
   }
-}
-
-function isAliveIfAny(slot: ProcessIdentity | undefined): boolean {
-  return slot !== undefined && isAlive(slot)
 }

@@ -49,8 +49,8 @@ export function identify(pid: number): ProcessIdentity | undefined {
   return stat && { pid, startedAt: `${readBootId()} ${stat.startTicks}` }
 }
 
-export function isAlive(identity: ProcessIdentity): boolean {
-  return identify(identity.pid)?.startedAt === identity.startedAt
+export function isAlive(identity: ProcessIdentity | undefined): boolean {
+  return identity !== undefined && identify(identity.pid)?.startedAt === identity.startedAt
 }
 
 /**

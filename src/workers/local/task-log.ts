@@ -65,22 +65,22 @@ export class TaskLog {
     }
   }
 
-  /** Adds lines of the service. On a full disk they are left out. */
-  add(lines: readonly string[]): void {
+  /** Adds a line of the service. On a full disk it is left out. */
+  add(line: string): void {
     const last = Buffer.alloc(1)
     const isBegun = this.#bytes > 0 && readSync(this.#file, last, 0, 1, this.#bytes - 1) === 1
     const start = isBegun && last[0] !== NEWLINE ? '\n' : ''
-    const text = start + lines.map((line) => `[task-runner] ${line}\n`).join('')
+    const text = `${start}[task-runner] ${line}\n`
     try {
       this.#bytes += writeSync(this.#file, text, this.#bytes)
     } catch {
-      // The outcome must not depend on them.
+      // The outcome must not depend on it.
     }
   }
 
   close(): void {
     if (this.#lostBytes > 0)
-      this.add([`${this.#lostBytes} bytes of log were lost: the disk was full`])
+      this.add(`${this.#lostBytes} bytes of log were lost: the disk was full`)
     closeSync(this.#file)
   }
 }
