@@ -1,13 +1,16 @@
 const SCHEMAS = '#/components/schemas'
 
-const header = (name: string, description: string, options: { required?: true } = {}) => ({
-  ...{ name, in: 'header', required: false, description, schema: { type: 'string' } },
-  ...options,
+const header = (name: string, description: string, { required = false } = {}) => ({
+  name,
+  in: 'header',
+  required,
+  description,
+  schema: { type: 'string' },
 })
 
 /**
- * Describes the callback of `runTask` in OpenAPI, so that receivers can be generated. `apiSecurity`: what the API's own
- * operations want by default, which is not what receivers want.
+ * Describes the callback of `runTask` in OpenAPI, so that receivers can be generated. Receivers do
+ * not take the tokens of the API, so `apiSecurity`, the default of its operations, is overridden.
  */
 export function callbackDescription(apiSecurity: object | undefined) {
   return {
@@ -17,7 +20,7 @@ export function callbackDescription(apiSecurity: object | undefined) {
         operationId: 'receiveOutcome',
         summary: 'The outcome of the task',
         description:
-          'Sent by the service once the task has ended, and again until an answer has a status of 2xx. The same callback may come twice, with the same `webhook-id`.',
+          'Sent when the task has ended, and retried until the receiver responds with a 2xx status. The same callback may arrive twice, with the same `webhook-id`.',
         parameters: [
           header('webhook-id', 'The same for every attempt', { required: true }),
           header('webhook-timestamp', 'When it was sent, in seconds since 1970', {
@@ -25,20 +28,18 @@ export function callbackDescription(apiSecurity: object | undefined) {
           }),
           header(
             'webhook-signature',
-            'Standard Webhooks: `v1,` and a signature in base64, several with spaces between. Only where the service has signing secrets',
+            'Standard Webhooks: one or more signatures, separated by spaces, each `v1,` and base64. Absent if the service has no signing secrets',
           ),
-          header('authorization', '`Bearer` and the `callback_url_token`, where there is one'),
-          header('traceparent', 'W3C Trace Context, where the request brought one'),
+          header('authorization', '`Bearer` and the `callback_url_token` of the request, if any'),
+          header('traceparent', 'W3C Trace Context: the `traceparent` of the request, if any'),
           header(
             'task-status',
-            'How the task ended, as its record says. Not signed, like all `task-` headers',
-            {
-              required: true,
-            },
+            'The final status of the task. Not signed, like all `task-` headers',
+            { required: true },
           ),
-          header('task-reason', 'Why it ended so'),
-          header('task-exit-code', 'Where it ended by itself'),
-          header('task-duration-ms', 'From its start to its end, where it was started'),
+          header('task-reason', 'Why the task ended'),
+          header('task-exit-code', 'Absent if the task did not exit by itself'),
+          header('task-duration-ms', 'From start to end; absent if the task never started'),
         ],
         requestBody: {
           required: true,
@@ -48,7 +49,7 @@ export function callbackDescription(apiSecurity: object | undefined) {
         },
         responses: {
           200: {
-            description: 'Received. Any status of 2xx will do, and the body is not looked at',
+            description: 'Received. Any 2xx status is accepted, and the body is ignored',
             content: {
               'application/json': { schema: { $ref: `${SCHEMAS}/TaskRunnerCallbackResponse` } },
             },

@@ -4,7 +4,7 @@ import type { CallbackPayload } from '../core/ports.ts'
 import { turn } from '../core/turns.ts'
 import { logTextPieces } from './log-text.ts'
 
-/** What a receiver gets: exactly these four fields, whatever happened to the task. Ours takes more, as that of the old app does. */
+/** Body of a callback: exactly these four fields. The sample receivers ignore further ones. */
 export const callbackSchema = z
   .object({
     task_name: z.string().describe('The `task_file_name` of the request'),
@@ -19,42 +19,43 @@ export const callbackSchema = z
     ],
   })
 
-/** What a receiver answers; only its status counts. */
+/** Response of a receiver. The service looks at its status only. */
 export const callbackResponseSchema = z
   .object({ success: z.boolean(), message: z.string() })
   .meta({ id: 'TaskRunnerCallbackResponse', examples: [{ success: true, message: 'ok' }] })
 
-/** Settles when the large log before has been encoded. */
-let line: Promise<void> = Promise.resolve()
+/** Resolves when the large logs begun so far have been encoded. */
+let largeLogs: Promise<void> = Promise.resolve()
 
 /** Bytes of log encoded between two turns of the event loop: about a millisecond's work. */
 const PIECE_BYTES = 64 * 1024
 
-/** A callback's body, UTF-8. Of a large log it holds nothing: each reader gets it from where it is stored. */
+/** Body of a callback in UTF-8. A large log is not held in memory but read from the store again. */
 export interface CallbackBody {
   length: number
-  /** The body itself, or one that is made piece by piece while it is read: call it for each reader. */
+  /** Returns the body, or a new stream of it: call it once per reader. */
   read(): Buffer | Readable
 }
 
 /**
- * Encodes a callback, and shows each piece to `look`. A large log is encoded in pieces: 5 MB of coloured text in one
- * JSON.stringify would hold the event loop for a quarter of a second, and 5 MB of zero bytes are 30 MB of JSON.
+ * Encodes a callback and passes each piece to `onPiece`. A large log is encoded in pieces: 5 MB of
+ * coloured text in one JSON.stringify would block the event loop for a quarter of a second, and 5
+ * MB of zero bytes are 30 MB of JSON.
  */
 export async function encodeCallback(
   payload: CallbackPayload,
-  look: (piece: Buffer) => void = () => {},
+  onPiece: (piece: Buffer) => void = () => {},
 ): Promise<CallbackBody> {
-  // One large log after the other: many at once would all take as long as the last of them, and as much memory.
+  // One large log at a time: in parallel all would end as late as the last, and fill the memory.
   const isLarge = payload.logs.bytes > PIECE_BYTES
   const done = Promise.withResolvers<void>()
   if (isLarge) {
-    const before = line
-    line = done.promise
+    const before = largeLogs
+    largeLogs = done.promise
     await before
   }
   try {
-    return await encode(payload, look)
+    return await encode(payload, onPiece)
   } finally {
     done.resolve()
   }
@@ -62,13 +63,13 @@ export async function encodeCallback(
 
 async function encode(
   payload: CallbackPayload,
-  look: (piece: Buffer) => void,
+  onPiece: (piece: Buffer) => void,
 ): Promise<CallbackBody> {
   const kept: Buffer[] = []
   let length = 0
   for await (const piece of encoded(payload)) {
     length += piece.length
-    look(piece)
+    onPiece(piece)
     if (payload.logs.bytes <= PIECE_BYTES) kept.push(piece)
   }
   if (kept.length > 0) {

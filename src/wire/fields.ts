@@ -1,19 +1,19 @@
 import { z } from 'zod'
 import { type FieldError, InvalidRequestError } from '../core/errors.ts'
 
-/** Control characters, to stand in brackets. `\x` is what the regular expressions of all languages know. */
+/** Control characters for a character class. Regular expressions of all languages know `\x`. */
 export const CONTROL = '\\x00-\\x1f\\x7f-\\x9f'
 const CONTROL_CHARACTERS = new RegExp(`[${CONTROL}]`)
 const LINE = new RegExp(`^[^${CONTROL}]*$`)
 
-/** What a line of text may be. The API's description has the pattern, which is to match no control characters. */
+/** What a line of text must match. OpenAPI shows the pattern, so it excludes control characters. */
 interface LineRule {
   pattern: RegExp
-  /** What is wrong with a text that does not match. */
+  /** Explains why a text does not match. */
   message: (text: string) => string
 }
 
-/** A line of text: no control characters, no half of a surrogate pair. */
+/** Returns the schema of one line of text: no control characters, no lone surrogates. */
 export function line(max: number, rule: LineRule = { pattern: LINE, message: () => '' }) {
   return z
     .string()
@@ -28,7 +28,7 @@ export function line(max: number, rule: LineRule = { pattern: LINE, message: () 
     .refine((text) => text.isWellFormed(), 'must be well-formed Unicode')
 }
 
-/** Text of several lines; NUL cannot be passed to a process. */
+/** Returns the schema of text with several lines, without NUL: no process can be given one. */
 export function text(max: number) {
   return z
     .string()
@@ -37,12 +37,12 @@ export function text(max: number) {
     .refine((value) => value.isWellFormed(), 'must be well-formed Unicode')
 }
 
-/** Any text: what there is decides. */
+/** Any line of text: whether the secret exists is checked where it is read. */
 export const secretName = line(255)
 
 /**
- * An object in whose fields null, `""` and `"None"` count as absent: so the Practicus SDK and Airflow write a field that
- * was not set. What is in lists and maps stays as it is.
+ * Returns a schema of an object whose fields count as absent when they are null, `""` or `"None"`:
+ * the Practicus SDK and Airflow write unset fields so. Items of lists and maps are kept.
  */
 export function sparse<T extends z.ZodObject>(schema: T) {
   return z.preprocess((value: z.input<T>) => withoutAbsent(value), schema)
@@ -50,12 +50,12 @@ export function sparse<T extends z.ZodObject>(schema: T) {
 
 function withoutAbsent<T>(value: T): unknown {
   if (!isObject(value)) return value
-  const isThere = ([, child]: [string, unknown]) =>
+  const isPresent = ([, child]: [string, unknown]) =>
     child !== null && child !== '' && child !== 'None'
-  return Object.fromEntries(Object.entries(value).filter(isThere))
+  return Object.fromEntries(Object.entries(value).filter(isPresent))
 }
 
-/** zod's issues in the API's shape and our words: one for each wrong field, by its path. Messages never repeat the value. */
+/** Maps zod's issues to one error per field path, in our words. Messages never repeat the value. */
 export function fieldErrors(error: z.core.$ZodError, prefix: PropertyKey[] = []): FieldError[] {
   const errors = new Map<string, string>()
   for (const issue of error.issues) {
@@ -63,13 +63,13 @@ export function fieldErrors(error: z.core.$ZodError, prefix: PropertyKey[] = [])
     const paths =
       issue.code === 'unrecognized_keys' ? issue.keys.map((key) => [...path, key]) : [path]
     for (const one of paths.map(joined)) {
-      if (!errors.has(one)) errors.set(one, wordsOf(issue))
+      if (!errors.has(one)) errors.set(one, messageOf(issue))
     }
   }
   return Array.from(errors, ([path, message]) => ({ path, message }))
 }
 
-/** What is expected, as people say it. */
+/** Names of zod's types in messages. */
 const KINDS: Readonly<Record<string, string>> = {
   string: 'a string',
   number: 'a number',
@@ -80,7 +80,7 @@ const KINDS: Readonly<Record<string, string>> = {
   record: 'an object',
 }
 
-function wordsOf(issue: z.core.$ZodIssue): string {
+function messageOf(issue: z.core.$ZodIssue): string {
   switch (issue.code) {
     case 'unrecognized_keys':
       return 'unknown field'
@@ -98,7 +98,7 @@ function wordsOf(issue: z.core.$ZodIssue): string {
     case 'invalid_value':
       return `must be one of ${issue.values.map(String).join(', ')}`
     default:
-      // Of these, each schema says what is wrong.
+      // The schemas write the messages of all other issues.
       return issue.message
   }
 }
@@ -123,29 +123,29 @@ export function parseWith<T extends z.ZodType>(
   return result.data
 }
 
-/** A field's path as people write it; a hostile name of any length stays readable. */
+/** Returns a field's path as text, cut to 200 characters: a client may send names of any length. */
 export function joined(path: PropertyKey[]): string {
   const whole = path.map(String).join('.')
   return whole.length > 200 ? `${whole.slice(0, 200)}…` : whole
 }
 
-/** The name of an unknown field in a line of text: cut, and without control characters. */
+/** Returns the name of an unknown field for a message: cut, and without control characters. */
 export function shownName(name: string): string {
   const line = name.replace(new RegExp(CONTROL_CHARACTERS, 'g'), '?').toWellFormed()
   return line.length > 100 ? `${line.slice(0, 100)}…` : line
 }
 
-/** Whether it is a JSON object: no list, and not null. */
+/** Returns whether a value is a JSON object: neither a list nor null. */
 export function isObject(value: unknown): value is Record<string, unknown> {
   return value !== null && typeof value === 'object' && !Array.isArray(value)
 }
 
-/** Without the fields that are null or undefined. */
+/** Returns an object without the fields that are null or undefined. */
 export function present<T extends object>(object: T): Present<T> {
   const entries = Object.entries(object).filter(
     ([, value]) => value !== null && value !== undefined,
   )
-  // Holds: exactly the null and undefined properties are gone.
+  // Safe: exactly the null and undefined properties were removed.
   return Object.fromEntries(entries) as Present<T>
 }
 type Present<T> = { [K in keyof T as undefined extends T[K] ? never : K]: T[K] } & {

@@ -2,16 +2,16 @@ import { z } from 'zod'
 import { directoryOf, type GitConfig } from '../core/worker-config.ts'
 import { line, present, secretName } from './fields.ts'
 
-/** Of ssh URLs, whose hosts no parser looks at, as of others. */
+/** Hosts of repositories; `URL` checks those of http(s) URLs only. */
 const HOST = /^([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])$/
-/** `user@host:path`, which git takes as ssh. */
+/** `user@host:path`, which git reads as an ssh URL. */
 const SCP_LIKE = /^([^\s/:@]+@([^\s/:@[\]]+|\[[^\s/@\]]*\])):\/?/
 const asUrl = (remote: string) => remote.replace(SCP_LIKE, 'ssh://$1/')
 const gitRemote = line(2048).superRefine((remote, context) => {
   const wrong = (message: string) => context.addIssue({ code: 'custom', message })
   const value = asUrl(remote)
   const url = URL.parse(value)
-  // A backslash is a slash to some readers, and part of the host to others.
+  // Some parsers read a backslash as a slash, others as part of the host.
   if (!url || !/^(https?|ssh):\/\/[^\s\\]+$/.test(value) || !HOST.test(url.hostname)) {
     wrong('must be an http(s) or ssh URL, such as https://host/path.git or git@host:path.git')
   } else if (url.password !== '' || (url.username !== '' && url.protocol !== 'ssh:')) {
@@ -44,18 +44,20 @@ const localPath = line(1024)
     error: 'must be a path below the home of the worker, such as ~/projects/name',
     abort: true,
   })
-  .refine((path) => directoryBelowHome(path) !== '', 'must name a folder of its own')
+  .refine((path) => directoryBelowHome(path) !== '', 'must not be the home folder itself')
   .refine(
     (path) => !`${directoryBelowHome(path)}/`.startsWith('practicus/task/'),
     'is the folder of the task; use another, such as ~/projects/name',
   )
 const directoryBelowHome = (localPath: string) => directoryOf({ remoteUrl: '', localPath })
-/** git would take it for an option. */
+/** Returns false for text that git would read as an option. */
 const notAnOption = (text: string) => !text.startsWith('-')
 
 export const gitConfigSchema = z
   .strictObject({
-    remote_url: gitRemote.describe('What to clone: an http, https or ssh URL, or `git@host:path`'),
+    remote_url: gitRemote.describe(
+      'Repository to clone: an http, https or ssh URL, or `git@host:path`',
+    ),
     secret_name: secretName
       .nullish()
       .describe('Name of the secret that is the password; for ssh, the private key'),
@@ -63,7 +65,7 @@ export const gitConfigSchema = z
       .boolean()
       .nullish()
       .describe(
-        'Default: the password stays on the worker, so that the task can pull and push; `false` removes it before the task runs. http(s) only: a key never stays',
+        'Default true: the password stays on the worker, so that the task can pull and push; `false` removes it before the task runs. http(s) only: an ssh key is always removed',
       ),
     username: line(255)
       .nullish()
@@ -71,13 +73,13 @@ export const gitConfigSchema = z
     local_path: localPath
       .nullish()
       .describe(
-        'Where to, below the home of the worker, as `~/…` or `/home/ubuntu/…`; default `~/projects/<repository>`',
+        'Folder to clone into, below the home of the worker, as `~/…` or `/home/ubuntu/…`; default `~/projects/<repository>`',
       ),
     branch: line(255)
       .refine(notAnOption, 'must not begin with -')
       .nullish()
       .describe(
-        'A branch, a tag, a ref such as `refs/pull/1/head`, or a full commit id; default: the branch that the repository names',
+        'A branch, a tag, a ref such as `refs/pull/1/head`, or a full commit id; default: the default branch of the repository',
       ),
     sparse_checkout_folders: z
       .array(
@@ -87,8 +89,8 @@ export const gitConfigSchema = z
       )
       .max(1000)
       .nullish()
-      .describe('Only these folders, and the files at the top'),
-    fetch_depth: z.int32().positive().nullish().describe('Only so many of the last commits'),
+      .describe('Check out only these folders and the files at the top level'),
+    fetch_depth: z.int32().positive().nullish().describe('Number of latest commits to fetch'),
   })
   .superRefine((config, context) => {
     const wrong = (field: string, message: string) =>
@@ -97,7 +99,7 @@ export const gitConfigSchema = z
     if (config.username && isSsh) wrong('username', 'is for http(s) repositories')
     if (config.save_secret && isSsh) wrong('save_secret', 'is for http(s) repositories')
     else if (config.save_secret && config.secret_name == null) {
-      wrong('save_secret', 'there is no secret_name')
+      wrong('save_secret', 'requires secret_name')
     }
   })
   .meta({
@@ -108,7 +110,7 @@ export const gitConfigSchema = z
 
 export function fromGitConfig(wire: z.output<typeof gitConfigSchema>): GitConfig {
   return present({
-    // As it is judged, so is it used: git reads some spellings otherwise.
+    // The URL as it was validated: git reads some other spellings differently.
     remoteUrl: new URL(asUrl(wire.remote_url)).href,
     secretName: wire.secret_name,
     saveSecret: wire.save_secret,

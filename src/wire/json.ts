@@ -1,13 +1,13 @@
 import { InvalidRequestError } from '../core/errors.ts'
 import { joined } from './fields.ts'
 
-/** Text of JSON that stays as it is when it is written (TC39, "JSON.parse source text access"). */
+/** JSON text that `JSON.stringify` writes unchanged (TC39, "JSON.parse source text access"). */
 export interface RawJson {
   readonly rawJSON: string
 }
 
 declare global {
-  /** What Node has, and the library of TypeScript 7.0 does not know. */
+  /** Functions of Node that the library of TypeScript 7.0 does not declare. */
   interface JSON {
     rawJSON(text: string): RawJson
     isRawJSON(value: unknown): value is RawJson
@@ -20,24 +20,24 @@ declare global {
 
 /** Maximum names of one object, such as variables of a task. */
 export const JSON_NAMES_MAX = 10_000
-/** Maximum values in all, lists and objects included: a look at each of so many takes some 30 ms. */
+/** Maximum values in total, lists and objects included: a reviver takes 30 ms for this many. */
 const JSON_VALUES_MAX = 50_000
-/** Numbers that JavaScript writes as they were spelled; others need a look. */
+/** Numbers that JavaScript writes as they were spelled. */
 const PLAIN_NUMBER = /^(0|-?[1-9]\d{0,14})$/
 
 const [QUOTE, COMMA, BACKSLASH] = [0x22, 0x2c, 0x5c]
 const [MINUS, ZERO, NINE, FIRST_OF_NAN, FIRST_OF_INFINITY] = [0x2d, 0x30, 0x39, 0x4e, 0x49]
-/** What a number may have beside digits. */
+/** Bytes other than digits that a number may contain. */
 const IN_NUMBERS: readonly number[] = [...Buffer.from('+-.eE')]
 const [LIST, LIST_END, OBJECT, OBJECT_END] = [0x5b, 0x5d, 0x7b, 0x7d]
 
 const PROTO = Buffer.from('"__proto__"')
 
-/** A list or object that is being read. */
+/** A list or object whose end has not been reached. */
 interface Container {
   isObject: boolean
   commas: number
-  /** Where its last name lies, with its quotes. */
+  /** Position of its last name, quotes included. */
   nameFrom: number
   nameTo: number
 }
@@ -45,21 +45,21 @@ interface Container {
 const utf8 = new TextDecoder('utf-8', { fatal: true })
 
 /**
- * Parses JSON from outside. A number in `env_variables` that JavaScript would write otherwise, such as 1.0 or
- * 12345678901234567890, becomes raw JSON: digits that a task is given must not change. A byte order mark is left out.
- * Throws `invalid_request` for too many values, and a `SyntaxError` that repeats nothing of the text, such as
- * "is not valid JSON".
+ * Parses JSON from a client. A number in `env_variables` that JavaScript would write differently,
+ * such as 1.0 or 12345678901234567890, becomes raw JSON, so that the task gets the digits that were
+ * sent. Skips a byte order mark. Throws `invalid_request` for too many values, and a `SyntaxError`
+ * that quotes nothing of the text, such as "is not valid JSON".
  */
 export function parseJson(json: Buffer, prefix: readonly string[] = []): unknown {
-  const { needsLook } = scanJson(json, prefix)
+  const { needsReviver } = scanJson(json, prefix)
   const text = fromUtf8(json)
   let isExact = true
   let hasProto = false
   try {
-    // Many times as fast as with a look at each value.
-    if (!needsLook) return JSON.parse(text)
+    // Many times faster than with a reviver.
+    if (!needsReviver) return JSON.parse(text)
     const value = JSON.parse(text, (key, value, { source }) => {
-      // It would set a prototype.
+      // Copying such a field would set a prototype.
       hasProto ||= key === '__proto__'
       if (typeof value === 'number' && source !== undefined && String(value) !== source) {
         isExact = false
@@ -83,7 +83,7 @@ function fromUtf8(json: Buffer): string {
   }
 }
 
-/** Everywhere but among variables, numbers are numbers, however they are spelled. */
+/** Turns raw numbers into plain ones: only the values of variables keep their spelling. */
 function asNumbers(container: unknown): void {
   if (container === null || typeof container !== 'object' || JSON.isRawJSON(container)) return
   for (const [key, child] of Object.entries(container)) {
@@ -92,15 +92,16 @@ function asNumbers(container: unknown): void {
 }
 
 /**
- * Counts names and values before JSON is parsed: some megabytes of them would keep parser and validation busy for
- * seconds. Returns whether the values have to be looked at one by one. Throws `invalid_request` with the path, below
- * `prefix`, of what has too many, or is no number of JSON. Other invalid JSON is left to the parser.
+ * Counts names and values before JSON is parsed: megabytes of them would keep the parser and the
+ * validation busy for seconds. Returns whether parsing needs a reviver. Throws `invalid_request`,
+ * with the path below `prefix`, for too many names or values and for numbers such as NaN. Leaves
+ * other invalid JSON to the parser.
  */
-function scanJson(json: Buffer, prefix: readonly string[]): { needsLook: boolean } {
+function scanJson(json: Buffer, prefix: readonly string[]): { needsReviver: boolean } {
   const open: Container[] = []
   let inside: Container | undefined
   let values = 1
-  let needsLook = false
+  let needsReviver = false
   for (let at = 0; at < json.length; at += 1) {
     const byte = json[at]
     if (byte === QUOTE) {
@@ -109,7 +110,7 @@ function scanJson(json: Buffer, prefix: readonly string[]): { needsLook: boolean
       if (inside?.isObject && inside.nameTo <= inside.nameFrom) {
         inside.nameFrom = at
         inside.nameTo = end
-        needsLook ||= mayBeProto(json, at, end)
+        needsReviver ||= mayBeProto(json, at, end)
       }
       at = end - 1
     } else if (byte === OBJECT || byte === LIST) {
@@ -131,11 +132,11 @@ function scanJson(json: Buffer, prefix: readonly string[]): { needsLook: boolean
     }
     if (byte === MINUS || isDigit(byte)) {
       const end = endOfNumber(json, at)
-      needsLook ||= !PLAIN_NUMBER.test(json.toString('latin1', at, end))
+      needsReviver ||= !PLAIN_NUMBER.test(json.toString('latin1', at, end))
       at = end - 1
     } else if (byte === FIRST_OF_NAN || byte === FIRST_OF_INFINITY) {
-      const word = noNumber(json, at)
-      if (word === undefined) return { needsLook: true }
+      const word = invalidNumber(json, at)
+      if (word === undefined) return { needsReviver: true }
       const path = joined([...prefix, ...pathOf(json, open)])
       const message = `${word} is not valid JSON: send null or a string`
       throw new InvalidRequestError([{ path, message }])
@@ -145,10 +146,10 @@ function scanJson(json: Buffer, prefix: readonly string[]): { needsLook: boolean
       throw new InvalidRequestError([{ path: joined([...prefix]), message }])
     }
   }
-  return { needsLook }
+  return { needsReviver }
 }
 
-/** Whether a name is `__proto__`, or is spelled so that it may be. */
+/** Returns whether a name is `__proto__`, or has an escape and so may be. */
 function mayBeProto(json: Buffer, from: number, to: number): boolean {
   const name = json.subarray(from, to)
   return name.includes(BACKSLASH) || name.equals(PROTO)
@@ -158,22 +159,25 @@ function isDigit(byte: number | undefined): boolean {
   return byte !== undefined && byte >= ZERO && byte <= NINE
 }
 
-/** Index after the last character of a number. */
+/** Returns the index after the last character of a number. */
 function endOfNumber(json: Buffer, from: number): number {
   let at = from + 1
   while (isDigit(json[at]) || IN_NUMBERS.includes(json[at] ?? QUOTE)) at += 1
   return at
 }
 
-/** Python writes these numbers by default; the parser names no more than their first letter. */
-function noNumber(json: Buffer, at: number): string | undefined {
+/**
+ * Returns the number at this position that is not valid JSON but is written by Python. The parser's
+ * error would name its first letter only.
+ */
+function invalidNumber(json: Buffer, at: number): string | undefined {
   const word = /^(NaN|Infinity)\b/.exec(
     json.toString('latin1', at, at + 'Infinity'.length + 1),
   )?.[1]
   return word && json[at - 1] === MINUS ? `-${word}` : word
 }
 
-/** Index after the closing quote. */
+/** Returns the index after the closing quote. */
 function endOfString(json: Buffer, from: number): number {
   let at = from + 1
   while (at < json.length && json[at] !== QUOTE) at += json[at] === BACKSLASH ? 2 : 1

@@ -1,8 +1,8 @@
 import type { LogTail } from '../core/ports.ts'
 
 /**
- * A log as text: invalid bytes become U+FFFD. When the beginning was cut, the first line says how many
- * bytes, and the cut falls on a character's border.
+ * Returns a log as text; invalid bytes become U+FFFD. If its beginning was cut, the first line says
+ * how many bytes, and the rest starts with a whole character.
  */
 export function logText(log: LogTail): string {
   const { content, totalBytes } = log
@@ -12,8 +12,8 @@ export function logText(log: LogTail): string {
 }
 
 /**
- * Does what `logText` does for a log that comes in pieces, with `cutBytes` before the first. Yields
- * no empty text.
+ * Yields what `logText` returns for a log that arrives in pieces, with `cutBytes` cut before the
+ * first. Never yields an empty text.
  */
 export async function* logTextPieces(
   pieces: AsyncIterable<Buffer>,
@@ -33,19 +33,22 @@ export async function* logTextPieces(
   if (rest !== '') yield rest
 }
 
-/** Says that the beginning of a log is not there; empty when it is. */
+/** Returns the line that reports how much of a log was cut; empty if nothing was. */
 export function cutLine(bytes: number): string {
   return bytes > 0 ? `[task-runner] ${bytes} bytes of log before this line were cut\n` : ''
 }
 
-/** Index of the first byte that is not the rest of a character begun earlier (UTF-8 has at most 3 of these). */
+/**
+ * Returns the index of the first byte that starts a character (UTF-8: at most 3 bytes continue
+ * one).
+ */
 function characterStart(bytes: Buffer): number {
   let index = 0
   while (index < 3 && index < bytes.length && ((bytes[index] ?? 0) & 0xc0) === 0x80) index += 1
   return index
 }
 
-/** How many bytes at the end belong to a character that is not complete yet. */
+/** Returns how many bytes at the end belong to an incomplete character. */
 export function incompleteBytes(bytes: Buffer): number {
   for (let back = 1; back <= 3 && back <= bytes.length; back += 1) {
     const byte = bytes[bytes.length - back] ?? 0

@@ -33,9 +33,9 @@ export const taskFilesSchema = z
   .object({ task_files: z.array(z.string()) })
   .meta({ id: 'TaskFileList', examples: [{ task_files: ['hello.py', 'parameters.sh'] }] })
 
-/** Any text: a code that is added later must not break a client. */
+/** A string and not an enum: a code that is added later must not break a client. */
 const errorCode = z.string().meta({
-  description: 'Which error it is; stays the same while messages may change. More may be added',
+  description: 'Identifies the error. Codes do not change, but new ones may be added',
   examples: ERROR_CODES,
 })
 
@@ -48,11 +48,11 @@ export const errorSchema = z
   .object({
     success: z.literal(false),
     code: errorCode,
-    message: z.string().describe('What is wrong, in a sentence for people'),
+    message: z.string().describe('A sentence for people; it may change'),
     errors: z
       .array(fieldErrorSchema)
       .optional()
-      .describe('Where fields are wrong: each by its path'),
+      .describe('The invalid fields, if that is the error'),
   })
   .meta({
     id: 'ErrorResponse',
@@ -66,22 +66,22 @@ const summaryFields = {
   task_id: z.string(),
   task_file_name: z.string(),
   status: taskStatus,
-  reason: taskReason.nullable().describe('Why it ended so; null while it has not ended'),
-  message: z.string().nullable().describe('A sentence for people that goes with the reason'),
+  reason: taskReason.nullable().describe('Why the task ended; null until then'),
+  message: z.string().nullable().describe('A sentence for people that explains the reason'),
   waiting_for: z
     .string()
     .nullable()
-    .describe('What the task waits for, in a sentence, where something hinders it; null otherwise'),
+    .describe('A sentence for people: what holds the task up, such as a missing image; often null'),
   exit_code: z.int().nullable(),
   signal: z.string().nullable(),
   created_at: time,
-  claimed_at: time.nullable().describe('When its turn came, and a worker was asked for'),
+  claimed_at: time.nullable().describe('When an instance took the task from the queue'),
   started_at: time.nullable(),
   finished_at: time.nullable(),
   worker_name: z.string(),
-  instance: z.string().nullable().describe('The instance of the service that took it'),
+  instance: z.string().nullable().describe('The instance of the service that claimed the task'),
   priority: z.int(),
-  traceparent: z.string().nullable().describe('Of the trace that the caller belongs to'),
+  traceparent: z.string().nullable().describe('The `traceparent` header of the request'),
   callback_status: callbackStatus,
 }
 
@@ -114,11 +114,11 @@ export const taskSchema = z
     ...summaryFields,
     worker_config: z
       .record(z.string(), z.unknown())
-      .describe('With the defaults of the worker files; values of variables are masked'),
+      .describe('Includes the defaults of the worker files; values of variables are masked'),
     callback_url: z.string().nullable().describe('Its query, if any, is masked'),
     terminate_on_completion: z.boolean(),
     timeout_seconds: z.int(),
-    log_bytes: z.int().nullable().describe('Bytes logged in all; the last 5 MB of them are kept'),
+    log_bytes: z.int().nullable().describe('Total bytes logged; the last 5 MB are kept'),
   })
   .meta({
     id: 'Task',
@@ -148,14 +148,14 @@ export const logEndSchema = z
   .object({ status: taskStatus, reason: taskReason.nullable() })
   .meta({ id: 'LogEnd', examples: [{ status: 'succeeded', reason: 'completed' }] })
 
-/** Events of a log that is followed. */
+/** Events of a followed log. */
 export const logEventSchema = z.union([
   z
     .object({
       id: z
         .string()
         .optional()
-        .describe('Bytes of log up to here: send it as `Last-Event-ID` to go on from there'),
+        .describe('Offset of the end of this piece: send it as `Last-Event-ID` to resume there'),
       data: z.string(),
     })
     .meta({
@@ -173,7 +173,7 @@ export const logEventSchema = z.union([
     })
     .meta({
       id: 'LogEndEvent',
-      description: 'The task has ended, and its log is whole',
+      description: 'The task has ended, and the log is complete',
       examples: [{ event: 'end', data: '{"status":"succeeded","reason":"completed"}' }],
     }),
 ])
@@ -207,7 +207,7 @@ const attemptSchema = z
     duration_ms: z.int(),
     status_code: z.int().nullable(),
     error: z.string().nullable(),
-    manual: z.boolean().describe('A person asked for it: the schedule goes on without it'),
+    manual: z.boolean().describe('Requested by a person; does not count for the retry schedule'),
   })
   .meta({ id: 'CallbackAttempt', examples: [exampleAttempt] })
 
@@ -292,7 +292,7 @@ export const healthSchema = z
     warnings: z
       .array(z.string())
       .optional()
-      .describe('What only some tasks would suffer from, such as a broken defaults file'),
+      .describe('Problems that affect only some tasks, such as a broken defaults file'),
   })
   .meta({
     id: 'Health',
@@ -371,7 +371,7 @@ export async function fromWorker(worker: Worker): Promise<z.input<typeof workerS
   }
 }
 
-/** Callback URLs carry secrets in their query more often than not. */
+/** Masks the query of a callback URL: most of them hold a secret. */
 function maskedUrl(href: string): string {
   const url = new URL(href)
   if (url.search !== '') url.search = '?***'

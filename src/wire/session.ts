@@ -2,7 +2,7 @@ import { z } from 'zod'
 
 export const sessionSchema = z
   .object({
-    needed: z.boolean().describe('False: the service wants no token'),
+    needed: z.boolean().describe('Whether the service requires a token'),
     signed_in: z.boolean(),
   })
   .meta({ id: 'Session', examples: [{ needed: true, signed_in: false }] })

@@ -2,14 +2,20 @@ import { createHmac } from 'node:crypto'
 
 const SECRET_PREFIX = 'whsec_'
 
-/** A `whsec_…` secret's key; undefined when it is not one (Standard Webhooks 1.0: 24 to 64 bytes, base64). */
+/**
+ * Returns the key of a `whsec_…` secret, or undefined when it is malformed (Standard Webhooks 1.0:
+ * 24 to 64 bytes, base64).
+ */
 export function signingKey(secret: string): Buffer | undefined {
   if (!/^whsec_[A-Za-z0-9+/]+={0,2}$/.test(secret)) return undefined
   const key = Buffer.from(secret.slice(SECRET_PREFIX.length), 'base64')
   return key.length >= 24 && key.length <= 64 ? key : undefined
 }
 
-/** `webhook-signature` of a body that comes in pieces: one signature per key, so that receivers can move from one secret to the next. */
+/**
+ * Signs a body that arrives in pieces. The `webhook-signature` header has one signature per key, so
+ * that receivers can change to a new secret.
+ */
 export function signer(
   keys: readonly Buffer[],
   { id, timestamp }: { id: string; timestamp: number },
@@ -23,7 +29,7 @@ export function signer(
   }
 }
 
-/** The same of a body that is there. */
+/** Returns the `webhook-signature` header of a whole body. */
 export function signatures(
   keys: readonly Buffer[],
   message: { id: string; timestamp: number; body: Buffer },

@@ -6,7 +6,10 @@ import { taskReason } from './responses.ts'
 const none = { mean: null, max: null }
 const at = '2026-01-05T08:00:00.000Z'
 const exampleBucket = {
-  ...{ at, succeeded: 12, failed: 1, cancelled: 0 },
+  at,
+  succeeded: 12,
+  failed: 1,
+  cancelled: 0,
   queue_wait_seconds: { mean: 0.004, max: 0.02 },
   callback_delay_seconds: none,
 }
@@ -23,7 +26,7 @@ const bucketSchema = z
     failed: z.int(),
     cancelled: z.int(),
     queue_wait_seconds: durationsSchema.describe('From accepted to claimed'),
-    callback_delay_seconds: durationsSchema.describe('From the end to the first attempt'),
+    callback_delay_seconds: durationsSchema.describe('From the end to the first delivery attempt'),
   })
   .meta({ id: 'StatisticsBucket', examples: [exampleBucket] })
 
@@ -31,7 +34,10 @@ const reasonCountSchema = z
   .object({ reason: taskReason, count: z.int() })
   .meta({ id: 'ReasonCount', examples: [exampleCount] })
 
-/** Buckets are told with the counts of what ended in them; durations are null where nothing was measured. */
+/**
+ * Statistics by time: a bucket counts the tasks that ended in it. Durations without a value are
+ * null.
+ */
 export const statisticsSchema = z
   .object({
     from: z.iso.datetime(),
@@ -40,7 +46,7 @@ export const statisticsSchema = z
     buckets: z.array(bucketSchema),
     reasons: z
       .array(reasonCountSchema)
-      .describe('Of tasks that did not succeed, the most frequent first'),
+      .describe('Reasons of the tasks that did not succeed, most frequent first'),
     live: z.object({ queued: z.int(), provisioning: z.int(), running: z.int() }),
     oldest_queued_seconds: z.number().nullable(),
   })
@@ -73,7 +79,9 @@ export function fromStatistics(
     bucket_seconds: bucketMs / 1000,
     buckets: buckets.map(({ at, succeeded, failed, cancelled, queueWait, callbackDelay }) => ({
       at: iso(at),
-      ...{ succeeded, failed, cancelled },
+      succeeded,
+      failed,
+      cancelled,
       queue_wait_seconds: rounded(queueWait),
       callback_delay_seconds: rounded(callbackDelay),
     })),
@@ -95,7 +103,7 @@ function summed(counts: Array<{ reason: Reason; count: number }>) {
     .sort((one, other) => other.count - one.count)
 }
 
-/** To the millisecond, which is how exact they are. */
+/** Rounds to milliseconds, the precision of the measurement. */
 function rounded({ mean, max }: Durations): Durations {
   return { mean: mean === null ? null : Math.round(mean * 1000) / 1000, max }
 }

@@ -5,12 +5,12 @@ import { TASK_FILE_EXTENSIONS } from '../core/task-files.ts'
 import { CONTROL, line } from './fields.ts'
 import { type BackendRules, toWorkerConfig, workerConfigSchema } from './worker-config.ts'
 
-/** More than dots, or at least three of them: no `.` and no `..`, which lead elsewhere. */
+/** Returns a pattern that excludes the paths `.` and `..`. */
 const NO_DOTS = (others: string) => `(?:\\.*[^.${others}][^${others}]*|\\.{3,})`
 const ENDING = new RegExp(`(?:${TASK_FILE_EXTENSIONS.join('|').replaceAll('.', '\\.')})$`)
 const IN_PATH = `/\\\\${CONTROL}`
 
-/** A task file, by its path below the tasks folder or a repository. */
+/** Path of a task file below the tasks folder or a repository. */
 export const taskFileName = line(512, {
   pattern: new RegExp(`^(?:${NO_DOTS(IN_PATH)}/)*[^${IN_PATH}]*${ENDING.source}`),
   message: (name) =>
@@ -37,19 +37,19 @@ const callbackUrl = z
     }
   })
 
-/** A token may be more than in RFC 6750, section 2.1: some receivers have such as `12|AbCd`. */
+/** A token. Some receivers use characters that RFC 6750, section 2.1, excludes: `12|AbCd`. */
 const bearerToken = z
   .string()
   .max(8192)
   .regex(/^[!-~]+$/, 'must be visible ASCII characters, without spaces')
 
-/** A field in which the empty text and null mean the same as leaving it out. */
+/** Returns the schema of a field whose empty text and null mean that it is absent. */
 function optionalText<T extends z.ZodType>(schema: T) {
   const orNull = (value: z.input<T> | null) => (value === '' ? null : value)
   return z.preprocess(orNull, schema.nullable()).optional()
 }
 
-/** `POST /task-runner`. `timeoutSecondsMax` is the operator's upper limit. */
+/** Returns the schema of `POST /task-runner`. `timeoutSecondsMax` is the operator's upper limit. */
 export function taskRequestSchema(timeoutSecondsMax: number) {
   return z
     .strictObject({
@@ -67,7 +67,7 @@ export function taskRequestSchema(timeoutSecondsMax: number) {
       terminate_on_completion: z
         .boolean()
         .nullish()
-        .describe('Default true. False keeps the worker for a look inside'),
+        .describe('Default true. False keeps the worker after the task, for debugging'),
       timeout_seconds: z
         .int()
         .min(1)
@@ -80,7 +80,7 @@ export function taskRequestSchema(timeoutSecondsMax: number) {
         .max(9)
         .nullish()
         .describe(
-          'Default 0. A step is worth a minute of waiting: 9 goes first, and nobody waits for ever',
+          'Default 0; 9 runs first. Each level is worth a minute of waiting, so no task waits forever',
         ),
     })
     .meta({
@@ -99,14 +99,17 @@ export function taskRequestSchema(timeoutSecondsMax: number) {
     })
 }
 
-/** In the form that is judged and called; a fragment is never sent, and may hold a secret all the same. */
+/** Removes the fragment, which is never sent but may hold a secret, and normalizes the URL. */
 function withoutFragment(callbackUrl: string): string {
   const url = new URL(callbackUrl)
   url.hash = ''
   return url.href
 }
 
-/** Throws `invalid_request` when `additional_params` holds something wrong, or the backend cannot do what is asked. */
+/**
+ * Maps wire to domain. Throws `invalid_request` when `additional_params` is invalid, or when the
+ * backend does not support a field.
+ */
 export function toTaskRequest(
   wire: z.output<ReturnType<typeof taskRequestSchema>>,
   rules: BackendRules,

@@ -16,17 +16,26 @@ import {
 import { fromGitConfig, gitConfigSchema, toWireGitConfig } from './git-config.ts'
 import { JSON_NAMES_MAX, parseJson, type RawJson } from './json.ts'
 
-/** Linux takes no single `NAME=value` longer than this (MAX_ARG_STRLEN, include/uapi/linux/binfmts.h). */
+/** Maximum bytes of a `NAME=value` on Linux (MAX_ARG_STRLEN, include/uapi/linux/binfmts.h). */
 const VARIABLE_BYTES_MAX = 131_071
-/** All variables together; the kernel's limit for arguments and environment is 2 MB on common systems. */
+/** Maximum bytes of all variables; Linux usually allows 2 MB for arguments and environment. */
 const VARIABLES_BYTES_MAX = 1_000_000
-/** Unknown fields that are noted one by one. */
+/** Maximum ignored fields that the task's log names. */
 const NOTED_MAX = 20
-/** Set by the service, or read-only or numeric in shells, which would refuse to start the task. */
+/** Variables that the service sets, and those that shells declare read-only or numeric. */
 const RESERVED_VARIABLES = new Set([
-  ...['TASK_ID', 'TASK_FILE_NAME', 'TASK_RUNNER_FOLDER', 'WORKER_NAME'],
-  ...['OPTIND', 'PPID', 'UID', 'EUID', 'SHELLOPTS', 'BASHOPTS'],
-  ...['BASH_VERSINFO', '_'],
+  'TASK_ID',
+  'TASK_FILE_NAME',
+  'TASK_RUNNER_FOLDER',
+  'WORKER_NAME',
+  'OPTIND',
+  'PPID',
+  'UID',
+  'EUID',
+  'SHELLOPTS',
+  'BASHOPTS',
+  'BASH_VERSINFO',
+  '_',
 ])
 
 const variableName = z
@@ -34,7 +43,7 @@ const variableName = z
   .regex(/^[A-Za-z_][A-Za-z0-9_]*$/, 'is not a variable name: letters, digits and _ only')
   .refine((name) => !RESERVED_VARIABLES.has(name), 'is reserved')
 
-/** Reaches the task digit for digit, so a number may come as the text of its JSON. */
+/** A value of a variable. A number may arrive as raw JSON, which keeps its digits. */
 const variableValue = z.preprocess(
   (value: string | number | boolean | bigint | RawJson) =>
     JSON.isRawJSON(value) ? value.rawJSON : typeof value === 'bigint' ? String(value) : value,
@@ -81,7 +90,7 @@ const modulesLogLevels = z
 
 const pullPolicy = z.enum(['Always', 'IfNotPresent', 'Never']).meta({ id: 'PullPolicy' })
 
-/** Fields of `image_config` that mean something here; those of a builder of images do not. */
+/** Fields of `image_config` that the service uses; those for building images have no effect. */
 const imageFields = {
   pull_policy: pullPolicy.nullish().describe('When the image is pulled; default `IfNotPresent`'),
   repo_username: line(255).nullish().describe('User name for the registry'),
@@ -110,19 +119,21 @@ const fields = {
   worker_size: line(100)
     .nullish()
     .describe(
-      `One of ${Object.keys(DEFAULT_WORKER_SIZES).join(', ')}, or of the operator's own table, in any case; local workers do not enforce it, and take any`,
+      `One of ${Object.keys(DEFAULT_WORKER_SIZES).join(', ')}, or a size that the operator defined; case does not matter. Local workers accept any size and enforce none`,
     ),
   env_variables: envVariables
     .nullish()
     .describe(
-      `Environment of the task, at most ${JSON_NAMES_MAX} variables; numbers and booleans are passed as text, as they are written`,
+      `Environment of the task, at most ${JSON_NAMES_MAX} variables; numbers and booleans are passed as text, exactly as written`,
     ),
   personal_secrets: secretReferences
     .nullish()
     .describe(
-      'Names of secrets. Each reaches the task as the variable of that name, with `_` for other characters than letters and digits; `NAME:VARIABLE` names the variable',
+      'Names of secrets. Each becomes an environment variable of the same name, with `_` in place of all but letters and digits; `NAME:VARIABLE` sets the name of the variable',
     ),
-  shared_secrets: secretReferences.nullish().describe('As personal_secrets, which win over these'),
+  shared_secrets: secretReferences
+    .nullish()
+    .describe('Like `personal_secrets`, which win if both set a variable'),
   git_configs: z.array(sparse(gitConfigSchema)).max(100).nullish(),
   startup_script: text(1_000_000).nullish().describe('Shell script run before the task'),
   image_config: imageConfig.nullish(),
@@ -144,10 +155,10 @@ const fields = {
     .unknown()
     .refine((value) => !isSet(value), 'not supported')
     .optional()
-    .meta({ type: 'null', description: 'Not supported: any value but null is refused' }),
+    .meta({ type: 'null', description: 'Not supported: must be null or absent' }),
 }
 
-/** Accepted so that existing files load; each that is set is noted in the task's log. */
+/** Fields accepted so that existing files load. The task's log names those that are set. */
 const WITHOUT_EFFECT = [
   'service_type',
   'network_protocol',
@@ -166,14 +177,14 @@ const scriptInBase64 = z
       const bytes = fromBase64(base64)
       if (bytes) return new TextDecoder('utf-8', { fatal: true }).decode(bytes)
     } catch {
-      // Said below.
+      // Reported below.
     }
     context.addIssue({ code: 'custom', message: 'is not base64 of UTF-8 text' })
     return z.NEVER
   })
   .pipe(text(1_000_000))
 
-/** What base64 `additional_params` may hold: the same fields under both names, and what newer SDKs write. */
+/** Fields of `additional_params`, under our names and those of the Practicus SDK. */
 const additionalSchema = sparse(
   z.looseObject({
     ...fields,
@@ -183,12 +194,12 @@ const additionalSchema = sparse(
     PRT_MODULES_LOG_LEVEL: fields.modules_log_level,
     PRT_INTERACTIVE: fields.interactive,
     startup_script_b64: scriptInBase64.nullish(),
-    /** What older SDKs write. */
+    /** Written by older SDKs. */
     image_pull_policy: pullPolicy.nullish(),
   }),
 )
 
-const outrightSchema = z
+const directSchema = z
   .strictObject({
     ...fields,
     additional_params: z
@@ -196,39 +207,39 @@ const outrightSchema = z
       .max(2_000_000)
       .nullish()
       .describe(
-        'Base64 of a JSON object with further fields of this table, as the Practicus SDK writes it. Fields given outright win; `env_variables` merge name by name',
+        'Base64 of a JSON object with further fields of this table, as the Practicus SDK writes it. Fields outside it win; `env_variables` are merged by name',
       ),
   })
   .meta({
     id: 'WorkerConfig',
     description:
-      'What kind of worker runs the task. Every field may be left out, null, empty or "None", which all mean the same.',
+      'The worker that runs the task. For every field, absent, null, an empty string and "None" mean the same.',
     examples: [{ worker_size: 'Small', env_variables: { MY_FIRST_PARAM: 'VALUE1' } }],
   })
 
-export const workerConfigSchema = sparse(outrightSchema)
+export const workerConfigSchema = sparse(directSchema)
 
 /** Names of all fields, as requests spell them. */
-export const WORKER_CONFIG_FIELDS = Object.keys(outrightSchema.shape)
+export const WORKER_CONFIG_FIELDS = Object.keys(directSchema.shape)
 
-export type WorkerConfigInput = z.input<typeof outrightSchema>
-type WireFields = Omit<z.output<typeof outrightSchema>, 'additional_params'>
+export type WorkerConfigInput = z.input<typeof directSchema>
+type WireFields = Omit<z.output<typeof directSchema>, 'additional_params'>
 
-/** What the backend makes of a configuration. */
+/** What the backend accepts in a configuration. */
 export interface BackendRules {
   backend: 'local' | 'docker' | 'kubernetes'
   sizes: WorkerSizes
 }
 
 /**
- * Wire -> domain, with `additional_params` decoded and laid under the fields given outright. Without `rules` any size
- * passes. Throws `invalid_request` naming the field below `path`.
+ * Maps wire to domain; fields outside `additional_params` win over those inside. Without `rules`,
+ * any size is accepted. Throws `invalid_request` that names the field below `path`.
  */
 export function toWorkerConfig(
-  { additional_params, ...outright }: z.output<typeof workerConfigSchema>,
+  { additional_params, ...direct }: z.output<typeof workerConfigSchema>,
   { path, rules }: { path: string[]; rules?: BackendRules | undefined },
 ): WorkerConfig {
-  const given = fromFields(outright, path, rules)
+  const given = fromFields(direct, path, rules)
   if (additional_params == null) return given
   const below = [...path, 'additional_params']
   const { wire, unknown } = hiddenFields(additional_params, below)
@@ -241,8 +252,8 @@ export function toWorkerConfig(
 }
 
 /**
- * The fields that `additional_params` holds, under their plain names, the names of those that nobody knows, and the JSON
- * itself. Throws `invalid_request` naming the field below `path`.
+ * Returns the fields of `additional_params` under our names, the names of unknown fields, and the
+ * JSON itself. Throws `invalid_request` that names the field below `path`.
  */
 export function hiddenFields(base64: string, path: string[]) {
   const json = decodeParams(base64, path)
@@ -259,7 +270,7 @@ export function hiddenFields(base64: string, path: string[]) {
   const image = image_conf_dict ?? plain.image_config
   const known = Object.entries(plain).filter(([name]) => Object.hasOwn(fields, name))
   const wire: WireFields = {
-    // Holds: these alone are left, as they were parsed.
+    // Safe: only known fields are left, as they were parsed.
     ...(Object.fromEntries(known) as WireFields),
     image_config: image_pull_policy ? { pull_policy: image_pull_policy, ...image } : image,
     startup_script: startup_script_b64 ?? plain.startup_script,
@@ -271,7 +282,9 @@ export function hiddenFields(base64: string, path: string[]) {
   return { wire: present(wire), unknown, json }
 }
 
-/** Parses a file that is to hold a JSON object. Throws an error that repeats nothing of it: "it is not valid JSON". */
+/**
+ * Parses a file with a JSON object. Throws an error that quotes nothing: "it is not valid JSON".
+ */
 export function parseFile(content: Buffer): Record<string, unknown> {
   let whole: unknown
   try {
@@ -284,13 +297,15 @@ export function parseFile(content: Buffer): Record<string, unknown> {
   return whole
 }
 
-/** A worker defaults file, parsed as the `worker_config` of a request. Throws what is wrong with it. */
+/**
+ * Parses a worker defaults file like the `worker_config` of a request, and throws the same errors.
+ */
 export function parseWorkerFile(content: Buffer, rules?: BackendRules): WorkerConfig {
   const fields = parseWith(workerConfigSchema, parseFile(content))
   return toWorkerConfig(fields, { path: [], rules })
 }
 
-/** Domain -> wire for answers: values of variables and the password are masked, other secrets are not there at all. */
+/** Maps domain to wire for responses, with the values of variables and the password masked. */
 export function maskedWorkerConfig(config: WorkerConfig): Record<string, unknown> {
   const { imageConfig } = config
   return present({
@@ -336,13 +351,13 @@ function fromFields(
   }
   if (refused.length > 0) throw new InvalidRequestError(refused)
   const hasPassword = image.repo_password ?? image.secret_name
-  const meansSomething = (name: string) =>
+  const hasEffect = (name: string) =>
     Object.hasOwn(imageFields, name) && (hasPassword || !name.endsWith('username'))
   const withoutEffect = [
     ...WITHOUT_EFFECT.filter((field) => isSet(wire[field])),
     ...noted(
       'image_config',
-      Object.keys(image).filter((name) => !meansSomething(name)),
+      Object.keys(image).filter((name) => !hasEffect(name)),
     ),
   ]
   const modules = wire.modules_log_level
@@ -373,7 +388,7 @@ function fromFields(
   })
 }
 
-/** Names of fields that mean nothing here, as the task's log tells them: anything may be in them. */
+/** Returns the names of fields without effect for the task's log: cleaned, and not too many. */
 function noted(parent: string, names: readonly string[]): string[] {
   const more = names.length - NOTED_MAX
   return [

@@ -8,7 +8,9 @@ import {
 
 export type { WorkerConfigInput } from './worker-config.ts'
 
-/** What the Practicus SDK leaves plain when it writes a configuration, in its order (practicuscore 25.5.2). */
+/**
+ * Fields the Practicus SDK writes outside `additional_params`, in its order (practicuscore 25.5.2).
+ */
 const PLAIN = [
   'worker_image',
   'worker_size',
@@ -19,16 +21,23 @@ const PLAIN = [
   'refresh_token',
 ] as const
 
-/** The SDK's order of what is in `image_config` and in each of `git_configs`. */
+/** Fields of `image_config` and `git_configs` in the SDK's order. */
 const IMAGE = ['repo_username', 'repo_password', 'repo_secret_name', 'pull_policy']
 const GIT = [
-  ...['remote_url', 'secret_name', 'save_secret', 'username'],
-  ...['local_path', 'branch', 'sparse_checkout_folders', 'fetch_depth'],
+  'remote_url',
+  'secret_name',
+  'save_secret',
+  'username',
+  'local_path',
+  'branch',
+  'sparse_checkout_folders',
+  'fetch_depth',
 ]
 
 /**
- * A worker file as the Practicus SDK writes it, byte for byte: fields that are not set left out, most of the others under
- * names of its own as base64 of JSON in `additional_params`. Throws `invalid_request` for a wrong field.
+ * Returns a worker file byte for byte as the Practicus SDK writes it: unset fields are left out,
+ * and `additional_params` holds most others under the SDK's names. Throws `invalid_request` for an
+ * invalid field.
  */
 export function encodeWorkerFile(config: WorkerConfigInput): string {
   const fields = decodeWorkerFile(config)
@@ -53,51 +62,51 @@ export function encodeWorkerFile(config: WorkerConfigInput): string {
 }
 
 /**
- * The configuration with `additional_params` written out, as people read it, without what is not set. Throws
+ * Returns the configuration with `additional_params` decoded, and without unset fields. Throws
  * `invalid_request`.
  */
 export function decodeWorkerFile(config: WorkerConfigInput): WorkerConfigInput {
   const fields = parseWith(workerConfigSchema, config)
-  // Judges what `additional_params` holds.
+  // Validates `additional_params`.
   toWorkerConfig(fields, { path: [] })
-  const { additional_params, ...outright } = fields
+  const { additional_params, ...direct } = fields
   const hidden = additional_params
     ? hiddenFields(additional_params, ['additional_params'])
     : undefined
-  // As they were written: parsed, a number is not what it was.
+  // The values before parsing, which changes how numbers are written.
   const env = {
     ...(isObject(hidden?.json.env_variables) ? hidden.json.env_variables : {}),
     ...(isObject(config.env_variables) ? config.env_variables : {}),
   }
   return withoutNulls({
     ...hidden?.wire,
-    ...outright,
-    // Holds: both were judged above.
+    ...direct,
+    // Safe: both were validated above.
     env_variables: Object.keys(env).length > 0 ? (env as WorkerConfigInput['env_variables']) : null,
   })
 }
 
-/** Our own names for what the SDK calls otherwise become its own; others stay, for us to read. */
+/** Renames `username` as the SDK does; fields that the SDK does not know are kept. */
 function imageOf({ username, ...image }: Record<string, unknown>): Record<string, unknown> {
   return inOrder(IMAGE, username === undefined ? image : { repo_username: username, ...image })
 }
 
-/** The same fields: those that are named first, in this order. */
+/** Returns the same fields, those in `names` first and in that order. */
 function inOrder(names: string[], fields: Record<string, unknown>): Record<string, unknown> {
   const first = names.flatMap((name) => (name in fields ? [[name, fields[name]] as const] : []))
   return { ...Object.fromEntries(first), ...fields }
 }
 
-/** Leaves out members that are null or undefined, at any depth. */
+/** Removes members that are null or undefined, at any depth. */
 function withoutNulls<T>(value: T): T {
   if (Array.isArray(value)) return value.map(withoutNulls) as T
   if (!isObject(value) || JSON.isRawJSON(value)) return value
   const present = Object.entries(value).filter(([, child]) => child != null)
-  // Holds for our types: a member that may be null may be absent as well.
+  // Safe: in our types, a member that may be null may also be absent.
   return Object.fromEntries(present.map(([name, child]) => [name, withoutNulls(child)])) as T
 }
 
-/** As Python's `json.dumps` writes it: a space after `,` and `:`, and ASCII only. */
+/** Writes JSON like Python's `json.dumps`: a space after `,` and `:`, and ASCII only. */
 function pythonJson(value: unknown): string {
   if (Array.isArray(value)) return `[${value.map(pythonJson).join(', ')}]`
   if (isObject(value) && !JSON.isRawJSON(value)) {
