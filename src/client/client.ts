@@ -21,22 +21,22 @@ export type TaskList = z.output<typeof taskListSchema>
 export type Worker = z.output<typeof workerSchema>
 
 export interface TaskRunnerClientOptions {
-  /** Where the service is, with its `BASE_PATH` if it has one. */
+  /** URL of the service, including its `BASE_PATH`. */
   url: string
   token?: string | undefined
-  /** How often a call is made in all, while the service cannot be reached or is busy. Default 5. */
+  /** Maximum attempts of a call while the service is unreachable or busy. Default 5. */
   attempts?: number | undefined
-  /** For one attempt. Default 30000. */
+  /** Timeout of one attempt. Default 30000. */
   timeoutMs?: number | undefined
 }
 
-/** The service refused, or could not be reached: `status` is null then. */
+/** An error response of the service. `status` is null if the service was unreachable. */
 export class TaskRunnerApiError extends Error {
   override name = 'TaskRunnerApiError'
   readonly status: number | null
-  /** Which error it is, such as `task_not_found`; newer services may have more. Null when no service answered. */
+  /** Error code, such as `task_not_found`. Null if there was no response, or one without a code. */
   readonly code: string | null
-  /** Where fields are wrong: each by its path. */
+  /** The invalid fields, if that is the error. */
   readonly errors: ReadonlyArray<{ path: string; message: string }>
 
   constructor(
@@ -55,22 +55,22 @@ export class TaskRunnerApiError extends Error {
   }
 }
 
-/** What a later attempt may find otherwise; 500 is not among them. */
+/** Statuses worth another attempt; 500 is not. */
 const RETRIED_STATUSES: readonly number[] = [429, 502, 503, 504]
 const RETRY_MS = 250
 const RETRY_MAX_MS = 10_000
 const POLL_MS = 250
 const POLL_MAX_MS = 5_000
 const UNREACHABLE_MS_MAX = 600_000
-/** A stream that brought nothing this often is one that some proxy between does not let through. */
+/** Empty streams in a row after which a proxy is assumed to block streams. */
 const STREAMS_WITHOUT_EVENT_MAX = 3
 
 const MEGABYTE = 1024 * 1024
 const LOG_BYTES_KEPT = 5 * MEGABYTE
 const CUT_LINE = /^\[task-runner\] \d+ bytes of log before this line were cut\n/
 
-/** Whole numbers of any size, digit for digit. */
-function exactly(_name: string, value: unknown): unknown {
+/** Writes bigints digit for digit. */
+function writeBigint(_name: string, value: unknown): unknown {
   return typeof value === 'bigint' ? JSON.rawJSON(String(value)) : value
 }
 
@@ -83,8 +83,8 @@ interface Call {
 }
 
 /**
- * A client of the service. A call that may be repeated is, while the service cannot be reached or is busy
- * (429, 502, 503, 504, minding `Retry-After`). Throws `TaskRunnerApiError`.
+ * A client of the service. It retries idempotent calls while the service is unreachable or busy
+ * (429, 502, 503, 504), and respects `Retry-After`. Throws `TaskRunnerApiError`.
  */
 export class TaskRunnerClient {
   readonly #options: { url: string; token: string; attempts: number; timeoutMs: number }
@@ -95,8 +95,8 @@ export class TaskRunnerClient {
   }
 
   /**
-   * Resolves when the task is stored and will run. The same request again starts nothing. `traceparent`: of the trace that
-   * the task is to belong to (W3C Trace Context).
+   * Resolves when the task is stored and will run. Repeating a request starts nothing.
+   * `traceparent` makes the task part of a trace (W3C Trace Context).
    */
   async submit(
     request: TaskRunnerRequest,
@@ -111,7 +111,7 @@ export class TaskRunnerClient {
     return this.#json(taskSchema, taskPath(taskId), { signal })
   }
 
-  /** Newest first; `next_cursor` of the answer is the `cursor` of the next page. */
+  /** Lists tasks, newest first. Pass `next_cursor` as `cursor` to get the next page. */
   async list(
     filter: { status?: string; task_file_name?: string; limit?: number; cursor?: string } = {},
   ): Promise<TaskList> {
@@ -124,25 +124,26 @@ export class TaskRunnerClient {
   }
 
   /**
-   * Waits for the task's end and returns it; `onLog` is given its log as it comes. Goes on waiting while the service
-   * cannot be reached, for ten minutes at most. Throws the signal's reason.
+   * Waits until the task has ended and returns it. Passes the log to `onLog` as it is written.
+   * Keeps waiting while the service is unreachable, for at most ten minutes. Throws the signal's
+   * reason.
    */
   async wait(
     taskId: string,
     options: { onLog?: (text: string) => void; signal?: AbortSignal | undefined } = {},
   ): Promise<Task> {
     const { onLog, signal } = options
-    /** Bytes of the log that were handed on. Their text may be shorter or longer. */
+    /** Bytes of the log passed on so far, which is not the length of the text. */
     let seenBytes = 0
-    let isWhole = false
+    let isComplete = false
     try {
       for await (const event of this.#logEvents(taskId, signal)) {
         seenBytes = Number(event.id ?? seenBytes)
         onLog?.(event.data)
       }
-      isWhole = true
+      isComplete = true
     } catch (err) {
-      // No stream comes through, so ask instead.
+      // Streams do not get through, so poll instead.
       if (!isUnreachable(err, signal)) throw err
     }
     let seenAt = performance.now()
@@ -151,7 +152,7 @@ export class TaskRunnerClient {
         const task = await this.get(taskId, signal)
         seenAt = performance.now()
         if (task.finished_at !== null) {
-          if (onLog && !isWhole) onLog(await this.#rest(task, seenBytes))
+          if (onLog && !isComplete) onLog(await this.#rest(task, seenBytes))
           return task
         }
       } catch (err) {
@@ -162,25 +163,25 @@ export class TaskRunnerClient {
     }
   }
 
-  /** Returns what was logged after so many bytes, as far as it is kept. */
+  /** Returns the stored log after the first `seenBytes`. */
   async #rest({ task_id, log_bytes }: Task, seenBytes: number): Promise<string> {
     const restBytes = (log_bytes ?? Number.POSITIVE_INFINITY) - seenBytes
     if (restBytes <= 0) return ''
     if (seenBytes === 0 || restBytes > LOG_BYTES_KEPT) return this.logs(task_id)
     const text = await this.logs(task_id, { tailMb: restBytes / MEGABYTE })
-    // What it says of the bytes before is not missing here.
+    // The bytes that this line reports as cut were passed on before.
     return text.replace(CUT_LINE, '')
   }
 
-  /** The last megabytes of the log, at most 5. */
+  /** Returns the last `tailMb` megabytes of the log, by default and at most 5. */
   async logs(taskId: string, options: { tailMb?: number } = {}): Promise<string> {
     const query = options.tailMb === undefined ? '' : `?tail_mb=${options.tailMb}`
     return (await this.#call(`${taskPath(taskId)}/logs${query}`)).text
   }
 
   /**
-   * The log as it comes, until the task has ended. A stream that is cut is taken up where it was. Throws
-   * `TaskRunnerApiError`, with status null when no stream comes through.
+   * Yields the log as it is written, until the task has ended. Resumes a broken stream where it
+   * stopped. Throws `TaskRunnerApiError`, with status null if streams do not get through.
    */
   async *follow(taskId: string, signal?: AbortSignal): AsyncGenerator<string, void> {
     for await (const event of this.#logEvents(taskId, signal)) yield event.data
@@ -208,20 +209,21 @@ export class TaskRunnerClient {
       }
       await pause(RETRY_MS, undefined, signal && { signal })
     }
-    throw new TaskRunnerApiError('The log cannot be followed', { status: null })
+    const message = 'The log cannot be followed: its stream ended three times without an event'
+    throw new TaskRunnerApiError(message, { status: null })
   }
 
-  /** Ends the task in whatever state it is; a final one stays as it is. */
+  /** Cancels the task. Repeating it is safe; a task that has ended does not change. */
   async cancel(taskId: string) {
     return this.#json(cancelledSchema, `${taskPath(taskId)}/cancel`, { method: 'POST' })
   }
 
-  /** The delivery of the callback, attempt by attempt. */
+  /** Returns the delivery of the callback with its attempts. */
   async callback(taskId: string) {
     return this.#json(callbackStateSchema, `${taskPath(taskId)}/callback`)
   }
 
-  /** Not repeated: each asks for a delivery. */
+  /** Sends the callback again. Not retried, since every call requests a delivery. */
   async redeliver(taskId: string) {
     const path = `${taskPath(taskId)}/callback/redeliver`
     return this.#json(doneSchema, path, { method: 'POST', once: true })
@@ -231,13 +233,16 @@ export class TaskRunnerClient {
     return (await this.#json(workerListSchema, '/workers')).workers
   }
 
-  /** Ends a worker; a task that still runs on it is cancelled. Not repeated: the second time it is a 404. */
+  /** Terminates a worker and cancels its task. Not retried, since a second call gets a 404. */
   async terminateWorker(name: string) {
     const path = `/workers/${encodeURIComponent(name)}`
     return this.#json(doneSchema, path, { method: 'DELETE', once: true })
   }
 
-  /** Terminates workers stuck in Provisioning, by default for more than 59 seconds; returns their names. Not repeated. */
+  /**
+   * Terminates workers stuck in Provisioning for more than 59 seconds or `olderThanSeconds`, and
+   * returns their names. Not retried.
+   */
   async cleanup(options: { olderThanSeconds?: number | undefined } = {}): Promise<string[]> {
     const body = { older_than_seconds: options.olderThanSeconds ?? null }
     const call = { method: 'POST', body, once: true } as const
@@ -248,11 +253,11 @@ export class TaskRunnerClient {
     const { response, text } = await this.#call(path, call)
     const parsed = schema.safeParse(jsonOf(text))
     if (parsed.success) return parsed.data
-    const message = `${this.#options.url} does not answer as a task runner`
+    const message = `${this.#options.url} does not respond like a task runner`
     throw new TaskRunnerApiError(message, { status: response.status, cause: parsed.error })
   }
 
-  /** An answer that is not an error; its text is there unless it is a stream. */
+  /** Returns a successful response and its text, which is empty for a stream. */
   async #call(
     path: string,
     call: Call = {},
@@ -262,13 +267,13 @@ export class TaskRunnerClient {
     for (let attempt = 1; ; attempt += 1) {
       const { response, text = '', err } = await this.#attempt(path, call, options)
       if (response?.ok) return { response, text }
-      const isWorthIt = !response || RETRIED_STATUSES.includes(response.status)
-      if (!isWorthIt || attempt >= attemptsMax) {
-        throw response ? refusal(response.status, text) : unreachable(this.#options.url, err)
+      const isRetryable = !response || RETRIED_STATUSES.includes(response.status)
+      if (!isRetryable || attempt >= attemptsMax) {
+        throw response ? errorOf(response.status, text) : unreachable(this.#options.url, err)
       }
-      const asked = Number(response?.headers.get('retry-after')) * 1000
+      const retryAfterMs = Number(response?.headers.get('retry-after')) * 1000 || 0
       const backoff = Math.min(RETRY_MS * 2 ** (attempt - 1), RETRY_MAX_MS)
-      const waitMs = Math.max(backoff * (0.5 + Math.random()), Math.min(asked || 0, RETRY_MAX_MS))
+      const waitMs = Math.max(backoff * (0.5 + Math.random()), Math.min(retryAfterMs, RETRY_MAX_MS))
       await pause(waitMs, undefined, call.signal && { signal: call.signal })
     }
   }
@@ -289,7 +294,7 @@ export class TaskRunnerClient {
           ...(token === '' ? {} : { authorization: `Bearer ${token}` }),
           ...(body === undefined ? {} : { 'content-type': 'application/json' }),
         },
-        body: body === undefined ? null : JSON.stringify(body, exactly),
+        body: body === undefined ? null : JSON.stringify(body, writeBigint),
         signal: AbortSignal.any(signals),
       })
       return stream && response.ok ? { response } : { response, text: await response.text() }
@@ -312,10 +317,10 @@ function jsonOf(text: string): unknown {
   }
 }
 
-function refusal(status: number, text: string): TaskRunnerApiError {
-  // Services before this one sent no code.
+function errorOf(status: number, text: string): TaskRunnerApiError {
+  // Proxies send errors without a code, and so did the Practicus AI app.
   const body = errorSchema.partial({ code: true }).safeParse(jsonOf(text)).data
-  const message = body?.message ?? `The service answered with status ${status}`
+  const message = body?.message ?? `The service responded with status ${status}`
   return new TaskRunnerApiError(message, { status, code: body?.code, errors: body?.errors })
 }
 
@@ -325,7 +330,7 @@ function unreachable(url: string, cause: unknown): TaskRunnerApiError {
   return new TaskRunnerApiError(`${url} cannot be reached: ${why}`, { status: null, cause })
 }
 
-/** Whether waiting makes sense. Throws the reason of a signal that has aborted. */
+/** Returns whether the call may succeed later. Throws the reason of an aborted signal. */
 function isUnreachable(err: unknown, signal: AbortSignal | undefined): boolean {
   signal?.throwIfAborted()
   return (
@@ -334,7 +339,7 @@ function isUnreachable(err: unknown, signal: AbortSignal | undefined): boolean {
   )
 }
 
-/** fetch reports whatever befalls a connection as a TypeError. */
+/** Returns whether a connection failed, which fetch reports as a TypeError. */
 function isNetworkError(err: unknown): boolean {
   return err instanceof TypeError || (err instanceof Error && err.name === 'TimeoutError')
 }

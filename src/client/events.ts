@@ -4,7 +4,7 @@ export interface ServerEvent {
   data: string
 }
 
-/** The events of a stream (WHATWG HTML, section 9.2.6), as far as the service sends them: `\n` ends lines. */
+/** Yields the events of a stream (WHATWG HTML, section 9.2.6) whose lines end in `\n`. */
 export async function* readEvents(response: Response): AsyncGenerator<ServerEvent, void> {
   const decoder = new TextDecoder()
   let unread = ''
@@ -19,7 +19,7 @@ export async function* readEvents(response: Response): AsyncGenerator<ServerEven
           line.startsWith(`${field}:`) ? [line.slice(field.length + 1).replace(/^ /, '')] : [],
         )
       const data = values('data')
-      // Comments keep the connection alive.
+      // A block without data is a keep-alive comment.
       if (data.length === 0) continue
       yield { id: values('id')[0], name: values('event')[0] ?? 'message', data: data.join('\n') }
     }

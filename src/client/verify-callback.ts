@@ -5,12 +5,12 @@ import { signatures, signingKey } from '../wire/signature.ts'
 
 export type TaskRunnerCallback = z.output<typeof callbackSchema>
 
-/** How far a callback's time may be from ours (Standard Webhooks 1.0 advises 5 minutes). */
+/** Maximum difference between a callback's timestamp and now, as Standard Webhooks 1.0 advises. */
 const TOLERANCE_SECONDS = 300
 
 type HeaderValue = string | readonly string[] | undefined
 
-/** As servers hand them out: a `Headers` of any library, a `Map`, or a plain object; names in any case. */
+/** Headers of any HTTP server: a `Headers`, a `Map` or a plain object; case does not matter. */
 export type CallbackHeaders =
   | Iterable<[string, HeaderValue]>
   | { get(name: string): string | null | undefined }
@@ -22,10 +22,11 @@ export class CallbackVerificationError extends Error {
 }
 
 /**
- * Verifies that a callback was signed with one of the secrets (`whsec_…`, Standard Webhooks) within the last five
- * minutes, and returns its four fields. `body` is the body as it came, byte for byte: parsing and writing it
- * again would change it. Throws `CallbackVerificationError`; a `TypeError` when a secret is not one, or the body was
- * parsed. A callback may come more than once, always with the same `webhook-id`.
+ * Verifies that a callback was signed with one of the secrets (`whsec_…`, Standard Webhooks) within
+ * the last five minutes, and returns its four fields. `body` must be the raw body: parsing and
+ * serializing it would change bytes. A callback may arrive more than once, always with the same
+ * `webhook-id`. Throws `CallbackVerificationError`, or a `TypeError` if a secret is malformed or
+ * the body was parsed.
  */
 export function verifyCallback(
   headers: CallbackHeaders,
@@ -33,7 +34,7 @@ export function verifyCallback(
   secret: string | readonly string[],
 ): TaskRunnerCallback {
   if (typeof body !== 'string' && !ArrayBuffer.isView(body)) {
-    throw new TypeError('pass the raw body, as text or bytes: a parsed one cannot be verified')
+    throw new TypeError('pass the raw body as a string or bytes: a parsed body cannot be verified')
   }
   const keys = [secret].flat().map((each) => {
     const key = signingKey(each)

@@ -4,14 +4,14 @@ import type { FastifyInstance, FastifyRequest } from 'fastify'
 import { TaskRunnerError } from '../core/errors.ts'
 import { isLoopbackName } from '../core/loopback.ts'
 
-/** Where the page's sign-in keeps the token; session.ts sets it. */
+/** Cookie with the token of a browser that signed in; session.ts sets it. */
 export const TOKEN_COOKIE = 'task_runner_token'
 
 const WRONG_PAUSE_MS = 250
-/** Maximum answers that are paused at a time: each holds a connection and its request in memory. */
+/** Maximum responses delayed at a time: each keeps a connection and its request in memory. */
 const WRONG_PAUSES_MAX = 2_000
 
-/** Knows which requests may pass. */
+/** Decides which requests are allowed. */
 export class Authentication {
   readonly #digests: readonly Buffer[]
   readonly #loopbackOnly: boolean
@@ -28,19 +28,21 @@ export class Authentication {
     this.#wrongPauseMs = options.wrongPauseMs ?? WRONG_PAUSE_MS
   }
 
-  /** False: whoever reaches us may do everything. */
+  /**
+   * Whether requests need a token. If not, every client that reaches the service may do everything.
+   */
   get needsToken(): boolean {
     return this.#digests.length > 0
   }
 
   /**
-   * Tells whether a token is right. A wrong one is answered after a pause, which slows down
-   * guessing. Right ones never wait, not even behind wrong ones from the same address, which many
-   * people may share. When too many answers are paused already, a wrong one is answered at once.
+   * Returns whether a token is valid; for an invalid one after a delay, which slows down guessing.
+   * Valid tokens are never delayed, not even by invalid ones from the same address, which many
+   * people may share. When too many responses are delayed already, further ones are not.
    */
   async knows(token: string): Promise<boolean> {
     const given = digest(token)
-    // Of digests, which are equally long, and every one of them: time tells nothing.
+    // Compares all digests, which have the same length: the time taken reveals nothing.
     if (this.#digests.filter((known) => timingSafeEqual(known, given)).length > 0) return true
     if (this.#pauses >= WRONG_PAUSES_MAX) return false
     this.#pauses += 1
@@ -50,10 +52,10 @@ export class Authentication {
   }
 
   /**
-   * Throws unless the request carries one of the tokens (RFC 6750), or the cookie of somebody who signed in. Without
-   * tokens, which config.ts allows on loopback alone, only requests to a loopback name pass: a page in somebody's
-   * browser could otherwise reach us under a name of its own (DNS rebinding). What a browser sends along by itself
-   * counts only where it says that the request is our own page's.
+   * Throws unless the request has one of the tokens (RFC 6750) or the cookie of a browser that
+   * signed in. Without tokens, which config.ts allows on loopback only, the request must name a
+   * loopback host: otherwise a web page could reach the service under its own host name (DNS
+   * rebinding). With the cookie, or without tokens, requests of other sites are refused (CSRF).
    */
   async check(request: FastifyRequest): Promise<void> {
     if (!this.needsToken) {
@@ -61,25 +63,28 @@ export class Authentication {
       if (!isLoopbackName(request.hostname)) {
         throw new TaskRunnerError(
           'host_refused',
-          'Without API tokens, only loopback names are served',
+          'Without API_TOKENS, only requests to a loopback host name are accepted',
         )
       }
-      if (isOfAnotherSite(request)) throw refusedSite(request)
+      if (isCrossSite(request)) throw siteRefused(request)
       return
     }
     const header = request.headers.authorization
     const cookie = request.cookies[TOKEN_COOKIE]
     if (header === undefined && cookie !== undefined) {
-      if (isOfAnotherSite(request)) throw refusedSite(request)
+      if (isCrossSite(request)) throw siteRefused(request)
       if (!(await this.knows(cookie))) {
         throw new TaskRunnerError('unauthorized', 'Sign in again')
       }
       return
     }
     const given = /^Bearer ([^\s]+)$/i.exec(header ?? '')?.[1]
-    if (given === undefined) throw new TaskRunnerError('unauthorized', 'A bearer token is needed')
+    if (given === undefined) {
+      const message = 'A token is required: send Authorization: Bearer <token>'
+      throw new TaskRunnerError('unauthorized', message)
+    }
     if (!(await this.knows(given))) {
-      throw new TaskRunnerError('unauthorized', 'The bearer token is wrong')
+      throw new TaskRunnerError('unauthorized', 'The bearer token is invalid')
     }
   }
 }
@@ -89,22 +94,23 @@ export function requireToken(app: FastifyInstance, authentication: Authenticatio
 }
 
 /**
- * What only a browser says, of a page that is not ours. Where it says nothing of the site, as over plain HTTP from another
- * machine, the origin tells. https://developer.mozilla.org/docs/Web/HTTP/Reference/Headers/Sec-Fetch-Site
+ * Returns whether a browser sent the request for a page of another site. Browsers leave out
+ * `Sec-Fetch-Site` over plain HTTP, except on loopback; then `Origin` decides.
+ * https://developer.mozilla.org/docs/Web/HTTP/Reference/Headers/Sec-Fetch-Site
  */
-function isOfAnotherSite({ headers }: FastifyRequest): boolean {
+function isCrossSite({ headers }: FastifyRequest): boolean {
   const site = headers['sec-fetch-site']
   if (site !== undefined) return site !== 'same-origin' && site !== 'none'
   const { origin } = headers
   return origin !== undefined && (!URL.canParse(origin) || new URL(origin).host !== headers.host)
 }
 
-/** Names both hosts: where a proxy sends a `Host` of its own, our page looks like one of another site. */
-function refusedSite({ headers }: FastifyRequest): TaskRunnerError {
+/** Names both hosts: behind a proxy that changes `Host`, our own page looks like another site. */
+function siteRefused({ headers }: FastifyRequest): TaskRunnerError {
   const { origin = 'none', host } = headers
-  const what = `Requests of other sites are not served: Origin is ${origin}, and Host is ${host}`
+  const what = `Requests from other sites are refused: Origin is ${origin}, but Host is ${host}`
   const how =
-    'A proxy has to pass on Host, and the port with it: in nginx, proxy_set_header Host $http_host'
+    'A proxy must pass Host unchanged, including the port: in nginx, proxy_set_header Host $http_host'
   return new TaskRunnerError('site_refused', `${what.slice(0, 600)}. ${how}`)
 }
 

@@ -3,8 +3,8 @@ import { InvalidRequestError, TaskRunnerError } from '../core/errors.ts'
 import { parseJson } from '../wire/json.ts'
 
 /**
- * JSON in UTF-8 alone; an empty body counts as none, since many clients send the header with every
- * request.
+ * Accepts only JSON in UTF-8. An empty body counts as absent: many clients send the `Content-Type`
+ * with every request.
  */
 export function installBodyParser(app: FastifyInstance): void {
   app.removeAllContentTypeParsers()

@@ -9,7 +9,7 @@ import type {
 } from 'fastify'
 import { type ErrorCode, InvalidRequestError, TaskRunnerError } from '../core/errors.ts'
 
-/** The only place that knows which failure has which HTTP status. */
+/** HTTP status of each error code. No other file knows them. */
 export const STATUS_OF = {
   bad_request: 400,
   unauthorized: 401,
@@ -39,10 +39,10 @@ export const STATUS_OF = {
   workers_unavailable: 503,
 } as const satisfies Record<ErrorCode, number>
 
-/** Where who refused knows nothing better. */
+/** Default `Retry-After` of a 503. */
 const RETRY_AFTER_SECONDS = 5
 
-/** What the framework itself refuses, in our words. */
+/** Our codes and messages for errors of the framework. */
 const FRAMEWORK_ERRORS: Record<string, [ErrorCode, string]> = {
   FST_ERR_CTP_BODY_TOO_LARGE: ['request_too_large', 'The request body is too large'],
   FST_ERR_CTP_INVALID_MEDIA_TYPE: ['unsupported_media_type', 'Send the body as application/json'],
@@ -60,7 +60,7 @@ const FRAMEWORK_ERRORS: Record<string, [ErrorCode, string]> = {
 export function installErrorHandler(app: FastifyInstance): void {
   app.setErrorHandler(answerError)
   app.addHook('onRequest', async (request, reply) => {
-    // RFC 9112, section 3.2. Node's own answer has no body.
+    // RFC 9112, section 3.2. Node's own response would have no body.
     if (request.headers.host === undefined && request.raw.httpVersion === '1.1') {
       throw new TaskRunnerError('bad_request', 'The Host header is missing')
     }
@@ -68,25 +68,28 @@ export function installErrorHandler(app: FastifyInstance): void {
   })
 }
 
-/** Returns the error of a request that no route takes, with the methods of its path in `Allow`. */
+/** Returns the error for a request without a route, and sets `Allow` to the methods of its path. */
 function noRoute(
   app: FastifyInstance,
   { method, url }: FastifyRequest,
   reply: FastifyReply,
 ): TaskRunnerError {
   const path = url.split('?', 1)[0]
-  // Holds: these are all the methods that routes can have.
+  // Safe: these are the methods that routes can have.
   const methods = app.supportedMethods as HTTPMethods[]
   const allowed = methods.filter((one) => app.findRoute({ method: one, url }) !== null)
   if (allowed.length === 0) {
-    return new TaskRunnerError('not_found', `There is no ${method} ${path}`)
+    return new TaskRunnerError('not_found', `There is no route ${method} ${path}`)
   }
   const allow = allowed.sort().join(', ')
   reply.header('allow', allow)
-  return new TaskRunnerError('method_not_allowed', `${path} has no ${method}, only ${allow}`)
+  return new TaskRunnerError(
+    'method_not_allowed',
+    `${path} does not support ${method}, only ${allow}`,
+  )
 }
 
-/** Answers what went wrong, wherever it did. */
+/** Responds to a request that failed. */
 export function answerError(
   err: FastifyError | TaskRunnerError,
   request: FastifyRequest,
@@ -99,23 +102,24 @@ export function answerError(
   if (retryAfter !== undefined) reply.header('retry-after', retryAfter)
   if (known.code === 'unauthorized') reply.header('www-authenticate', 'Bearer')
   if (known.code === 'request_too_large') {
-    // Closed at once, the connection would break for who still sends, before the answer is read: the rest is read, and dropped.
+    // A client that is still sending would see a reset connection instead of this response, so the
+    // rest of the body is read and dropped.
     reply.header('connection', 'keep-alive')
     request.raw.resume()
   }
-  // Already text: these answers have no schema on routes that do not declare their status.
+  // Serialized here: a route that does not declare the status has no schema for this response.
   reply.code(status).type('application/json').serializer(String).send(bodyOf(known))
 }
 
-/** Answers what is not HTTP, too long or too slow. Nothing of it is logged: it may hold a token. */
+/** Responds to malformed, too long or too slow HTTP. Logs nothing of it: it may hold a token. */
 export function answerBrokenHttp(err: NodeJS.ErrnoException, socket: Socket): void {
   if (!socket.writable || err.code === 'ECONNRESET') return void socket.destroy()
   const known =
     err.code === 'HPE_HEADER_OVERFLOW'
       ? new TaskRunnerError('headers_too_large', 'The headers are too large')
       : err.code === 'ERR_HTTP_REQUEST_TIMEOUT'
-        ? new TaskRunnerError('request_timeout', 'The request came too slowly')
-        : new TaskRunnerError('bad_request', 'This is not HTTP')
+        ? new TaskRunnerError('request_timeout', 'The request took too long to arrive')
+        : new TaskRunnerError('bad_request', 'The request is not valid HTTP')
   const status = STATUS_OF[known.code]
   const body = bodyOf(known)
   const length = Buffer.byteLength(body)
@@ -124,15 +128,15 @@ export function answerBrokenHttp(err: NodeJS.ErrnoException, socket: Socket): vo
   )
 }
 
-/** Answers an `Expect` other than `100-continue`. */
+/** Responds to an `Expect` other than `100-continue`. */
 export function answerUnknownExpectation(_: IncomingMessage, response: ServerResponse): void {
-  const message = 'Only "Expect: 100-continue" is known'
+  const message = 'Only "Expect: 100-continue" is supported'
   const body = bodyOf(new TaskRunnerError('expectation_failed', message))
   const headers = { 'content-type': 'application/json', 'content-length': Buffer.byteLength(body) }
   response.writeHead(STATUS_OF.expectation_failed, { ...headers, connection: 'close' }).end(body)
 }
 
-/** Returns the JSON of the API's one error shape. */
+/** Returns the JSON of an error. */
 function bodyOf(err: TaskRunnerError): string {
   const { code, message } = err
   const errors = err instanceof InvalidRequestError ? { errors: err.errors } : {}

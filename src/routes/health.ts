@@ -2,12 +2,12 @@ import type { FastifyBaseLogger } from 'fastify'
 import type { FastifyPluginAsyncZod } from 'fastify-type-provider-zod'
 import { type ErrorCode, TaskRunnerError } from '../core/errors.ts'
 import { healthSchema } from '../wire/responses.ts'
-import { answer } from './responses.ts'
+import { okResponse } from './responses.ts'
 
 export const healthRoutes: FastifyPluginAsyncZod<{
-  /** Each part by its name; throws what is wrong with it. */
+  /** Checks by the name of the part; each throws if its part is not ready. */
   parts: Record<string, () => Promise<void>>
-  /** What does not keep the service from taking tasks, but an operator should know. */
+  /** Reads problems that an operator should know although the service accepts tasks. */
   warnings: () => Promise<string[]>
   isDraining: () => boolean
 }> = async (app, { parts, warnings, isDraining }) => {
@@ -17,9 +17,9 @@ export const healthRoutes: FastifyPluginAsyncZod<{
       schema: {
         tags: ['Health'],
         operationId: 'live',
-        summary: 'Does the process answer?',
+        summary: 'Check that the process responds',
         security: [],
-        response: { ...answer('It does', healthSchema) },
+        response: { ...okResponse('Alive', healthSchema) },
       },
     },
     async () => ({ success: true, message: 'alive' }),
@@ -31,11 +31,11 @@ export const healthRoutes: FastifyPluginAsyncZod<{
       schema: {
         tags: ['Health'],
         operationId: 'ready',
-        summary: 'Can it take tasks?',
+        summary: 'Check that the service can accept tasks',
         description: 'Names the part that is not ready.',
         security: [],
         response: {
-          ...answer('Ready', healthSchema),
+          ...okResponse('Ready', healthSchema),
           503: {
             description: 'Not ready',
             content: { 'application/json': { schema: healthSchema } },
@@ -56,7 +56,7 @@ export const healthRoutes: FastifyPluginAsyncZod<{
             return [name, 'ok'] as const
           } catch (err) {
             request.log.warn({ err, part: name }, 'not ready')
-            // The message of one of our own errors is meant for callers; others stay in the log.
+            // Only our own errors have messages for callers; others go to the log.
             return [name, err instanceof TaskRunnerError ? err.message : 'failed'] as const
           }
         }),
@@ -75,10 +75,10 @@ export const healthRoutes: FastifyPluginAsyncZod<{
   )
 }
 
-/** They cannot be had, which is one itself. */
+/** Turns the failure to read the warnings into a warning. */
 function asWarning(log: FastifyBaseLogger) {
   return (err: unknown): string[] => {
-    log.warn({ err }, 'the tasks folder could not be looked at')
-    return ['the tasks folder could not be looked at; the log says why']
+    log.warn({ err }, 'the tasks folder could not be read')
+    return ['the tasks folder could not be read; the log says why']
   }
 }

@@ -6,12 +6,12 @@ import { Shared } from '../core/shared.ts'
 import { turn } from '../core/turns.ts'
 import { logTextPieces } from '../wire/log-text.ts'
 
-/** Maximum bytes of a piece. Each buffer on the way to a reader that takes nothing holds one. */
+/** Maximum bytes of a piece. Each buffer between store and client may hold one. */
 const PIECE_BYTES = 32 * 1024
-/** Time after which a reader counts as slow, so that the log is not held for it. */
+/** Time after which a client counts as slow, and the log is no longer held in memory for it. */
 const SLOW_MS = 250
 
-/** The end of a log, in pieces that are read as the reader takes them. */
+/** The end of a log, in pieces that are loaded as the client reads them. */
 export interface LogPart {
   /** Bytes of the log before the first piece. */
   cutBytes: number
@@ -19,9 +19,9 @@ export interface LogPart {
 }
 
 /**
- * Reads kept logs in pieces. Readers of one log share its bytes. For a slow reader nothing is held
- * but a piece, and the log is read again when it comes back: a hundred readers that read nothing
- * cost a hundred pieces.
+ * Reads stored logs in pieces. Clients that read one log share its bytes. For a slow client only a
+ * piece is held, and the log is loaded again when the client continues: a hundred stalled clients
+ * cost a hundred pieces of memory.
  */
 export class KeptLogs {
   readonly #store: Pick<TaskStore, 'log'>
@@ -31,13 +31,13 @@ export class KeptLogs {
     this.#store = store
   }
 
-  /** Returns how much of a log there is; undefined when none is kept. */
+  /** Returns the size of a log; undefined if none is stored. */
   async size(taskId: string): Promise<{ totalBytes: number; keptBytes: number } | undefined> {
     const log = await this.#hold(taskId).log
     return log && { totalBytes: log.totalBytes, keptBytes: log.content.length }
   }
 
-  /** Returns the last bytes of a log; undefined when none is kept. */
+  /** Returns the last bytes of a log; undefined if none is stored. */
   async tail(taskId: string, maxBytes: number): Promise<LogPart | undefined> {
     const size = await this.size(taskId)
     if (!size) return undefined
@@ -46,7 +46,7 @@ export class KeptLogs {
     return { cutBytes: totalBytes - keptBytes + from, pieces: this.pieces(taskId, from) }
   }
 
-  /** Reads the kept bytes from an index on. Throws when the log is not kept any more. */
+  /** Reads the stored bytes from an index on. Throws if the log was deleted meanwhile. */
   async *pieces(taskId: string, from: number): AsyncGenerator<Buffer, void> {
     let held: HeldLog | undefined
     for (let at = from; ; ) {
@@ -54,7 +54,7 @@ export class KeptLogs {
       const piece = await copyOf(held, at)
       if (piece.length === 0) return
       at += piece.length
-      yield* lentFor(piece, () => {
+      yield* timed(piece, () => {
         held = undefined
       })
     }
@@ -62,7 +62,7 @@ export class KeptLogs {
 
   #hold(taskId: string): HeldLog {
     const held = this.#held.get(taskId, () => ({ log: this.#store.log(taskId) }))
-    // What is not there yet, or could not be read, is asked for again.
+    // The next reader tries again if the log is not stored yet or could not be read.
     held.log.then(
       (log) => log ?? this.#held.forget(taskId),
       () => this.#held.forget(taskId),
@@ -75,15 +75,15 @@ interface HeldLog {
   log: Promise<LogTail | undefined>
 }
 
-/** Copies a piece, since a view would hold the whole log. Empty at the end. */
+/** Copies a piece: a view would keep the whole log in memory. Returns no bytes at the end. */
 async function copyOf(held: HeldLog, from: number): Promise<Buffer> {
   const log = await held.log
-  if (!log) throw new Error('the log is not kept any more')
+  if (!log) throw new Error('the log was deleted while it was read')
   return Buffer.from(log.content.subarray(from, from + PIECE_BYTES))
 }
 
-/** Yields the piece, and calls `onSlow` when the reader takes long to come back. */
-function* lentFor(piece: Buffer, onSlow: () => void): Generator<Buffer, void> {
+/** Yields the piece, and calls `onSlow` if the client does not ask for the next one soon. */
+function* timed(piece: Buffer, onSlow: () => void): Generator<Buffer, void> {
   const timer = setTimeout(onSlow, SLOW_MS)
   try {
     yield piece
@@ -92,7 +92,7 @@ function* lentFor(piece: Buffer, onSlow: () => void): Generator<Buffer, void> {
   }
 }
 
-/** Reads the last bytes of a worker's log as it is now, masked, as the reader takes them. */
+/** Reads the last bytes of a worker's current log, masked, as the client reads them. */
 export async function liveTail(
   worker: Worker,
   masker: Masker,
@@ -100,21 +100,22 @@ export async function liveTail(
 ): Promise<LogPart> {
   const isGrowing = (await worker.status()) === 'Running'
   const { content, totalBytes } = await worker.logs({ maxBytes: maxBytes + masker.overlapBytes })
-  const lookedAtBytes = Math.max(0, content.length - maxBytes)
+  // These bytes precede the tail: a value to be masked may begin in them.
+  const contextBytes = Math.max(0, content.length - maxBytes)
   const from = totalBytes - content.length
   const raw = content.length <= PIECE_BYTES ? [content] : worker.follow({ from, signal })
   await masker.ready()
   const bytes = content.length
-  // Of a log that goes on, the end may be half a value.
-  const pieces = maskedPieces(raw, { masker, lookedAtBytes, bytes, isWhole: !isGrowing })
-  return { cutBytes: from + lookedAtBytes, pieces }
+  // The end of a growing log may be half a value, so it is held back.
+  const pieces = maskedPieces(raw, { masker, contextBytes, bytes, isComplete: !isGrowing })
+  return { cutBytes: from + contextBytes, pieces }
 }
 
 async function* maskedPieces(
   raw: AsyncIterable<Buffer> | Iterable<Buffer>,
-  options: { masker: Masker; lookedAtBytes: number; bytes: number; isWhole: boolean },
+  options: { masker: Masker; contextBytes: number; bytes: number; isComplete: boolean },
 ): AsyncGenerator<Buffer, void> {
-  const masked = options.masker.stream(options.lookedAtBytes)
+  const masked = options.masker.stream(options.contextBytes)
   let left = options.bytes
   for await (const bytes of raw) {
     const piece = bytes.subarray(0, left)
@@ -123,30 +124,30 @@ async function* maskedPieces(
       if (options.bytes > MASKED_A_TURN) await turn()
       yield masked.push(piece.subarray(at, at + MASKED_A_TURN))
     }
-    // What was logged since is not asked for.
+    // Whatever was logged since then is not part of the tail.
     if (left === 0) break
   }
-  if (options.isWhole) yield masked.flush()
+  if (options.isComplete) yield masked.flush()
 }
 
-/** Reads the first piece, so that a worker that is gone is noticed before anything is sent. */
-export async function begun({ cutBytes, pieces }: LogPart): Promise<LogPart> {
+/** Reads the first piece, so that a missing worker is noticed before anything is sent. */
+export async function readFirstPiece({ cutBytes, pieces }: LogPart): Promise<LogPart> {
   const first = await pieces.next()
-  return { cutBytes, pieces: resumed(first, pieces) }
+  return { cutBytes, pieces: withFirst(first, pieces) }
 }
 
-/** Sends a log as text: at once when it is one piece, else as the reader takes it. */
+/** Sends a log as text: whole if it is a single piece, else streamed. */
 export async function sendLog(reply: FastifyReply, log: LogPart): Promise<FastifyReply> {
   const text = logTextPieces(log.pieces, log.cutBytes)
   const first = await text.next()
   const second = first.done ? first : await text.next()
   reply.type('text/plain; charset=utf-8').header('x-content-type-options', 'nosniff')
   if (second.done) return reply.send(first.value ?? '')
-  const rest = resumed(first, resumed(second, text))
+  const rest = withFirst(first, withFirst(second, text))
   return reply.send(Readable.from(rest, { objectMode: false, highWaterMark: PIECE_BYTES }))
 }
 
-async function* resumed<T>(
+async function* withFirst<T>(
   first: IteratorResult<T, void>,
   rest: AsyncGenerator<T, void>,
 ): AsyncGenerator<T, void> {

@@ -2,25 +2,25 @@ import type { z } from 'zod'
 import { errorSchema } from '../wire/responses.ts'
 
 const DESCRIPTIONS = {
-  401: 'No bearer token, or a wrong one',
+  401: 'The bearer token is missing or invalid',
   404: 'No such task, file or worker',
-  409: 'In conflict with what is there',
+  409: 'The request conflicts with the current state of the task',
   413: 'The body is too large',
   415: 'The body is not JSON',
-  422: 'Invalid; names each wrong field',
+  422: 'The request is invalid; `errors` names each field',
   429: 'The queue is full; see Retry-After',
   500: 'The service failed, or a worker defaults file is broken',
-  503: 'Shutting down, busy, or the store is not available; see Retry-After',
+  503: 'Shutting down, busy, or the store or the workers are unavailable; see Retry-After',
 } as const
 
-/** The good answer of a route, for its schema. */
-export function answer<T extends z.ZodType>(description: string, schema: T) {
+/** Describes the 200 response of a route. */
+export function okResponse<T extends z.ZodType>(description: string, schema: T) {
   return { 200: { description, content: { 'application/json': { schema } } } }
 }
 
-/** The error answers of a route, for its schema. */
+/** Describes the error responses of a route. */
 export function errorResponses(...statuses: Array<keyof typeof DESCRIPTIONS>) {
-  // Holds: built from exactly these statuses.
+  // Safe: built from exactly these statuses.
   return Object.fromEntries(
     statuses.map((status) => [
       status,

@@ -6,13 +6,13 @@ import { isLoopbackName } from '../core/loopback.ts'
 import { callbackResponseSchema, callbackSchema } from '../wire/callback.ts'
 import { isObject } from '../wire/fields.ts'
 import { parseJson } from '../wire/json.ts'
-import { answer, errorResponses } from './responses.ts'
+import { errorResponses, okResponse } from './responses.ts'
 
-/** A callback carries up to 5 MB of log, which JSON can make up to six times as long. */
+/** Maximum bytes of a body: up to 5 MB of log, which JSON escapes make up to six times as long. */
 const BODY_BYTES_MAX = 32 * 1024 * 1024
 /**
- * Bodies of more bytes are read two at a time: anybody may send them, and each takes several times
- * its size in memory.
+ * Size above which only two bodies are read at a time: anyone may send them, and each takes several
+ * times its size in memory.
  */
 const LARGE_BYTES_MIN = 16 * 1024
 const LARGE_AT_A_TIME = 2
@@ -22,16 +22,16 @@ const anyObject = z
   .record(z.string(), z.unknown())
   .meta({ id: 'AnyObject', examples: [{ task_id: 'my-first-task', success: true }] })
 
-/** Receivers to try callbacks with; open, since a callback brings its own token or none. */
+/** Receivers to try callbacks with. They need no API token: a callback has its own, or none. */
 export const sampleCallbackRoutes: FastifyPluginAsyncZod = async (app) => {
   let large = 0
-  // Before anything of the body is read.
+  // This hook runs before the body is read.
   app.addHook('onRequest', async ({ headers }, reply) => {
     const isChunked = headers['transfer-encoding'] !== undefined
     const bytes = isChunked ? Number.POSITIVE_INFINITY : Number(headers['content-length'] ?? 0)
     if (bytes <= LARGE_BYTES_MIN) return
     if (large >= LARGE_AT_A_TIME) {
-      const message = 'Other large bodies are being read'
+      const message = 'Too many large bodies are being read; retry later'
       throw new TaskRunnerError('busy', message, { retryAfterSeconds: 1 })
     }
     large += 1
@@ -40,7 +40,7 @@ export const sampleCallbackRoutes: FastifyPluginAsyncZod = async (app) => {
     })
   })
 
-  // The tutorial of the old app names the second path.
+  // The tutorial of the Practicus AI app uses the second path.
   for (const [path, operationId] of [
     ['/sample-task-runner-callback', 'sampleCallback'],
     ['/task-runner-callback', 'sampleTaskRunnerCallback'],
@@ -57,7 +57,7 @@ export const sampleCallbackRoutes: FastifyPluginAsyncZod = async (app) => {
           security: [],
           body: callbackSchema,
           response: {
-            ...answer('Done', callbackResponseSchema),
+            ...okResponse('Done', callbackResponseSchema),
             ...errorResponses(413, 415, 422, 503),
           },
         },
@@ -80,12 +80,12 @@ export const sampleCallbackRoutes: FastifyPluginAsyncZod = async (app) => {
       schema: {
         tags: ['Samples'],
         operationId: 'sampleCallback2',
-        summary: 'A receiver that takes any JSON object',
-        description: 'Or a JSON string that holds one, as the predecessor of this service sent it.',
+        summary: 'A receiver that accepts any JSON object',
+        description: 'Also a JSON string that contains one, as sent by the Practicus AI app.',
         security: [],
         body: z.union([anyObject, z.string()], 'must be an object, or a string that holds one'),
         response: {
-          ...answer('Done', callbackResponseSchema),
+          ...okResponse('Done', callbackResponseSchema),
           ...errorResponses(413, 415, 422, 503),
         },
       },
@@ -102,9 +102,8 @@ export const sampleCallbackRoutes: FastifyPluginAsyncZod = async (app) => {
 }
 
 /**
- * Says why a callback URL is refused that names one of these receivers while they are off;
- * undefined when it names none. The service is reached at loopback with the port that the request
- * came to, and at the host that the request names.
+ * Returns why a callback URL is refused, if it is one of these receivers while they are disabled.
+ * The service's own addresses are loopback with the port of the request, and the request's `Host`.
  */
 export function sampleRefusal(
   callbackUrl: string | null | undefined,
@@ -119,8 +118,8 @@ export function sampleRefusal(
   const named = URL.parse(`${url.protocol}//${headers.host}`)
   const isOwn = (isOwnPort && isLoopbackName(url.hostname)) || url.host === named?.host
   if (!isOwn) return undefined
-  const how = 'the operator can switch them on with SAMPLE_CALLBACKS=true'
-  return `names a sample receiver of this service, and these are off; ${how}`
+  const how = 'the operator can enable it with SAMPLE_CALLBACKS=true'
+  return `is a sample receiver of this service, which is disabled; ${how}`
 }
 
 function parseObject(json: string): object {
@@ -128,7 +127,7 @@ function parseObject(json: string): object {
     const value = parseJson(Buffer.from(json))
     if (isObject(value)) return value
   } catch (err) {
-    // Answered like any other value that is not an object.
+    // Reported like any other value that is not an object.
     if (!(err instanceof SyntaxError)) throw err
   }
   throw new InvalidRequestError([{ path: '', message: 'the string does not hold a JSON object' }])

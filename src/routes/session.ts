@@ -3,13 +3,13 @@ import { TaskRunnerError } from '../core/errors.ts'
 import { doneSchema } from '../wire/responses.ts'
 import { sessionSchema, signInSchema } from '../wire/session.ts'
 import { type Authentication, TOKEN_COOKIE } from './authentication.ts'
-import { answer, errorResponses } from './responses.ts'
+import { errorResponses, okResponse } from './responses.ts'
 
-/** A token has 4,096 characters at most; everybody may send one. */
+/** A token has at most 4,096 characters, and anyone may send a body to this route. */
 const BODY_BYTES_MAX = 16 * 1024
 const SIGNED_IN_SECONDS = 7 * 86_400
 
-/** Signing in from a browser: the token lies in a cookie that no script can read, and that no other site can use. */
+/** Routes to sign in from a browser. Scripts cannot read the cookie; other sites cannot use it. */
 export const sessionRoutes: FastifyPluginAsyncZod<{
   authentication: Authentication
   basePath: string
@@ -22,16 +22,16 @@ export const sessionRoutes: FastifyPluginAsyncZod<{
       schema: {
         tags: ['Session'],
         operationId: 'getSession',
-        summary: 'Is one signed in?',
+        summary: 'Get the state of the browser session',
         security: [],
-        response: { ...answer('The session', sessionSchema) },
+        response: { ...okResponse('The session', sessionSchema) },
       },
     },
     async ({ cookies }) => {
       const needed = authentication.needsToken
       const token = cookies[TOKEN_COOKIE]
-      const isRight = token !== undefined && (await authentication.knows(token))
-      return { needed, signed_in: !needed || isRight }
+      const isValid = token !== undefined && (await authentication.knows(token))
+      return { needed, signed_in: !needed || isValid }
     },
   )
 
@@ -43,22 +43,22 @@ export const sessionRoutes: FastifyPluginAsyncZod<{
         tags: ['Session'],
         operationId: 'signIn',
         summary: 'Sign in',
-        description: 'From now on the cookie that comes with the answer stands for the token.',
+        description: 'Sets a cookie that authenticates later requests in place of the token.',
         security: [],
         body: signInSchema,
-        response: { ...answer('Signed in', doneSchema), ...errorResponses(401, 413, 415, 422) },
+        response: { ...okResponse('Signed in', doneSchema), ...errorResponses(401, 413, 415, 422) },
       },
     },
     async ({ body, headers }, reply) => {
       if (!(await authentication.knows(body.token))) {
-        throw new TaskRunnerError('unauthorized', 'The token is wrong')
+        throw new TaskRunnerError('unauthorized', 'The token is invalid')
       }
       reply.setCookie(TOKEN_COOKIE, body.token, {
         path,
         httpOnly: true,
         sameSite: 'strict',
-        // TLS ends at a proxy. Each proxy adds the protocol of its caller; the first caller is the
-        // browser.
+        // TLS ends at a proxy. Each proxy appends its client's protocol, so the first is the
+        // browser's.
         secure: /^https\b/i.test(String(headers['x-forwarded-proto'])),
         maxAge: SIGNED_IN_SECONDS,
       })
@@ -74,7 +74,7 @@ export const sessionRoutes: FastifyPluginAsyncZod<{
         operationId: 'signOut',
         summary: 'Sign out',
         security: [],
-        response: { ...answer('Signed out', doneSchema) },
+        response: { ...okResponse('Signed out', doneSchema) },
       },
     },
     async (_, reply) => {

@@ -3,7 +3,7 @@ import { z } from 'zod'
 import type { TaskStore } from '../core/ports.ts'
 import type { Statistics } from '../core/statistics.ts'
 import { fromStatistics, statisticsSchema } from '../wire/statistics.ts'
-import { answer, errorResponses } from './responses.ts'
+import { errorResponses, okResponse } from './responses.ts'
 
 const BUCKETS = 60
 const MINUTES_DEFAULT = 60
@@ -20,8 +20,8 @@ export const statisticsRoute: FastifyPluginAsyncZod<{
       schema: {
         tags: ['Tasks'],
         operationId: 'statistics',
-        summary: 'Look at the last hour',
-        description: `How tasks ended, how long they waited and how late their callbacks were, in ${BUCKETS} spans up to now.`,
+        summary: 'Get statistics of the last hours',
+        description: `How tasks ended, how long they were queued and how late their callbacks were sent, in ${BUCKETS} equal time spans up to now.`,
         querystring: z.strictObject({
           minutes: z.coerce
             .number()
@@ -32,7 +32,7 @@ export const statisticsRoute: FastifyPluginAsyncZod<{
             .describe(`How far to look back. Default ${MINUTES_DEFAULT}`),
         }),
         response: {
-          ...answer('What ended, and what is there', statisticsSchema),
+          ...okResponse('The statistics', statisticsSchema),
           ...errorResponses(401, 422, 503),
         },
       },

@@ -10,7 +10,7 @@ import { LOG_BYTES_KEPT } from '../core/task-runner.ts'
 import { turn } from '../core/turns.ts'
 import { cutLine, incompleteBytes } from '../wire/log-text.ts'
 import { type logEndSchema, logEventSchema } from '../wire/responses.ts'
-import { begun, type KeptLogs, type LogPart, liveTail, sendLog } from './log-pieces.ts'
+import { type KeptLogs, type LogPart, liveTail, readFirstPiece, sendLog } from './log-pieces.ts'
 import { errorResponses } from './responses.ts'
 import { closeWhenIdle, READER_IDLE_MS } from './slow-readers.ts'
 import { taskIdParams, taskOr404 } from './tasks.ts'
@@ -18,23 +18,23 @@ import { taskIdParams, taskOr404 } from './tasks.ts'
 const MEGABYTE = 1024 * 1024
 const TAIL_MB_MAX = LOG_BYTES_KEPT / MEGABYTE
 const QUEUED_POLL_MS = 250
-/** As long as timers can be; Fastify takes no 0 here. */
+/** Maximum delay of a timer; Fastify does not accept 0 for "no timeout" here. */
 const FOLLOW_TIMEOUT_MS = 2 ** 31 - 1
-/** Masked and sent at once: some lines. */
+/** Maximum bytes that are masked and sent without yielding to other requests first. */
 const SMALL_BYTES_MAX = 4 * 1024
-/** Proxies close streams that are silent for a minute. */
+/** Interval of keep-alive comments: proxies close streams that are silent for a minute. */
 const KEEP_ALIVE_MS = 20_000
 
 const FLAGS: Readonly<Record<string, boolean>> = { true: true, false: false }
 const flag = z.preprocess((text: string) => FLAGS[text] ?? text, z.boolean())
 
-/** A task's log: its tail as text, or followed as Server-Sent Events. */
+/** Route of a task's log: its tail as text, or a stream of Server-Sent Events. */
 export const taskLogRoutes: FastifyPluginAsyncZod<{
   tasks: TaskStore
   kept: KeptLogs
   backend: WorkerBackend
   maskerFor: (task: Task) => Masker
-  /** The instance that alone can read the log of a task that runs; undefined: this one can. */
+  /** Returns the only instance that can read a running task's log; undefined if this one can. */
   elsewhere: (task: Task) => string | undefined
   readerIdleMs?: number
 }> = async (app, { tasks, kept, backend, maskerFor, elsewhere, readerIdleMs = READER_IDLE_MS }) => {
@@ -50,7 +50,7 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
         operationId: 'getTaskLogs',
         summary: "Read or follow a task's log",
         description:
-          'The last `tail_mb` megabytes as text. With `follow=true` a stream of Server-Sent Events: pieces of the log as they come, each with the byte offset after it as its id, then an `end` event with the status of the task. A client that comes back with `Last-Event-ID` goes on where it was.',
+          'The last `tail_mb` megabytes as text. With `follow=true`, a stream of Server-Sent Events: pieces of the log as they are written, each with its end offset in bytes as the event id, then an `end` event with the status of the task. A client that reconnects with `Last-Event-ID` resumes where it stopped.',
         params: taskIdParams,
         querystring: z.strictObject({
           tail_mb: z.coerce.number().positive().max(TAIL_MB_MAX).optional().describe('Default 5'),
@@ -81,14 +81,14 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
       reply.raw.on('close', () => gone.abort())
       const signal = AbortSignal.any([gone.signal, closing.signal])
       if (!query.follow) return sendLog(reply, await tailOf(task, { maxBytes, signal }))
-      // Empty, as clients send it that have no id yet, it counts as absent.
+      // Clients without an id may send an empty header.
       const resumeAt = headers['last-event-id'] || undefined
       reply.hijack()
       reply.raw.writeHead(200, {
         'content-type': 'text/event-stream',
         'cache-control': 'no-store',
         'x-accel-buffering': 'no',
-        // Kept alive, it would keep a service that stops from stopping.
+        // A kept-alive connection would delay the shutdown of the service.
         connection: 'close',
       })
       reply.raw.flushHeaders()
@@ -110,7 +110,9 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
     },
   )
 
-  /** The kept log of a final task, the worker's of one that runs, nothing for one that waits. */
+  /**
+   * Returns the stored log of a final task, the worker's log of a running one, else an empty log.
+   */
   async function tailOf(
     task: Task,
     options: { maxBytes: number; signal: AbortSignal },
@@ -119,8 +121,8 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
     if (stored) return stored
     const running = await runningNow(task)
     const live = async ({ worker, task }: { worker: Worker; task: Task }) =>
-      begun(await liveTail(worker, maskerFor(task), options))
-    // It may have ended, and its worker gone, between the two looks.
+      readFirstPiece(await liveTail(worker, maskerFor(task), options))
+    // The task may end, and its worker be removed, between these reads.
     const log =
       (running && (await unlessEnded(live(running), task))) ??
       (await kept.tail(task.taskId, options.maxBytes))
@@ -129,22 +131,25 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
     )
   }
 
-  /** A line for people, while the log cannot be read here. */
+  /** Returns a line for people that says where the log can be read, if it is not here. */
   function whereItRuns(task: Task | undefined): string {
     const instance = task && !isFinal(task.status) && elsewhere(task)
     return instance
-      ? `[task-runner] The task runs at ${instance}, where its log can be read; it is here once the task has ended\n`
+      ? `[task-runner] The task runs on instance ${instance}; its log is available there, and here once the task has ended\n`
       : ''
   }
 
-  /** The worker of a task that runs, and the task as it is now, which knows all that must be masked. */
+  /** Returns the worker of a running task, with the latest task: it has all values to be masked. */
   async function runningNow(task: Task): Promise<{ worker: Worker; task: Task } | undefined> {
     const now = await tasks.get(task.taskId)
     const worker = now?.status === 'running' ? await backend.find(task.workerName) : undefined
     return worker && now && { worker, task: now }
   }
 
-  /** What a worker gives; undefined when it went away because its task has ended, and the log is stored. */
+  /**
+   * Returns undefined if reading from a worker failed because the task has ended: its log is
+   * stored.
+   */
   async function unlessEnded<T>(fromWorker: Promise<T>, task: Task): Promise<T | undefined> {
     try {
       return await fromWorker
@@ -163,7 +168,7 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
   ): Promise<void> {
     let at = start.from
     let hasRead = false
-    // The beginning of a character, or of a line end, at the end of a piece waits for its rest.
+    // Incomplete characters and line ends at the end of a piece wait for the next piece.
     let rest: Buffer = Buffer.alloc(0)
     const sendPiece = async (
       bytes: Buffer,
@@ -199,26 +204,26 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
           await sendPiece(shown, read - masked.heldBytes())
         }
       }
-      // Cut short by us: what is held back may be half a secret, and comes whole when they ask again.
+      // When aborted, the held bytes may be half a secret; the client gets them when it reconnects.
       if (!signal.aborted) await sendPiece(masked.flush(), read)
     }
     if (running) await unlessEnded(streamFrom(running), task)
     const ended = await finalTask(task, signal)
     if (!ended) return
-    // What came after the last look with the line that says why the task ended, or all of it when
-    // the worker was gone before.
+    // Send the rest: what was logged since, and the line that says why the task ended. It is the
+    // whole log if the worker was removed before it could be read.
     const log = await kept.size(task.taskId)
     if (log) {
       const keptFrom = log.totalBytes - log.keptBytes
-      // Offsets count what was logged. Where values were masked the kept log is shorter: rather send a few
-      // bytes again than leave any out.
+      // Offsets count logged bytes, but masking shortens the stored log. Better send a few bytes
+      // twice than skip any.
       const maskedBytes = (ended.logBytes ?? log.totalBytes) - log.totalBytes
       const from = at === undefined ? log.totalBytes - start.maxBytes : at - maskedBytes
       const cut = at === undefined ? '' : cutLine(keptFrom - from)
       if (cut !== '') await send(response, signal, { data: cut })
-      // Less is kept than was read here: the log could not be read again, and says so instead.
-      const isAnother = hasRead && from > log.totalBytes
-      const first = isAnother ? 0 : Math.max(0, from - keptFrom)
+      // A shorter stored log is a note that the worker's log could not be read at the end.
+      const isNote = hasRead && from > log.totalBytes
+      const first = isNote ? 0 : Math.max(0, from - keptFrom)
       let offset = keptFrom + first + maskedBytes
       rest = Buffer.alloc(0)
       for await (const piece of kept.pieces(task.taskId, first)) {
@@ -233,17 +238,17 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
     await send(response, signal, { event: 'end', data: JSON.stringify(end) })
   }
 
-  /** Waits while the task has no worker yet. Undefined: the task is final. */
+  /** Waits until the task has a worker. Returns undefined if the task is final. */
   async function onceRunning(task: Task, response: ServerResponse, signal: AbortSignal) {
-    let told = ''
+    let sent = ''
     while (!signal.aborted) {
       const running = await runningNow(task)
       if (running) return running
       const now = await tasks.get(task.taskId)
       if (!now || isFinal(now.status)) return undefined
       const where = whereItRuns(now)
-      if (where !== told) await send(response, signal, { data: where })
-      told = where
+      if (where !== sent) await send(response, signal, { data: where })
+      sent = where
       await pause(signal)
     }
     return undefined
@@ -262,12 +267,12 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
 
 const CARRIAGE_RETURN = 13
 
-/** How many bytes at the end wait for what follows: a character, or a line end of two. */
+/** Returns how many bytes at the end belong to an incomplete character or a possible CRLF. */
 function unfinishedBytes(piece: Buffer): number {
   return piece.at(-1) === CARRIAGE_RETURN ? 1 : incompleteBytes(piece)
 }
 
-/** One event; waits while the reader is slower than the log. */
+/** Sends an event, and waits while the reader is slower than the log. */
 async function send(
   response: ServerResponse,
   signal: AbortSignal,
@@ -277,7 +282,7 @@ async function send(
     ...(event.id === undefined ? [] : [`id: ${event.id}\n`]),
     ...(event.event === undefined ? [] : [`event: ${event.event}\n`]),
   ]
-  // A lone CR would end the line for the event stream as well: it becomes a line of its own.
+  // A lone CR ends a line of an event stream, too.
   const lines = event.data.replace(/\r\n|\r|\n/g, '\ndata: ')
   if (!response.write(`${head.join('')}data: ${lines}\n\n`)) {
     await once(response, 'drain', { signal })
@@ -288,7 +293,7 @@ async function* line(text: string): AsyncGenerator<Buffer, void> {
   yield Buffer.from(text)
 }
 
-/** Until the next look, or until `signal` aborts. */
+/** Waits until the next poll, or until `signal` aborts. */
 async function pause(signal: AbortSignal): Promise<void> {
   await setTimeout(QUEUED_POLL_MS, undefined, { signal }).catch(() => {})
 }

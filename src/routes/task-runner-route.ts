@@ -6,17 +6,20 @@ import { acceptedSchema, taskFilesSchema } from '../wire/responses.ts'
 import { taskRequestSchema, toTaskRequest } from '../wire/task-request.ts'
 import { traceparentOf } from '../wire/traceparent.ts'
 import type { BackendRules } from '../wire/worker-config.ts'
-import { answer, errorResponses } from './responses.ts'
+import { errorResponses, okResponse } from './responses.ts'
 import { sampleRefusal } from './sample-callbacks.ts'
 
-/** `POST /task-runner`, the main job, and what it can run; the slash that clients of the old app send is ignored by the router. */
+/**
+ * Routes to run a task and to list task files. The router ignores a trailing slash, which clients
+ * of the Practicus AI app send.
+ */
 export const taskRunnerRoute: FastifyPluginAsyncZod<{
   submissions: Submissions
   files: TaskFiles
   timeoutSecondsMax: number
   rules: BackendRules
   basePath: string
-  /** Callbacks to the sample receivers would be 404s. */
+  /** Whether the sample receivers are disabled, so that callbacks to them would get a 404. */
   samplesAreOff: boolean
 }> = async (app, options) => {
   const { submissions, files, timeoutSecondsMax, rules, basePath, samplesAreOff } = options
@@ -29,18 +32,18 @@ export const taskRunnerRoute: FastifyPluginAsyncZod<{
         operationId: 'runTask',
         summary: 'Run a task',
         description:
-          'Accepts a task and answers at once: with 200 it is stored and will run, whatever happens to the service. The outcome is POSTed to `callback_url`. Repeating the same request is safe: it starts nothing, and the message names the status of the task.',
+          'Accepts a task and responds immediately: after a 200 the task is stored and will run, even if the service restarts. The outcome is POSTed to `callback_url`. Repeating the same request is safe: it starts nothing, and the message contains the status of the task.',
         headers: z.object({
           traceparent: z
             .string()
             .optional()
             .describe(
-              'W3C Trace Context: handed to the task as `TRACEPARENT`, and to the receiver',
+              'W3C Trace Context: passed to the task as `TRACEPARENT`, and to the receiver of the callback',
             ),
         }),
         body: taskRequestSchema(timeoutSecondsMax),
         response: {
-          ...answer('Accepted, or accepted before', acceptedSchema),
+          ...okResponse('Accepted, or accepted before', acceptedSchema),
           ...errorResponses(401, 404, 409, 413, 415, 422, 429, 500, 503),
         },
       },
@@ -66,9 +69,9 @@ export const taskRunnerRoute: FastifyPluginAsyncZod<{
       schema: {
         tags: ['Run'],
         operationId: 'listTaskFiles',
-        summary: 'List what can be run',
-        description: 'The task files in the tasks folder; those of repositories are not known.',
-        response: { ...answer('Their names', taskFilesSchema), ...errorResponses(401, 503) },
+        summary: 'List task files',
+        description: 'The files in the tasks folder; files in git repositories are not listed.',
+        response: { ...okResponse('Their names', taskFilesSchema), ...errorResponses(401, 503) },
       },
     },
     async () => ({ task_files: await files.list() }),

@@ -18,7 +18,7 @@ import {
   taskSchema,
   taskStatus,
 } from '../wire/responses.ts'
-import { answer, errorResponses } from './responses.ts'
+import { errorResponses, okResponse } from './responses.ts'
 
 const PAGE_DEFAULT = 50
 const PAGE_MAX = 500
@@ -35,8 +35,8 @@ export const taskRoutes: FastifyPluginAsyncZod<{
   runner: TaskRunner
   callbacks: CallbackDispatcher
 }> = async (app, { tasks, deliveries, runner, callbacks }) => {
-  /** Adds what hinders the task on this instance: a full store could not note it. */
-  const asSeen = <T extends TaskSummary>(task: T): T => {
+  /** Adds what the task waits for on this instance, which may be unable to store it (full disk). */
+  const withWaitingFor = <T extends TaskSummary>(task: T): T => {
     const waitingFor = runner.waitingFor(task)
     return waitingFor === undefined ? task : { ...task, waitingFor }
   }
@@ -49,7 +49,7 @@ export const taskRoutes: FastifyPluginAsyncZod<{
         operationId: 'listTasks',
         summary: 'List tasks',
         description:
-          'Newest first, a page at a time. With `callback_status=given_up` those that wait for a redelivery by hand.',
+          'Newest first, in pages. `callback_status=given_up` lists the tasks whose callback needs a manual redelivery.',
         querystring: z.strictObject({
           status: taskStatus.optional(),
           task_file_name: line(512).optional(),
@@ -65,10 +65,10 @@ export const taskRoutes: FastifyPluginAsyncZod<{
             .string()
             .regex(CURSOR, 'is not a cursor')
             .optional()
-            .describe('`next_cursor` of the page before'),
+            .describe('`next_cursor` of the previous page'),
         }),
         response: {
-          ...answer('A page of tasks', taskListSchema),
+          ...okResponse('A page of tasks', taskListSchema),
           ...errorResponses(401, 422, 503),
         },
       },
@@ -85,7 +85,7 @@ export const taskRoutes: FastifyPluginAsyncZod<{
       const page = found.slice(0, limit)
       const last = page.at(-1)
       return {
-        tasks: page.map((task) => fromTaskSummary(asSeen(task))),
+        tasks: page.map((task) => fromTaskSummary(withWaitingFor(task))),
         next_cursor: found.length > limit && last ? toCursor(last.seq) : null,
       }
     },
@@ -97,12 +97,12 @@ export const taskRoutes: FastifyPluginAsyncZod<{
       schema: {
         tags: ['Tasks'],
         operationId: 'getTask',
-        summary: 'Look at a task',
+        summary: 'Get a task',
         params: taskIdParams,
-        response: { ...answer('The task', taskSchema), ...errorResponses(401, 404, 422, 503) },
+        response: { ...okResponse('The task', taskSchema), ...errorResponses(401, 404, 422, 503) },
       },
     },
-    async ({ params }) => fromTask(asSeen(await taskOr404(tasks, params.task_id))),
+    async ({ params }) => fromTask(withWaitingFor(await taskOr404(tasks, params.task_id))),
   )
 
   app.post(
@@ -113,17 +113,22 @@ export const taskRoutes: FastifyPluginAsyncZod<{
         operationId: 'cancelTask',
         summary: 'Cancel a task',
         description:
-          'In any state that is not final. Processes get TERM, and KILL after a grace period. Repeating it is safe; a final task stays as it is.',
+          'Sends SIGTERM to its processes, and SIGKILL after a grace period. Repeating it is safe; a task that has ended does not change.',
         params: taskIdParams,
         response: {
-          ...answer('Cancelled, being cancelled, or final already', cancelledSchema),
+          ...okResponse('Cancelled, being cancelled, or already ended', cancelledSchema),
           ...errorResponses(401, 404, 422, 503),
         },
       },
     },
     async ({ params }) => {
       const { status } = await runner.cancel(params.task_id)
-      const message = isFinal(status) ? `The task is ${status}` : 'Cancelling'
+      const message =
+        status === 'cancelled'
+          ? 'The task is cancelled'
+          : isFinal(status)
+            ? `The task has already ${status}`
+            : 'Cancelling'
       return { success: true as const, message, task_id: params.task_id, status }
     },
   )
@@ -134,10 +139,10 @@ export const taskRoutes: FastifyPluginAsyncZod<{
       schema: {
         tags: ['Callbacks'],
         operationId: 'getCallback',
-        summary: 'Look at a callback and its attempts',
+        summary: 'Get a callback and its attempts',
         params: taskIdParams,
         response: {
-          ...answer('The callback', callbackStateSchema),
+          ...okResponse('The callback', callbackStateSchema),
           ...errorResponses(401, 404, 422, 503),
         },
       },
@@ -156,19 +161,25 @@ export const taskRoutes: FastifyPluginAsyncZod<{
         operationId: 'redeliverCallback',
         summary: 'Send a callback again',
         description:
-          'Also after it was delivered or given up. The attempt carries the same `webhook-id`. 409 while an attempt is under way.',
+          'Allowed even if it was delivered or given up. The attempt has the same `webhook-id`. 409 while another attempt is in progress.',
         params: taskIdParams,
-        response: { ...answer('Done', doneSchema), ...errorResponses(401, 404, 409, 422, 503) },
+        response: { ...okResponse('Done', doneSchema), ...errorResponses(401, 404, 409, 422, 503) },
       },
     },
     async ({ params }) => {
-      await taskOr404(tasks, params.task_id)
-      const answer = await callbacks.redeliver(params.task_id)
-      if (answer === undefined) {
-        throw new TaskRunnerError('no_callback', 'The task has no callback to deliver, or none yet')
+      const task = await taskOr404(tasks, params.task_id)
+      const result = await callbacks.redeliver(params.task_id)
+      if (result === undefined) {
+        const message = task.callbackUrl
+          ? 'The callback is not sent before the task has ended'
+          : 'The task has no callback_url'
+        throw new TaskRunnerError('no_callback', message)
       }
-      if (answer === 'in_flight') {
-        throw new TaskRunnerError('delivery_in_flight', 'An attempt is under way')
+      if (result === 'in_flight') {
+        throw new TaskRunnerError(
+          'delivery_in_flight',
+          'An attempt is in progress; try again later',
+        )
       }
       return { success: true as const, message: 'Queued for delivery' }
     },
@@ -181,7 +192,7 @@ export async function taskOr404(tasks: TaskStore, taskId: string): Promise<Task>
   return task
 }
 
-/** Opaque to callers, so that what is inside can change. */
+/** Returns a cursor that is opaque to callers, so that its content can change. */
 function toCursor(seq: number): string {
   return `before-${seq}`
 }

@@ -16,14 +16,14 @@ import {
   workerSchema,
 } from '../wire/responses.ts'
 import { type KeptLogs, liveTail, sendLog } from './log-pieces.ts'
-import { answer, errorResponses } from './responses.ts'
+import { errorResponses, okResponse } from './responses.ts'
 
 const CLEANUP_SECONDS_DEFAULT = 59
 const nameParams = z.object({
   name: line(63, { pattern: /^[a-z0-9-]+$/, message: () => 'is not a worker name' }),
 })
 
-/** Workers as they really are, not as they are remembered. */
+/** Routes of workers. They ask the backend, not the store. */
 export const workerRoutes: FastifyPluginAsyncZod<{
   tasks: TaskStore
   kept: KeptLogs
@@ -39,7 +39,7 @@ export const workerRoutes: FastifyPluginAsyncZod<{
         tags: ['Workers'],
         operationId: 'listWorkers',
         summary: 'List workers',
-        response: { ...answer('All workers', workerListSchema), ...errorResponses(401, 503) },
+        response: { ...okResponse('All workers', workerListSchema), ...errorResponses(401, 503) },
       },
     },
     async () => {
@@ -56,9 +56,12 @@ export const workerRoutes: FastifyPluginAsyncZod<{
       schema: {
         tags: ['Workers'],
         operationId: 'getWorker',
-        summary: 'Look at a worker',
+        summary: 'Get a worker',
         params: nameParams,
-        response: { ...answer('The worker', workerSchema), ...errorResponses(401, 404, 422, 503) },
+        response: {
+          ...okResponse('The worker', workerSchema),
+          ...errorResponses(401, 404, 422, 503),
+        },
       },
     },
     async ({ params }) => fromWorker(await workerOr404(params.name)),
@@ -82,7 +85,7 @@ export const workerRoutes: FastifyPluginAsyncZod<{
     async ({ params }, reply) => {
       const worker = await workerOr404(params.name)
       const task = await tasks.get(worker.taskId)
-      // A final task's log is stored masked; what it is masked by is not kept.
+      // The log of a final task is stored masked, and the values to mask are erased.
       const stored =
         task && isFinal(task.status) ? await kept.tail(task.taskId, LOG_BYTES_KEPT) : undefined
       const masker = task ? maskerFor(task) : new Masker([])
@@ -100,9 +103,9 @@ export const workerRoutes: FastifyPluginAsyncZod<{
         tags: ['Workers'],
         operationId: 'terminateWorker',
         summary: 'Terminate a worker',
-        description: 'A task that still runs on it is cancelled, and its worker ends with it.',
+        description: 'If its task is still running, the task is cancelled first.',
         params: nameParams,
-        response: { ...answer('Done', doneSchema), ...errorResponses(401, 404, 422, 503) },
+        response: { ...okResponse('Done', doneSchema), ...errorResponses(401, 404, 422, 503) },
       },
     },
     async ({ params }) => {
@@ -125,10 +128,10 @@ export const workerRoutes: FastifyPluginAsyncZod<{
         tags: ['Workers'],
         operationId: 'cleanUpWorkers',
         summary: 'Terminate workers stuck in Provisioning',
-        description: 'Answers with their names.',
+        description: 'Returns their names.',
         body: cleanupRequestSchema.nullish(),
         response: {
-          ...answer('The workers terminated', cleanupSchema),
+          ...okResponse('The workers terminated', cleanupSchema),
           ...errorResponses(401, 422, 503),
         },
       },
@@ -147,7 +150,9 @@ export const workerRoutes: FastifyPluginAsyncZod<{
     throw new TaskRunnerError('worker_not_found', `There is no worker "${name}"`)
   }
 
-  /** False of a worker that may be another service's, and is of no task that we know. */
+  /**
+   * Returns false for a worker that another service may have started, if its task is unknown here.
+   */
   async function isOurs(worker: Worker): Promise<boolean> {
     return !worker.mayBeForeign || (await tasks.workerOwner(worker.taskId)) !== undefined
   }

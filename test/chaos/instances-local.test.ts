@@ -202,7 +202,7 @@ describe.concurrent('an instance with local workers', () => {
       const owner = await runnerOf(first, 'read')
       await runnerOf(first, 'ended')
       const second = await instances.start('b')
-      const elsewhere = `[task-runner] The task runs at ${owner}, where its log can be read; it is here once the task has ended\n`
+      const elsewhere = `[task-runner] The task runs on instance ${owner}; its log is available there, and here once the task has ended\n`
       expect(await logOf(second, 'read')).toBe(elsewhere)
       const following = await fetch(`${second.url}/tasks/read/logs?follow=true`)
       const events = following.text()

@@ -175,7 +175,7 @@ describe('against a service in trouble', () => {
 
   test('what is no task runner says so', async () => {
     await using server = await startServer((_, response) => response.end('<html>'))
-    await expect(server.client().workers()).rejects.toThrow('does not answer as a task runner')
+    await expect(server.client().workers()).rejects.toThrow('does not respond like a task runner')
   })
 
   const final = {

@@ -31,7 +31,7 @@ test.each([
   expect(reply.json()).toEqual({
     success: false,
     code: 'method_not_allowed',
-    message: `${url.split('?')[0]?.replace(/^/, '/apps/runner')} has no ${method}, only ${allow}`,
+    message: `${url.split('?')[0]?.replace(/^/, '/apps/runner')} does not support ${method}, only ${allow}`,
   })
 })
 
@@ -50,7 +50,7 @@ test.each(['GET', 'POST', 'OPTIONS', 'TRACE', 'QUERY'] as const)(
       expect(reply.json()).toEqual({
         success: false,
         code: 'not_found',
-        message: `There is no ${method} /apps/runner/nowhere`,
+        message: `There is no route ${method} /apps/runner/nowhere`,
       })
     }
   },

@@ -122,13 +122,13 @@ describe('where the sample receivers are off', () => {
       errors: [
         {
           path: 'callback_url',
-          message: expect.stringMatching(/sample receiver.* off.*SAMPLE_CALLBACKS/),
+          message: expect.stringMatching(/sample receiver.* disabled.*SAMPLE_CALLBACKS/),
         },
       ],
     },
   }
 
-  test('a callback_url that names one of them is refused, and says how to switch them on', async () => {
+  test('a callback_url that names one of them is refused, and says how to enable them', async () => {
     await using app = await startApp({ SAMPLE_CALLBACKS: 'false', BASE_PATH: '/apps/runner' })
     const { port } = new URL(await app.http.listen({ host: '127.0.0.1', port: 0 }))
     const submit = async (callback_url: string, host: string) => {

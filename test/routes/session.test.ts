@@ -95,7 +95,7 @@ describe('where tokens are wanted', () => {
     expect(status).toBe(401)
     expect(reply.json()).toEqual({
       ...{ success: false, code: 'unauthorized' },
-      message: 'The token is wrong',
+      message: 'The token is invalid',
     })
     expect(cookies).toEqual([])
   })

@@ -302,7 +302,7 @@ describe('cancel', () => {
         status: 200,
         body: {
           success: true,
-          message: 'The task is succeeded',
+          message: 'The task has already succeeded',
           task_id: taskId,
           status: 'succeeded',
         },

@@ -243,7 +243,7 @@ function tests(): void {
     await expectAccessible(page)
     await page.getByLabel('API token').fill('wrong')
     await page.getByRole('button', { name: 'Sign in' }).click()
-    await page.getByText('The token is wrong').waitFor()
+    await page.getByText('The token is invalid').waitFor()
     await page.getByLabel('API token').fill(TOKEN)
     await page.getByLabel('API token').press('Enter')
     await page.getByText('No tasks yet').waitFor()
