@@ -11,7 +11,7 @@ const NAMED: Record<string, readonly string[]> = {
   private: ['10.0.0.0/8', '172.16.0.0/12', '192.168.0.0/16', 'fc00::/7'],
 }
 
-/** Where clouds keep credentials, and the links that lead there: may be called only when named outright. */
+/** Metadata addresses of clouds, which serve credentials: allowed only if an entry names them. */
 const METADATA = networks([
   '169.254.0.0/16',
   'fe80::/10',
@@ -22,54 +22,56 @@ const METADATA = networks([
   '192.0.0.192/32', // Oracle
 ])
 
-/** Ranges that ipaddr.js 2.5 takes for public (IANA special-purpose registries; whitequark/ipaddr.js#203). */
+/**
+ * Special-purpose ranges (IANA) that ipaddr.js 2.5 reports as public (whitequark/ipaddr.js#203).
+ */
 const NOT_PUBLIC = networks(['::/96', '100:0:0:1::/64', '192.31.196.0/24', '192.52.193.0/24'])
 
 const TRANSLATED = networks(['64:ff9b::/96', '::ffff:0:0:0/96', '::/96'])
 const SIX_TO_FOUR: Network = ipaddr.parseCIDR('2002::/16')
 
 export interface GuardOptions {
-  /** Names what the operator can set, in refusals. */
+  /** Name of the setting that allows an address, for messages. */
   setting?: string
-  /** Our sample receivers take callbacks, at whatever address we listen. */
+  /** Whether our sample receivers may be called, whatever address the service listens on. */
   samplesAreOn?: boolean
-  /** Instead of the system's. */
+  /** Replaces the system's lookup. */
   lookup?: Lookup | undefined
 }
 
-/** Receivers of our own, below any base path. */
+/** Path of a sample receiver, below any base path. */
 const SAMPLE_PATH = /\/(sample-task-runner-callback2?|task-runner-callback)\/?$/
 
-/** One for the process: all lookups share its threads. */
+/** Shared by the process, because all lookups share its threads. */
 const names = new BoundedLookup()
 
-/** A connection that the rules forbid. */
+/** Thrown for a connection to an address that may not be called. */
 export class BlockedAddressError extends Error {
   override name = 'BlockedAddressError'
 }
 
 /**
- * Keeps callbacks and clones away from addresses that their sender has no business with (SSRF). Public addresses may be
- * called, others only when the operator allows them. The judgement that counts is made on the very address
- * that is dialled, so that a name cannot be pointed elsewhere after a check.
+ * Blocks callbacks and clones to internal addresses (SSRF). Public addresses may be called, others
+ * only if the operator allows them. The address that is dialled is checked itself, so that a name
+ * cannot resolve to another address after the check (DNS rebinding).
  */
 export class AddressGuard {
   readonly #allowed: Network[]
   readonly #options: GuardOptions
   readonly #names: BoundedLookup
   readonly #lookups = new Map<string, Promise<LookupAddress[]>>()
-  /** Our own port: what listens there takes callbacks on the sample routes alone. */
+  /** Port of this service, where callbacks may call only the sample receivers. */
   ownPort: number | undefined
 
-  /** `allowed`: CIDRs, `private`, `loopback`. Throws on anything else. */
+  /** Accepts CIDRs, `private` and `loopback` in `allowed`. Throws on anything else. */
   constructor(allowed: readonly string[], options: GuardOptions = {}) {
     const { lookup } = options
     this.#options = options
     this.#allowed = networks(allowed.flatMap((name) => NAMED[name] ?? [name]))
-    this.#names = lookup ? new BoundedLookup({ lookup, answers: async () => true }) : names
+    this.#names = lookup ? new BoundedLookup({ lookup, responds: async () => true }) : names
   }
 
-  /** Why a URL can be refused without asking anybody; undefined when only connecting will tell. */
+  /** Returns why a URL is refused, as far as it can be known before its name is resolved. */
   refusal(url: URL): string | undefined {
     const host = bareHost(url.hostname)
     const literal = isIP(host) !== 0 ? host : isLocalhost(host) ? '127.0.0.1' : undefined
@@ -80,14 +82,16 @@ export class AddressGuard {
     if (!this.allows(literal)) {
       const { setting } = this.#options
       const how = setting === undefined ? '' : `; the operator can allow it with ${setting}`
-      return `may not be called: not a public address${how}`
+      return `may not be called: ${literal} is not a public address${how}`
     }
     return isOwn && !isSample ? 'may not be called: it is this service itself' : undefined
   }
 
-  /** Whether an address may be dialled. `address` in canonical text, as `URL` and resolvers give it. */
+  /**
+   * Returns whether an address may be dialled. It must be in canonical form, as `URL` returns it.
+   */
   allows(address: string): boolean {
-    // A mapped IPv4 address is judged as what it is.
+    // Converts an IPv4-mapped IPv6 address to IPv4.
     const parsed = ipaddr.process(address)
     const named = this.#allowed.filter((network) => contains(network, parsed))
     if (METADATA.some((network) => translated(parsed).some((inner) => contains(network, inner)))) {
@@ -100,8 +104,8 @@ export class AddressGuard {
   }
 
   /**
-   * undici's connector behind the guard. Literal addresses are judged here, since they never reach `lookup`;
-   * names in `lookup`, whose answer is what is dialled.
+   * Returns undici's connector with the checks of the guard. It checks literal addresses before
+   * connecting, and names in `lookup`, which returns the address that is dialled.
    */
   connector(options: { timeoutMs: number }): buildConnector.connector {
     const build = (isAllowed: (address: string) => boolean) =>
@@ -120,9 +124,9 @@ export class AddressGuard {
         },
       })
     const connect = build((address) => this.allows(address))
-    // Loopback names: `refusal` has looked at the path.
+    // For loopback names, whose path `refusal` has checked.
     const connectToSamples = build((address) => this.allows(address) || isOwnAddress(address))
-    // Our own port is reached by addresses and loopback names, for which `refusal` has looked at the path.
+    // For other names, whose path was not checked: they must not reach this service.
     const connectToOwnPort = build((address) => this.allows(address) && !isOwnAddress(address))
     return (target, done) => {
       const host = bareHost(target.hostname)
@@ -139,7 +143,9 @@ export class AddressGuard {
     }
   }
 
-  /** The addresses of a host that may be dialled. Throws `BlockedAddressError` when none may, or the resolver's error. */
+  /**
+   * Returns the allowed addresses of a host. Throws `BlockedAddressError` or the resolver's error.
+   */
   async addressesOf(host: string): Promise<string[]> {
     const bare = bareHost(host)
     if (isIP(bare) !== 0) {
@@ -150,7 +156,7 @@ export class AddressGuard {
     return found.map(({ address }) => address)
   }
 
-  /** One lookup at a time for a name. */
+  /** Resolves a name; concurrent calls share one lookup. */
   async #resolve(
     hostname: string,
     isAllowed: (address: string) => boolean,
@@ -165,7 +171,7 @@ export class AddressGuard {
   }
 }
 
-/** Whether `CALLBACK_ALLOWED_NETWORKS` may hold this. */
+/** Returns whether a text is a valid entry of `CALLBACK_ALLOWED_NETWORKS`. */
 export function isNetwork(name: string): boolean {
   if (Object.hasOwn(NAMED, name)) return true
   try {
@@ -175,7 +181,7 @@ export function isNetwork(name: string): boolean {
   }
 }
 
-/** Without the brackets of IPv6 and the dot of a whole name. */
+/** Removes the brackets of an IPv6 address and the trailing dot of a name. */
 function bareHost(hostname: string): string {
   return hostname.replace(/^\[|\]$/g, '').replace(/\.$/, '')
 }
@@ -188,7 +194,7 @@ function portOf(url: URL): number {
   return url.port === '' ? (url.protocol === 'https:' ? 443 : 80) : Number(url.port)
 }
 
-/** Whether what listens on this machine is reached by the address. */
+/** Returns whether the address belongs to this machine. */
 function isOwnAddress(address: string): boolean {
   const parsed = ipaddr.process(address)
   if (['loopback', 'unspecified'].includes(parsed.range())) return true
@@ -196,7 +202,9 @@ function isOwnAddress(address: string): boolean {
   return own.some((each) => ipaddr.process(each.address).toString() === parsed.toString())
 }
 
-/** The IPv4 addresses that gateways would make of an IPv6 address (NAT64, SIIT, compatible, 6to4). */
+/**
+ * Returns the IPv4 address that a gateway would translate an IPv6 address to (NAT64, SIIT, 6to4).
+ */
 function translated(address: ipaddr.IPv4 | ipaddr.IPv6): ipaddr.IPv4[] {
   if (!(address instanceof ipaddr.IPv6)) return []
   const bytes = address.toByteArray()
@@ -211,7 +219,7 @@ function translated(address: ipaddr.IPv4 | ipaddr.IPv6): ipaddr.IPv4[] {
 function networks(cidrs: readonly string[]): Network[] {
   return cidrs.map((cidr) => {
     const [base = '', bits = base.includes(':') ? '128' : '32', ...rest] = cidr.split('/')
-    // ipaddr.js reads 010.0.0.0 as octal and 10.1 as 10.0.0.1, which nobody means.
+    // isIP rejects 010.0.0.0 and 10.1, which ipaddr.js would read as 8.0.0.0 and 10.0.0.1.
     if (isIP(base) === 0 || rest.length > 0) throw new Error('not a network')
     return ipaddr.parseCIDR(`${base}/${bits}`)
   })

@@ -7,33 +7,33 @@ export type Lookup = (
 ) => void
 
 /**
- * Lookups under way at a time. The system's lookup holds a thread, half of `UV_THREADPOOL_SIZE` may be held (16 in
- * `npm start`), and a name whose server is silent holds one for ten seconds and longer.
+ * Maximum concurrent lookups: together at most half of `UV_THREADPOOL_SIZE` (16 in `npm start`). A
+ * lookup occupies a thread, for ten seconds or more if the name server does not respond.
  */
 const QUICK_MAX = 6
 const SLOW_MAX = 2
-/** How many names whose server is silent may wait; more are refused for the moment. */
+/** Maximum waiting lookups of names whose server does not respond; more fail with `EAI_AGAIN`. */
 const SLOW_WAITING_MAX = 128
-/** How long a name server may take to say anything. */
-const ANSWER_MS = 1_500
-/** How long a caller waits for a lookup. */
+/** Time after which a name server counts as not responding. */
+const RESPONSE_MS = 1_500
+/** Timeout of a lookup for its caller. */
 const LOOKUP_MS = 5_000
-const NAMES_KNOWN_MAX = 1_000
+const QUICK_NAMES_MAX = 1_000
 
-/** Places for lookups, and those that wait for one. */
+/** A limit of concurrent lookups, with a queue. */
 class Lane {
   readonly waiting: Array<() => void> = []
   #free: number
 
-  constructor(places: number) {
-    this.#free = places
+  constructor(max: number) {
+    this.#free = max
   }
 
-  enter(begin: () => void): void {
-    if (this.#free === 0) this.waiting.push(begin)
+  enter(start: () => void): void {
+    if (this.#free === 0) this.waiting.push(start)
     else {
       this.#free -= 1
-      begin()
+      start()
     }
   }
 
@@ -45,30 +45,31 @@ class Lane {
 }
 
 /**
- * Looks names up as the system does, so that names whose server is silent delay no others: a name server is asked first,
- * without a thread, whether it says anything about the name at all. Names that it is silent about share two places.
+ * Resolves names with the system's lookup, without letting unresponsive name servers delay other
+ * names. A query that needs no thread first tests whether a server responds at all; names for which
+ * none does share two threads.
  */
 export class BoundedLookup {
   readonly #lookup: Lookup
-  readonly #answers: (hostname: string) => Promise<boolean>
+  readonly #responds: (hostname: string) => Promise<boolean>
   readonly #quick = new Lane(QUICK_MAX)
   readonly #slow = new Lane(SLOW_MAX)
-  /** Names whose last lookup was quick; those looked up last come last. */
-  readonly #known = new Set<string>()
+  /** Names whose last lookup was quick, the most recent last. */
+  readonly #quickNames = new Set<string>()
 
-  /** `answers`: whether the name server says anything about a name, be it that there is no such name. */
+  /** `responds`: returns whether a name server responds, even if the name does not exist. */
   constructor({
     lookup = systemLookup as Lookup,
-    answers = serverAnswers(),
+    responds = serverResponds(),
   }: {
     lookup?: Lookup
-    answers?: (hostname: string) => Promise<boolean>
+    responds?: (hostname: string) => Promise<boolean>
   } = {}) {
     this.#lookup = lookup
-    this.#answers = answers
+    this.#responds = responds
   }
 
-  /** Rejects with the system's error, or with `ETIMEOUT` or `EAI_AGAIN` when nobody could tell in time. */
+  /** Resolves a name. Rejects with the system's error, or with `ETIMEOUT` or `EAI_AGAIN`. */
   async addresses(hostname: string): Promise<LookupAddress[]> {
     const { promise, resolve, reject } = Promise.withResolvers<LookupAddress[]>()
     const timer = setTimeout(() => reject(failure('ETIMEOUT', hostname)), LOOKUP_MS)
@@ -81,8 +82,8 @@ export class BoundedLookup {
   }
 
   async #enter(hostname: string, done: Parameters<Lookup>[2]): Promise<void> {
-    // One that was quick is looked up at once: what is in /etc/hosts no server knows.
-    const isSlow = !this.#known.has(hostname) && !(await this.#answers(hostname))
+    // Names in /etc/hosts are quick although no server knows them.
+    const isSlow = !this.#quickNames.has(hostname) && !(await this.#responds(hostname))
     const lane = isSlow ? this.#slow : this.#quick
     if (isSlow && lane.waiting.length >= SLOW_WAITING_MAX) {
       done(failure('EAI_AGAIN', hostname), [])
@@ -92,23 +93,25 @@ export class BoundedLookup {
       const startedAt = performance.now()
       this.#lookup(hostname, { all: true }, (err, addresses) => {
         lane.leave()
-        this.#remember(hostname, performance.now() - startedAt < ANSWER_MS)
+        this.#remember(hostname, performance.now() - startedAt < RESPONSE_MS)
         done(err, addresses)
       })
     })
   }
 
   #remember(hostname: string, isQuick: boolean): void {
-    this.#known.delete(hostname)
-    if (isQuick) this.#known.add(hostname)
-    const [oldest] = this.#known
-    if (this.#known.size > NAMES_KNOWN_MAX && oldest !== undefined) this.#known.delete(oldest)
+    this.#quickNames.delete(hostname)
+    if (isQuick) this.#quickNames.add(hostname)
+    const [oldest] = this.#quickNames
+    if (this.#quickNames.size > QUICK_NAMES_MAX && oldest !== undefined) {
+      this.#quickNames.delete(oldest)
+    }
   }
 }
 
-/** Asks the system's name servers, or these. */
-export function serverAnswers(servers?: readonly string[]): (name: string) => Promise<boolean> {
-  const resolver = new Resolver({ timeout: ANSWER_MS, tries: 1 })
+/** Returns a function that queries the system's name servers, or the given ones. */
+export function serverResponds(servers?: readonly string[]): (name: string) => Promise<boolean> {
+  const resolver = new Resolver({ timeout: RESPONSE_MS, tries: 1 })
   if (servers) resolver.setServers(servers)
   return (name) =>
     new Promise((resolve) => {

@@ -1,13 +1,10 @@
 import { type GitHosts, WorkerError } from '../core/ports.ts'
 import { type AddressGuard, BlockedAddressError } from './address-guard.ts'
 
-/**
- * Answers of the resolver that are final: there is no such name, or it cannot be one. All others
- * say that nobody could tell.
- */
+/** Errors of the resolver that are final: the name does not exist or is malformed. */
 const NO_SUCH_HOST = ['ENOTFOUND', 'ENODATA', 'EINVAL']
 
-/** The hosts that the guard lets repositories be cloned from. */
+/** Resolves the hosts of repositories, as far as the guard allows them. */
 export class GuardedGitHosts implements GitHosts {
   readonly #guard: AddressGuard
 
@@ -25,14 +22,14 @@ export class GuardedGitHosts implements GitHosts {
     } catch (err) {
       const host = `The git host "${url.hostname}"`
       if (err instanceof BlockedAddressError) {
-        const why = 'it is not a public address, nor in GIT_ALLOWED_NETWORKS'
+        const why = 'not a public address; the operator can allow it with GIT_ALLOWED_NETWORKS'
         throw new WorkerError('startup_failed', `${host} may not be reached: ${why}`)
       }
       const { code = 'lookup failed' } = err as NodeJS.ErrnoException
       if (NO_SUCH_HOST.includes(code)) {
         throw new WorkerError('startup_failed', `${host} was not found (${code})`)
       }
-      throw new Error(`${host} cannot be looked up at the moment (${code})`, { cause: err })
+      throw new Error(`${host} cannot be resolved at the moment (${code})`, { cause: err })
     }
   }
 }

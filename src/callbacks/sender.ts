@@ -6,10 +6,12 @@ import { type CallbackBody, encodeCallback } from '../wire/callback.ts'
 import { signer } from '../wire/signature.ts'
 import { type AddressGuard, BlockedAddressError } from './address-guard.ts'
 
-/** Of the answer; a receiver that sends more loses its connection, not its status. */
-const ANSWER_BYTES_MAX = 64 * 1024
+/**
+ * Maximum bytes read of a response body. Beyond that the connection is closed; the status counts.
+ */
+const RESPONSE_BYTES_MAX = 64 * 1024
 
-/** A connection that was kept open and fails sooner than this was closed by the receiver meanwhile. */
+/** A kept-alive connection that fails sooner than this had been closed by the receiver. */
 const STALE_MS = 1_000
 const CONNECTION_LOST = new Set(['UND_ERR_SOCKET', 'ECONNRESET', 'EPIPE'])
 
@@ -17,42 +19,43 @@ const CONNECTION_LOST = new Set(['UND_ERR_SOCKET', 'ECONNRESET', 'EPIPE'])
 const HEADERS_SENT = 'undici:client:sendHeaders'
 
 export interface SenderOptions {
-  /** One whole attempt: connect, send, answer. */
+  /** Timeout of a whole attempt: connect, send the request, receive the response. */
   timeoutMs: number
   userAgent: string
   guard: AddressGuard
-  /** Each signs every callback (Standard Webhooks); none: no signature. */
+  /** Keys that each sign every callback (Standard Webhooks). Empty: callbacks are not signed. */
   signingKeys: readonly Buffer[]
 }
 
-/** Sends callbacks: plain HTTP/1.1 POSTs, no redirects, each under one deadline. */
+/** Sends callbacks as HTTP/1.1 POSTs with one deadline each. Does not follow redirects. */
 export class HttpCallbackSender implements CallbackSender {
   readonly #agent: Agent
   readonly #options: SenderOptions
-  /** Connections that carried a request before. */
+  /** Sockets that have carried a request. */
   readonly #used = new WeakSet<object>()
-  /** The request whose head is being written. */
-  #beginning: Answer | undefined
-  /** Nothing else tells which connection a request goes out on. */
+  /** The request whose headers are sent next. */
+  #starting: Exchange | undefined
+  /** Notes on which connection a request is sent; undici reports it in no other way. */
   readonly #onHeaders = (message: unknown) => {
-    // Holds: undici's documentation of this channel.
+    // Safe: undici documents this channel's message.
     const { socket } = message as { socket: object }
-    if (this.#beginning) {
-      this.#beginning.isBegun = true
-      this.#beginning.isOnKeptConnection = this.#used.has(socket)
+    if (this.#starting) {
+      this.#starting.isSent = true
+      this.#starting.isOnKeptConnection = this.#used.has(socket)
     }
-    this.#beginning = undefined
+    this.#starting = undefined
     this.#used.add(socket)
   }
 
   constructor(options: SenderOptions) {
     this.#options = options
     this.#agent = new Agent({
-      // No limit of `connections`: what was given up while it connects would wait for one before others. Attempts are limited.
+      // No limit of `connections`: an abandoned connect would block later ones. Attempts are
+      // limited.
       allowH2: false,
-      // Nothing aborts a connection that is being made (nodejs/undici#386): this ends what is left behind.
+      // A connect cannot be aborted (nodejs/undici#386), so it has a timeout of its own.
       connect: options.guard.connector({ timeoutMs: options.timeoutMs }),
-      // A POST on a connection that the receiver is just closing fails: keep idle ones only briefly.
+      // A POST fails if the receiver is closing the connection, so idle ones are kept only briefly.
       keepAliveTimeout: 1_000,
       keepAliveMaxTimeout: 1_000,
     })
@@ -66,12 +69,12 @@ export class HttpCallbackSender implements CallbackSender {
     const refusal = this.#options.guard.refusal(new URL(delivery.url))
     if (refusal !== undefined) return BLOCKED
     using deadline = new Deadline(this.#options.timeoutMs, [signal])
-    const posts: Answer[] = []
+    const posts: Exchange[] = []
     try {
       return await this.#postOnce(delivery, deadline.signal, posts)
     } catch (err) {
       if (err instanceof BlockedAddressError) return MISDIRECTED
-      const error = coarse(err, posts.at(-1)?.isBegun ?? false)
+      const error = errorText(err, posts.at(-1)?.isSent ?? false)
       return { statusCode: null, error, retryAfterMs: null }
     }
   }
@@ -82,13 +85,13 @@ export class HttpCallbackSender implements CallbackSender {
   }
 
   /**
-   * Makes one POST. Repeats it at once only when a kept connection turned out to be closed by the
-   * receiver: the same `webhook-id` makes that safe. What was posted is added to `posts`.
+   * Makes one POST, and a second one only if the receiver had closed a kept-alive connection: the
+   * same `webhook-id` makes that safe. Adds each to `posts`.
    */
   async #postOnce(
     delivery: Parameters<CallbackSender['send']>[0],
     signal: AbortSignal,
-    posts: Answer[],
+    posts: Exchange[],
   ): Promise<AttemptResult> {
     const { webhookId: id, timestamp } = delivery
     const signing = signer(this.#options.signingKeys, { id, timestamp })
@@ -103,7 +106,7 @@ export class HttpCallbackSender implements CallbackSender {
       const isStale =
         first.isOnKeptConnection &&
         CONNECTION_LOST.has(String((err as NodeJS.ErrnoException).code)) &&
-        !isInterimAnswer(err) &&
+        !isInterimResponse(err) &&
         performance.now() - startedAt <= STALE_MS
       if (!isStale || signal.aborted) throw err
       const second = this.#post(delivery, { body, signature }, signal)
@@ -116,13 +119,13 @@ export class HttpCallbackSender implements CallbackSender {
     delivery: Parameters<CallbackSender['send']>[0],
     { body, signature }: { body: CallbackBody; signature: string },
     signal: AbortSignal,
-  ): Answer {
+  ): Exchange {
     signal.throwIfAborted()
     const { timeoutMs, userAgent } = this.#options
     const { webhookId: id, timestamp } = delivery
     const { origin, pathname, search } = new URL(delivery.url)
-    const answer = new Answer(signal, (begun) => {
-      this.#beginning = begun
+    const exchange = new Exchange(signal, (starting) => {
+      this.#starting = starting
     })
     this.#agent.dispatch(
       {
@@ -144,13 +147,15 @@ export class HttpCallbackSender implements CallbackSender {
           ...(signature === '' ? {} : { 'webhook-signature': signature }),
         },
       },
-      answer,
+      exchange,
     )
-    return answer
+    return exchange
   }
 }
 
-/** They are not signed. What the task does not have is left out. */
+/**
+ * Returns the `task-` headers, which are not signed, without those that the task has no value for.
+ */
 function factHeaders({ status, reason, exitCode, durationMs }: CallbackFacts) {
   return {
     'task-status': status,
@@ -168,39 +173,42 @@ function resultOf({ statusCode, headers }: Head, url: string): AttemptResult {
     statusCode,
     error: ok
       ? null
-      : `the receiver answered ${statusCode}${redirection(statusCode, headers, url)}`,
+      : `the receiver responded with ${statusCode}${redirection(statusCode, headers, url)}`,
     retryAfterMs: retryAfterMs(headers['retry-after'], Date.now()),
   }
 }
 
-/** Names the host alone: paths and queries hold secrets. */
+/** Names only the host of a redirect: paths and queries may hold secrets. */
 function redirection(statusCode: number, { location }: Head['headers'], url: string): string {
   if (statusCode < 300 || statusCode > 399 || statusCode === 304) return ''
   const to = typeof location === 'string' ? URL.parse(location, url)?.host : undefined
   return ` (redirects are not followed${to ? `: this one leads to ${to.slice(0, 255)}` : ''})`
 }
 
-/** Hears an answer to its end, or to its limit. Its status decides; what a broken one did after that does not matter. */
-class Answer implements Dispatcher.DispatchHandler {
+/** A request and its response. The status decides; errors while the body is read are ignored. */
+class Exchange implements Dispatcher.DispatchHandler {
   readonly #signal: AbortSignal
-  readonly #onBegin: (answer: Answer) => void
+  readonly #onStart: (exchange: Exchange) => void
   readonly #end = Promise.withResolvers<Head>()
   #controller: Dispatcher.DispatchController | undefined
   #head: Head | undefined
   #bytes = 0
-  /** Its head was sent. */
-  isBegun = false
+  /** Whether the request's headers were sent. */
+  isSent = false
   isOnKeptConnection = false
 
-  /** `onBegin` is called when its request is about to be sent. */
-  constructor(signal: AbortSignal, onBegin: (answer: Answer) => void) {
+  /** Calls `onStart` when the request is about to be sent. */
+  constructor(signal: AbortSignal, onStart: (exchange: Exchange) => void) {
     this.#signal = signal
-    this.#onBegin = onBegin
+    this.#onStart = onStart
   }
 
-  /** Throws what ended the connection before there was a status, or the signal's reason. */
+  /**
+   * Returns status and headers. Throws the connection's error if there are none, or the signal's
+   * reason.
+   */
   async head(): Promise<Head> {
-    // While it connects there is nothing to abort: then the signal ends the waiting, and the request at its start.
+    // A connect cannot be aborted: the signal ends this wait, and the request once it is connected.
     const onAbort = () => {
       this.#controller?.abort(this.#signal.reason)
       this.#settle(this.#signal.reason)
@@ -215,7 +223,7 @@ class Answer implements Dispatcher.DispatchHandler {
 
   onRequestStart(controller: Dispatcher.DispatchController): void {
     if (this.#signal.aborted) controller.abort(this.#signal.reason)
-    else this.#onBegin(this)
+    else this.#onStart(this)
     this.#controller = controller
   }
 
@@ -224,13 +232,13 @@ class Answer implements Dispatcher.DispatchHandler {
     statusCode: number,
     headers: Record<string, string | string[] | undefined>,
   ): void {
-    // Others announce an answer.
+    // 1xx statuses precede the response.
     if (statusCode >= 200) this.#head = { statusCode, headers }
   }
 
   onResponseData(controller: Dispatcher.DispatchController, chunk: Buffer): void {
     this.#bytes += chunk.length
-    if (this.#bytes > ANSWER_BYTES_MAX) controller.abort(new Error('the answer is too long'))
+    if (this.#bytes > RESPONSE_BYTES_MAX) controller.abort(new Error('the response is too long'))
   }
 
   onResponseEnd(): void {
@@ -247,14 +255,17 @@ class Answer implements Dispatcher.DispatchHandler {
   }
 }
 
-/** A resolver may answer wrongly for a while, as those of hotels and ad blockers do: tried again. */
+/**
+ * Result for a name that resolves to a blocked address. It is retried: resolvers may be wrong for a
+ * while.
+ */
 const MISDIRECTED: AttemptResult = {
   statusCode: null,
-  error: 'blocked: the name leads to an address that may not be called',
+  error: 'blocked: the name resolves to an address that may not be called',
   retryAfterMs: null,
 }
 
-/** Final: the URL names the address. */
+/** Result for a URL with a blocked address. It is final. */
 const BLOCKED: AttemptResult = {
   statusCode: null,
   error: 'blocked: the address may not be called',
@@ -262,40 +273,43 @@ const BLOCKED: AttemptResult = {
   blocked: true,
 }
 
-/** RFC 9110, section 10.2.3: seconds, or a date. Anything else is ignored. */
+/** Parses `Retry-After` (RFC 9110, section 10.2.3): seconds, or a date. Ignores anything else. */
 export function retryAfterMs(header: string | string[] | undefined, now: number): number | null {
   if (typeof header !== 'string') return null
   if (/^\d{1,10}$/.test(header)) return Number(header) * 1000
-  // IMF-fixdate alone: Date.parse takes "-5" and "1.5" for dates.
+  // Only an IMF-fixdate: Date.parse would read "-5" and "1.5" as dates.
   if (!/^[A-Z][a-z]{2}, \d{2} [A-Z][a-z]{2} \d{4} \d{2}:\d{2}:\d{2} GMT$/.test(header)) return null
   const at = Date.parse(header)
   return Number.isNaN(at) ? null : Math.max(0, at - now)
 }
 
-/** undici takes no `100 Continue` that it did not ask for. */
-function isInterimAnswer(err: unknown): boolean {
+/** Returns whether undici rejected a `100 Continue` that it did not request. */
+function isInterimResponse(err: unknown): boolean {
   return err instanceof errors.SocketError && err.message === 'bad response'
 }
 
-/** What went wrong, without the addresses and the fine distinctions that would make a port scanner of us. */
-function coarse(err: unknown, isBegun: boolean): string {
-  // Holds: `code` is read as a value of any type.
+/**
+ * Describes an error without addresses or details, so that callers cannot scan ports with
+ * callbacks.
+ */
+function errorText(err: unknown, isSent: boolean): string {
+  // Safe: both fields are read as `unknown`.
   const { code, name } = (err ?? {}) as { code?: unknown; name?: unknown }
   if (
     name === 'TimeoutError' ||
     code === 'UND_ERR_HEADERS_TIMEOUT' ||
     code === 'UND_ERR_CONNECT_TIMEOUT'
   ) {
-    return 'no answer in time'
+    return 'no response in time'
   }
-  if (isInterimAnswer(err)) return 'an interim answer came that was not asked for'
+  if (isInterimResponse(err)) return 'an interim response that was not requested'
   if (code === 'ENOTFOUND' || code === 'EAI_AGAIN' || code === 'ETIMEOUT') {
     return 'the name could not be resolved'
   }
   if (typeof code === 'string' && /CERT|SSL|TLS|VERIFY/.test(code))
     return 'no trusted TLS connection'
-  // One that answers early and closes may reset the connection before its answer is read.
-  return isBegun || code === 'UND_ERR_SOCKET'
-    ? 'the connection ended without an answer'
+  // A receiver that responds early and closes may reset the connection before its response is read.
+  return isSent || code === 'UND_ERR_SOCKET'
+    ? 'the connection ended without a response'
     : 'no connection'
 }

@@ -11,7 +11,7 @@ import { startReceiver } from '../helpers/receiver.ts'
 import { startService } from '../helpers/service.ts'
 
 const OK = 'HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok'
-const NOT_PUBLIC = 'may not be called: not a public address'
+const NOT_PUBLIC = /^may not be called: [0-9a-f.:]+ is not a public address/
 const ITSELF = 'may not be called: it is this service itself'
 
 /** First and last address of each range that no callback may reach (notes/callbacks.md, section 3). */
@@ -95,10 +95,10 @@ describe('an address that is not public', () => {
     const guard = new AddressGuard([])
     for (const address of [first, last]) {
       expect(guard.allows(address), address).toBe(false)
-      expect(guard.refusal(urlOf(address)), address).toBe(NOT_PUBLIC)
+      expect(guard.refusal(urlOf(address)), address).toMatch(NOT_PUBLIC)
       if (isIP(address) !== 4) continue
-      expect(guard.refusal(urlOf(`::ffff:${address}`)), `mapped ${address}`).toBe(NOT_PUBLIC)
-      expect(guard.refusal(urlOf(`::${address}`)), `compatible ${address}`).toBe(NOT_PUBLIC)
+      expect(guard.refusal(urlOf(`::ffff:${address}`)), `mapped ${address}`).toMatch(NOT_PUBLIC)
+      expect(guard.refusal(urlOf(`::${address}`)), `compatible ${address}`).toMatch(NOT_PUBLIC)
     }
   })
 
@@ -119,15 +119,15 @@ describe('an address that is not public', () => {
       '::8.8.8.8',
       '::ffff:0:8.8.8.8',
     ]) {
-      expect(guard.refusal(urlOf(address)), address).toBe(NOT_PUBLIC)
+      expect(guard.refusal(urlOf(address)), address).toMatch(NOT_PUBLIC)
     }
   })
 
   test.each(SPELLINGS)('http://%s/ is refused', (host) => {
     const guard = new AddressGuard([])
     for (const scheme of ['http', 'https']) {
-      expect(guard.refusal(new URL(`${scheme}://${host}/`))).toBe(NOT_PUBLIC)
-      expect(guard.refusal(new URL(`${scheme}:\\\\${host}:8080\\path`))).toBe(NOT_PUBLIC)
+      expect(guard.refusal(new URL(`${scheme}://${host}/`))).toMatch(NOT_PUBLIC)
+      expect(guard.refusal(new URL(`${scheme}:\\\\${host}:8080\\path`))).toMatch(NOT_PUBLIC)
     }
   })
 
@@ -148,7 +148,7 @@ describe('an address that is not public', () => {
       fc.property(privateV4, spelling, (octets, spell) => {
         const address = octets.join('.')
         const url = new URL(`http://${spell(octets)}:8080/hook`)
-        expect(new AddressGuard([]).refusal(url), url.href).toBe(NOT_PUBLIC)
+        expect(new AddressGuard([]).refusal(url), url.href).toMatch(NOT_PUBLIC)
         expect(new AddressGuard([`${address}/32`]).refusal(url), url.href).toBeUndefined()
       }),
       { numRuns: 500 },
@@ -176,7 +176,7 @@ describe('an address that is not public', () => {
             ...groups.map((each) => each.toString(16).padStart(padded ? 4 : 1, '0')),
           ].join(':')
           const url = new URL(`http://[${upper ? text.toUpperCase() : text}]/`)
-          expect(new AddressGuard([]).refusal(url), url.href).toBe(NOT_PUBLIC)
+          expect(new AddressGuard([]).refusal(url), url.href).toMatch(NOT_PUBLIC)
         },
       ),
       { numRuns: 300 },
@@ -208,7 +208,7 @@ describe('an operator who allows networks', () => {
       '[::7f00:1]',
       '[64:ff9b::7f00:1]',
     ]) {
-      expect(guard.refusal(new URL(`http://${host}:8080/`)), host).toBe(NOT_PUBLIC)
+      expect(guard.refusal(new URL(`http://${host}:8080/`)), host).toMatch(NOT_PUBLIC)
     }
   })
 
@@ -310,7 +310,7 @@ describe('an operator who allows networks', () => {
     ['6to4', '2002:a9fe:a9fe::1'],
   ])('a wide CIDR does not open metadata inside of a %s address', (_, address) => {
     const guard = new AddressGuard(['0.0.0.0/0', '::/0'])
-    expect(guard.refusal(urlOf(address))).toBe(NOT_PUBLIC)
+    expect(guard.refusal(urlOf(address))).toMatch(NOT_PUBLIC)
   })
 })
 
@@ -328,7 +328,7 @@ describe('the address that is dialled', () => {
     // A passing wrong answer of a resolver looks the same: it is tried again.
     expect(await callbacks.send(url)).toEqual({
       statusCode: null,
-      error: 'blocked: the name leads to an address that may not be called',
+      error: 'blocked: the name resolves to an address that may not be called',
       retryAfterMs: null,
     })
     expect(target.connections).toHaveLength(0)
@@ -441,7 +441,7 @@ describe('the address that is dialled', () => {
       [1, 2, 3, 4].map((number) =>
         expect.objectContaining({
           ...{ number, status_code: null },
-          error: 'blocked: the name leads to an address that may not be called',
+          error: 'blocked: the name resolves to an address that may not be called',
         }),
       ),
     )
@@ -459,7 +459,8 @@ describe('what an operator can do', () => {
     expect(body.errors).toEqual([
       {
         path: 'callback_url',
-        message: `${NOT_PUBLIC}; the operator can allow it with CALLBACK_ALLOWED_NETWORKS`,
+        message:
+          'may not be called: 127.0.0.1 is not a public address; the operator can allow it with CALLBACK_ALLOWED_NETWORKS',
       },
     ])
     const git_configs = [{ remote_url: 'http://127.0.0.1:9/repo.git' }]
@@ -650,7 +651,7 @@ describe('CALLBACK_ALLOWED_NETWORKS', () => {
         status: 422,
         body: {
           success: false,
-          errors: [{ path: 'callback_url', message: expect.stringContaining(NOT_PUBLIC) }],
+          errors: [{ path: 'callback_url', message: expect.stringMatching(NOT_PUBLIC) }],
         },
       })
     }

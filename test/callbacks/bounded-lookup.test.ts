@@ -1,7 +1,7 @@
 import { createSocket } from 'node:dgram'
 import { once } from 'node:events'
 import { describe, expect, test, vi } from 'vitest'
-import { BoundedLookup, type Lookup, serverAnswers } from '../../src/callbacks/bounded-lookup.ts'
+import { BoundedLookup, type Lookup, serverResponds } from '../../src/callbacks/bounded-lookup.ts'
 
 const ADDRESS = [{ address: '192.0.2.1', family: 4 }]
 const isHung = (name: string) => name.startsWith('hung')
@@ -21,7 +21,7 @@ function system() {
 describe('names whose server is silent', () => {
   test('sixty of them delay no other name, and hold two places', async () => {
     const { asked, lookup } = system()
-    const names = new BoundedLookup({ lookup, answers: async (name) => !isHung(name) })
+    const names = new BoundedLookup({ lookup, responds: async (name) => !isHung(name) })
     const hung = Array.from({ length: 60 }, (_, index) => names.addresses(`hung-${index}.example`))
     const startedAt = performance.now()
     expect(await names.addresses('healthy.example')).toEqual(ADDRESS)
@@ -32,8 +32,8 @@ describe('names whose server is silent', () => {
 
   test('are looked up in turn, and are an ordinary name once they are answered quickly', async () => {
     const { held, asked, lookup } = system()
-    const answers = vi.fn(async (name: string) => !isHung(name))
-    const names = new BoundedLookup({ lookup, answers })
+    const responds = vi.fn(async (name: string) => !isHung(name))
+    const names = new BoundedLookup({ lookup, responds })
     const three = [1, 2, 3].map((index) => names.addresses(`hung-${index}.example`))
     await expect.poll(() => held.length).toBe(2)
     held.shift()?.()
@@ -42,14 +42,14 @@ describe('names whose server is silent', () => {
     expect(await Promise.all(three)).toEqual([ADDRESS, ADDRESS, ADDRESS])
     const again = names.addresses('hung-1.example')
     await expect.poll(() => held.length).toBe(1)
-    expect(answers, 'was asked once for each').toHaveBeenCalledTimes(3)
+    expect(responds, 'was asked once for each').toHaveBeenCalledTimes(3)
     held.shift()?.()
     await again
   })
 
   test('are refused for the moment when too many of them wait', async () => {
     const { lookup } = system()
-    const names = new BoundedLookup({ lookup, answers: async () => false })
+    const names = new BoundedLookup({ lookup, responds: async () => false })
     const waiting = Array.from({ length: 130 }, (_, index) =>
       names.addresses(`hung-${index}.example`),
     )
@@ -59,8 +59,8 @@ describe('names whose server is silent', () => {
 
   test('that worked before hold six places at most, and are asked for anew after that', async () => {
     const { held, asked, lookup } = system()
-    const answers = vi.fn(async () => true)
-    const names = new BoundedLookup({ lookup, answers })
+    const responds = vi.fn(async () => true)
+    const names = new BoundedLookup({ lookup, responds })
     const many = Array.from({ length: 10 }, (_, index) => names.addresses(`hung-${index}.example`))
     await expect.poll(() => held.length).toBe(6)
     expect(asked).toHaveLength(6)
@@ -71,16 +71,16 @@ describe('names whose server is silent', () => {
       held.shift()?.()
       await new Promise(setImmediate)
     }
-    answers.mockClear()
+    responds.mockClear()
     names.addresses('hung-0.example').catch(() => {})
-    expect(answers).toHaveBeenCalledOnce()
+    expect(responds).toHaveBeenCalledOnce()
   })
 })
 
 test('errors of the system are handed on', async () => {
   const lookup: Lookup = (_name, _options, done) =>
     done(Object.assign(new Error('no'), { code: 'ENOTFOUND' }), [])
-  const names = new BoundedLookup({ lookup, answers: async () => true })
+  const names = new BoundedLookup({ lookup, responds: async () => true })
   await expect(names.addresses('a.example')).rejects.toMatchObject({ code: 'ENOTFOUND' })
 })
 
@@ -93,7 +93,7 @@ describe('a name server', () => {
     })
     socket.bind(0, '127.0.0.1')
     await once(socket, 'listening')
-    return { answers: serverAnswers([`127.0.0.1:${socket.address().port}`]), socket }
+    return { responds: serverResponds([`127.0.0.1:${socket.address().port}`]), socket }
   }
   /** RFC 1035, section 4.1.1: the query as an answer, with this code. */
   const withCode = (query: Buffer, code: number) => {
@@ -108,14 +108,14 @@ describe('a name server', () => {
     ['it has failed', 2],
     ['it has no address', 0],
   ])('that says %s has answered', async (_what, code) => {
-    const { answers, socket } = await server((query) => withCode(query, code))
-    expect(await answers('a.example')).toBe(true)
+    const { responds, socket } = await server((query) => withCode(query, code))
+    expect(await responds('a.example')).toBe(true)
     socket.close()
   })
 
   test('that says nothing has not', async () => {
-    const { answers, socket } = await server(() => undefined)
-    expect(await answers('a.example')).toBe(false)
+    const { responds, socket } = await server(() => undefined)
+    expect(await responds('a.example')).toBe(false)
     socket.close()
   })
 })

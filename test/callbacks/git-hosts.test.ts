@@ -35,7 +35,7 @@ describe('the addresses of a git host', () => {
     expect(error).toBeInstanceOf(Error)
     expect(error).not.toBeInstanceOf(WorkerError)
     expect(error).toMatchObject({
-      message: `The git host "git.example" cannot be looked up at the moment (${code})`,
+      message: `The git host "git.example" cannot be resolved at the moment (${code})`,
       cause: { code },
     })
   })

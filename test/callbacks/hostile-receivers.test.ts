@@ -29,7 +29,7 @@ const POLL = { timeout: 20_000, interval: 20 }
 const SOCKET_BUFFERS_BYTES = 16 * 1024 * 1024
 const DAY_MS = 86_400_000
 
-const UNANSWERED = 'the connection ended without an answer'
+const UNANSWERED = 'the connection ended without a response'
 
 describe('what follows the answer of a receiver', () => {
   test('2xx delivers, at the first attempt', async () => {
@@ -54,7 +54,7 @@ describe('what follows the answer of a receiver', () => {
         expect.objectContaining({
           number: 1,
           status_code: Number(path.slice(1)),
-          error: expect.stringContaining(`the receiver answered ${path.slice(1)}`),
+          error: expect.stringContaining(`the receiver responded with ${path.slice(1)}`),
         }),
       ])
       expect(waitMs(state), path).toBeGreaterThanOrEqual(3600_000 * 0.8)
@@ -129,7 +129,7 @@ describe('what follows the answer of a receiver', () => {
     await using callbacks = testSender()
     expect(await callbacks.send(target.url)).toMatchObject({
       statusCode: status,
-      error: `the receiver answered ${status} (redirects are not followed: this one leads to ${new URL(other.url).host})`,
+      error: `the receiver responded with ${status} (redirects are not followed: this one leads to ${new URL(other.url).host})`,
     })
     expect(target.connections).toHaveLength(1)
     expect(other.connections).toHaveLength(0)
@@ -282,7 +282,7 @@ describe('a receiver without a trusted certificate gets nothing', () => {
 
 describe('one deadline ends an attempt, whatever the receiver does', () => {
   const TIMEOUT_MS = 800
-  const TIMED_OUT = { statusCode: null, error: 'no answer in time', retryAfterMs: null }
+  const TIMED_OUT = { statusCode: null, error: 'no response in time', retryAfterMs: null }
   const IN_TIME_MS = TIMEOUT_MS + 2_500
 
   test('a name that is never resolved, while other names are', async () => {
@@ -324,7 +324,7 @@ describe('one deadline ends an attempt, whatever the receiver does', () => {
     await expectTimeout(target, target.url)
   })
 
-  test('sends interim answers for ever', async () => {
+  test('sends interim responses forever', async () => {
     await using target = await startRawServer(dripping('', 'HTTP/1.1 102 Processing\r\n\r\n'))
     await expectTimeout(target, target.url)
   })
@@ -338,7 +338,7 @@ describe('one deadline ends an attempt, whatever the receiver does', () => {
 
   test.each([
     [200, null],
-    [500, 'the receiver answered 500'],
+    [500, 'the receiver responded with 500'],
   ])(
     'a body that drips for ever after %i does not change what the status said',
     async (statusCode, error) => {
@@ -506,7 +506,7 @@ describe('kept connections', () => {
   })
 
   test.each([1, 2])(
-    'an interim answer that was not asked for is told as such, on connection use %i',
+    'an interim response that was not requested is reported as such, on connection use %i',
     async (use) => {
       await using target = await startRawServer((connection) => {
         let answered = 0
@@ -526,7 +526,7 @@ describe('kept connections', () => {
       }
       expect(results.at(-1)).toMatchObject({
         statusCode: null,
-        error: 'an interim answer came that was not asked for',
+        error: 'an interim response that was not requested',
       })
       const heard = target.connections.map(({ received }) => requestsIn(received().toString()))
       expect(heard).toContain(use)

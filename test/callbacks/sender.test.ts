@@ -205,7 +205,7 @@ describe('HttpCallbackSender', () => {
       const url = await http((_, response) => response.writeHead(code).end())
       expect(await post(url)).toMatchObject({
         statusCode: code,
-        error: code < 300 ? null : `the receiver answered ${code}`,
+        error: code < 300 ? null : `the receiver responded with ${code}`,
       })
     },
   )
@@ -218,7 +218,7 @@ describe('HttpCallbackSender', () => {
     })
     expect(await post(url)).toMatchObject({
       statusCode: code,
-      error: `the receiver answered ${code} (redirects are not followed: this one leads to ${new URL(url).host})`,
+      error: `the receiver responded with ${code} (redirects are not followed: this one leads to ${new URL(url).host})`,
     })
     expect(paths).toEqual(['/hook'])
   })
@@ -229,7 +229,7 @@ describe('HttpCallbackSender', () => {
         response.writeHead(307, location ? { location } : {}).end(),
       )
       expect(await post(url)).toMatchObject({
-        error: 'the receiver answered 307 (redirects are not followed)',
+        error: 'the receiver responded with 307 (redirects are not followed)',
       })
     }
   })
@@ -257,7 +257,7 @@ describe('HttpCallbackSender', () => {
   describe('the deadline of a whole attempt', () => {
     const hurried = (url: string, overrides: object = {}) =>
       sender(TIMEOUT_MS).send(delivery(url, overrides), NEVER)
-    const late = { statusCode: null, error: 'no answer in time', retryAfterMs: null }
+    const late = { statusCode: null, error: 'no response in time', retryAfterMs: null }
 
     test('holds for a receiver that takes the request and never answers', async () => {
       const { result, tookMs } = await timed(hurried(await http(() => {})))
@@ -372,7 +372,7 @@ describe('HttpCallbackSender', () => {
       const url = await tcp((socket) => socket.end('SSH-2.0-OpenSSH\r\n'))
       expect(await post(url)).toMatchObject({
         statusCode: null,
-        error: 'the connection ended without an answer',
+        error: 'the connection ended without a response',
       })
     })
 
@@ -404,7 +404,7 @@ describe('HttpCallbackSender', () => {
       const url = await tcp((socket) => socket.destroy())
       expect(await post(url)).toMatchObject({
         statusCode: null,
-        error: 'the connection ended without an answer',
+        error: 'the connection ended without a response',
       })
     })
 
