@@ -7,17 +7,20 @@ const NONCE_BYTES = 12
 const TAG_BYTES = 16
 const VERSION = 1
 
-/** Encrypts what must not be readable in the store: AES-256-GCM, bound to the row it belongs to. */
+/** Encrypts secrets for the store with AES-256-GCM, bound to their row. */
 export class Sealer {
   readonly #key: Buffer
 
-  /** `key`: 32 bytes. */
+  /** Throws unless `key` has 32 bytes. */
   constructor(key: Buffer) {
     if (key.length !== KEY_BYTES) throw new Error(`a sealing key has ${KEY_BYTES} bytes`)
     this.#key = key
   }
 
-  /** `context` must be the same for `unseal`: a sealed value copied to another row does not open. */
+  /**
+   * Encrypts a text. `unseal` needs the same `context`, so a value copied to another row is
+   * useless.
+   */
   seal(text: string, context: string): Buffer {
     const nonce = randomBytes(NONCE_BYTES)
     const cipher = createCipheriv('aes-256-gcm', this.#key, nonce).setAAD(Buffer.from(context))
@@ -25,10 +28,10 @@ export class Sealer {
     return Buffer.concat([Buffer.from([VERSION]), nonce, cipher.getAuthTag(), sealed])
   }
 
-  /** Throws when the value was made with another key or context, or was changed. */
+  /** Decrypts a value. Throws if it was sealed with another key or context, or was modified. */
   unseal(sealed: Uint8Array, context: string): string {
     const bytes = Buffer.from(sealed.buffer, sealed.byteOffset, sealed.byteLength)
-    if (bytes[0] !== VERSION) throw new Error('sealed in an unknown way')
+    if (bytes[0] !== VERSION) throw new Error('unknown version of a sealed value')
     const tagAt = 1 + NONCE_BYTES
     const textAt = tagAt + TAG_BYTES
     const decipher = createDecipheriv('aes-256-gcm', this.#key, bytes.subarray(1, tagAt), {
@@ -39,13 +42,15 @@ export class Sealer {
     return Buffer.concat([decipher.update(bytes.subarray(textAt)), decipher.final()]).toString()
   }
 
-  /** A key for another purpose, from which this one cannot be found. */
+  /** Derives a key for another purpose that does not reveal this one. */
   derive(purpose: string): Buffer {
     return createHmac('sha256', this.#key).update(purpose).digest()
   }
 }
 
-/** The key kept in `folder`, made once. Safe when two processes start at the same time. */
+/**
+ * Returns the key stored in `folder`, and creates it once, even if two processes start together.
+ */
 export async function keyFromFolder(folder: string): Promise<Buffer> {
   const path = join(folder, 'sealing.key')
   const stored = await readFile(path, 'utf8').catch((err: NodeJS.ErrnoException) => {
@@ -53,7 +58,8 @@ export async function keyFromFolder(folder: string): Promise<Buffer> {
     throw err
   })
   if (stored !== undefined) return Buffer.from(stored, 'base64')
-  // Linked into place whole: a crash never leaves half a key, and a second maker finds the first one's.
+  // Linked into place when complete: a crash leaves no half key, and the first process to link
+  // wins.
   const draft = join(folder, `sealing.key.${randomUUID()}`)
   await writeFile(draft, `${randomBytes(KEY_BYTES).toString('base64')}\n`, {
     mode: 0o600,

@@ -2,23 +2,21 @@ import { readFile, stat } from 'node:fs/promises'
 import { join } from 'node:path'
 import { type SecretSource, UnusableSecretError } from '../core/ports.ts'
 
-/** Linux takes no longer `NAME=value` (MAX_ARG_STRLEN, include/uapi/linux/binfmts.h). */
+/** Limit of a `NAME=value` on Linux (MAX_ARG_STRLEN in binfmts.h), less 256 bytes for the name. */
 const BYTES_MAX = 131_071 - 256
-/**
- * The file is not there, or is of no use to anybody until its owner mends it. All others may pass.
- */
 const MISSING = ['ENOENT', 'ENOTDIR', 'ENAMETOOLONG']
+/** Errors that last until an operator repairs the file; all others count as temporary. */
 const UNUSABLE = ['EACCES', 'EPERM', 'ELOOP']
 
 /**
- * Secrets as Docker and Kubernetes mount them, a file for each, or as variables `SECRET_<NAME>`; a file wins.
- * Files are read anew each time. Their last line end is not part of the value.
+ * Reads secrets from files, as mounted by Docker and Kubernetes, or from variables `SECRET_<NAME>`;
+ * a file wins. Reads files every time, without their last line end.
  */
 export class FileSecretSource implements SecretSource {
   readonly #folder: string | undefined
   readonly #variables: Readonly<Record<string, string>>
 
-  /** `variables`: value by what stands after `SECRET_`. */
+  /** `variables`: values by the part of the name after `SECRET_`. */
   constructor(options: {
     folder: string | undefined
     variables: Readonly<Record<string, string>>
@@ -35,7 +33,7 @@ export class FileSecretSource implements SecretSource {
   }
 
   async #fromFile(name: string): Promise<string | undefined> {
-    // A name that could lead out of the folder is none of its files, nor is what mounts keep there for themselves.
+    // No file outside the folder, and none of the dot files of Kubernetes mounts, is a secret.
     if (this.#folder === undefined || /^\.|[/\0]/.test(name)) return undefined
     const path = join(this.#folder, name)
     try {
@@ -58,14 +56,16 @@ export class FileSecretSource implements SecretSource {
     }
   }
 
-  /** Throws while the folder is away: nobody knows what it holds. It was there at the start. */
+  /**
+   * Throws if the folder is gone, so that its secrets do not count as missing. It existed at start.
+   */
   async #checkFolder(): Promise<void> {
     if (this.#folder === undefined) return
     try {
       await stat(this.#folder)
     } catch (err) {
       const { code } = err as NodeJS.ErrnoException
-      throw new Error(`The folder SECRETS_DIR is away (${code})`, { cause: err })
+      throw new Error(`The folder SECRETS_DIR cannot be read (${code})`, { cause: err })
     }
   }
 

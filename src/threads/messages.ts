@@ -1,17 +1,17 @@
-/** What the two ends of a thread send each other. */
+/** Messages between the main thread and a service thread. */
 
 export interface Call<Request> {
   id: number
   request: Request
 }
 
-/** `details`: fields of the error itself, such as `code`, which a message between threads loses. */
+/** `details`: own fields of the error, such as `code`, which a message between threads loses. */
 export type Answer =
   | { id: number; value: unknown }
   | { id: number; error: Error; details: Record<string, unknown> }
 
 export type ToThread<Request> = Call<Request>[] | 'close'
-/** `open`: the thread has started. `notice`: what nobody asked for. */
+/** `open`: the thread has started. `notice`: a message that answers no call. */
 export type FromThread = 'open' | Answer[] | { notice: unknown }
 
 export function failed(id: number, cause: unknown): Answer {

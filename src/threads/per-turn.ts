@@ -1,7 +1,9 @@
-/** Collects what comes within a turn of the event loop, and passes it on together: each message wakes the other thread. */
+/**
+ * Passes on the items of one event loop turn together, because each message wakes the other thread.
+ */
 export function perTurn<T>(passOn: (items: T[]) => void): {
   add(...items: T[]): void
-  /** Passes on at once what has come. */
+  /** Passes on the collected items immediately. */
   flush(): void
 } {
   let items: T[] = []

@@ -4,12 +4,12 @@ import type { FromThread, ToThread } from './messages.ts'
 import { perTurn } from './per-turn.ts'
 
 export interface ServiceThreadOptions {
-  /** What error messages call it. */
+  /** Name of the thread in error messages. */
   name: string
   workerData: unknown
   /**
-   * Called once when the thread has ended although nobody closed it, for whatever reason: what it knew is lost, and only a new
-   * process finds it again. Not called for a thread that never started, of which `ready` tells.
+   * Called once if the thread ends without `close`: its state is lost, and the process must
+   * restart. Not called if the thread did not start; then `ready` rejects.
    */
   onDeath?: ((err: Error) => void) | undefined
   onNotice?: ((notice: unknown) => void) | undefined
@@ -17,7 +17,7 @@ export interface ServiceThreadOptions {
 
 /** A thread that answers calls, for work that would block the HTTP loop. */
 export class ServiceThread<Request> {
-  /** Settles when the thread has started; rejects when it cannot. */
+  /** Resolves when the thread has started; rejects if it does not start. */
   readonly ready: Promise<void>
   readonly #options: ServiceThreadOptions
   readonly #thread: Worker
@@ -28,15 +28,16 @@ export class ServiceThread<Request> {
   #state: 'starting' | 'open' | 'closing' = 'starting'
   #dead: Error | undefined
 
-  /** `module`: without its ending, which is that of `importedFrom`, an `import.meta.url`. */
+  /** Starts `module`, named without the extension: that of `importedFrom`, an `import.meta.url`. */
   constructor(module: string, importedFrom: string, options: ServiceThreadOptions) {
     const { name, workerData } = options
     this.#options = options
     this.ready = this.#ready.promise
     this.ready.catch(() => {})
     this.#thread = new Worker(new URL(`${module}${extname(importedFrom)}`, importedFrom), {
-      ...{ workerData, name },
-      // That of node:ffi: see splice.ts.
+      workerData,
+      name,
+      // Hides the warning of node:ffi: see splice.ts.
       execArgv: ['--disable-warning=ExperimentalWarning'],
     })
     this.#thread.on('message', (message: FromThread) => this.#hear(message))
@@ -45,7 +46,7 @@ export class ServiceThread<Request> {
     this.#thread.on('exit', (code) => this.#fail(new Error(`it ended with code ${code}`)))
   }
 
-  /** Rejects with the thread's own error, or when the thread has ended. */
+  /** Sends a request. Rejects with the error of the thread, or if the thread ends. */
   call(request: Request): Promise<unknown> {
     if (this.#dead) return Promise.reject(this.#dead)
     this.#lastId += 1
@@ -55,7 +56,7 @@ export class ServiceThread<Request> {
     return waiting.promise
   }
 
-  /** Ends the thread, which is no death. Idempotent. */
+  /** Ends the thread. Idempotent. */
   async close(): Promise<void> {
     await this.ready.catch(() => {})
     if (this.#dead) return
@@ -92,7 +93,7 @@ export class ServiceThread<Request> {
     const { name } = this.#options
     const isDeath = this.#state === 'open'
     const words = cause instanceof Error ? cause.message : String(cause)
-    // A start that fails rejects with its own error, which says more than that a thread ended.
+    // An error at start says more than that the thread ended.
     this.#dead =
       this.#state === 'starting' && cause instanceof Error
         ? cause

@@ -1,20 +1,20 @@
-/** The thread's end of a `ServiceThread`. */
+/** The part of a `ServiceThread` that runs in the thread. */
 import { parentPort } from 'node:worker_threads'
 import type { Answer, Call, FromThread, ToThread } from './messages.ts'
 
 export interface Serving {
-  /** `moved`: memory that goes over with the answers, instead of being copied. */
+  /** Sends answers. `moved`: memory to transfer instead of copying it. */
   tell(answers: Answer[], moved?: ArrayBuffer[]): void
   notify(notice: unknown): void
 }
 
 /**
- * Says that the thread has started, and calls `take` with what it is asked. Each call is to be answered once. `close` is
- * called before the thread ends.
+ * Reports that the thread has started, and passes calls to `take`, which must answer each once.
+ * Calls `close` before the thread ends.
  */
 export function serve<Request>(take: (calls: Call<Request>[]) => void, close: () => void): Serving {
   const port = parentPort
-  if (!port) throw new Error('runs as a thread only')
+  if (!port) throw new Error('this module must run in a worker thread')
   const post = (message: FromThread, moved: ArrayBuffer[] = []) => port.postMessage(message, moved)
   port.on('message', (message: ToThread<Request>) => {
     if (message !== 'close') {
@@ -22,7 +22,7 @@ export function serve<Request>(take: (calls: Call<Request>[]) => void, close: ()
       return
     }
     close()
-    // What was answered in this turn is sent first.
+    // The answers of this turn are sent first.
     setImmediate(() => port.close())
   })
   post('open')

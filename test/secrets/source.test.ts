@@ -134,7 +134,7 @@ describe('a secret that cannot be read', () => {
     expect(await source.read('there')).toBe('a')
     const error = await errorOf(source.read('any'))
     expect(error).not.toBeInstanceOf(UnusableSecretError)
-    expect(error).toMatchObject({ message: 'The folder SECRETS_DIR is away (ENOENT)' })
+    expect(error).toMatchObject({ message: 'The folder SECRETS_DIR cannot be read (ENOENT)' })
     await mkdir(away)
     expect(await source.read('any')).toBeUndefined()
   })
@@ -146,7 +146,7 @@ describe('a secret that cannot be read', () => {
     const request = taskRequest({ worker_config: { personal_secrets: ['any'] } })
     expect(await app.submit(request)).toMatchObject({
       status: 503,
-      body: { message: 'The folder SECRETS_DIR is away (ENOENT)' },
+      body: { message: 'The folder SECRETS_DIR cannot be read (ENOENT)' },
     })
     await mkdir(dir)
     expect(await app.submit(request)).toMatchObject({ status: 422 })
