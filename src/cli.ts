@@ -1,5 +1,5 @@
 #!/usr/bin/env node
-/** The command line: thin over the client and `runTask`. */
+/** The command line, a thin layer over the client and `runTask`. */
 import { randomUUID } from 'node:crypto'
 import { readFile } from 'node:fs/promises'
 import { basename, dirname } from 'node:path'
@@ -15,43 +15,43 @@ import { decodeWorkerFile, encodeWorkerFile, type WorkerConfigInput } from './wi
 
 const HELP = `task-runner: runs scripts on workers
 
-  task-runner serve                  the service, configured by environment variables
-  task-runner run FILE               runs a script, shows its log, exits with its exit code:
-                                     on this machine, or with --url on a service, where FILE is
-                                     one of its task files
-  task-runner tasks                  the tasks of a service, newest first
-  task-runner logs TASK_ID           the log of a task; -f follows it until the task ends
-  task-runner cancel TASK_ID         ends a task
-  task-runner workers                the workers of a service
-  task-runner cleanup                terminates workers stuck in Provisioning
-  task-runner worker-config [FILE]   writes a worker file as the Practicus SDK does, from JSON in
-                                     FILE or on stdin; --decode shows what one holds
+  task-runner serve                  start the service, configured by environment variables
+  task-runner run FILE               run a script, print its log, exit with its exit code: on this
+                                     machine, or with --url on a service, where FILE is one of
+                                     its task files
+  task-runner tasks                  list the tasks of a service, newest first
+  task-runner logs TASK_ID           print the log of a task; -f follows it until the task ends
+  task-runner cancel TASK_ID         cancel a task
+  task-runner workers                list the workers of a service
+  task-runner cleanup                terminate workers stuck in Provisioning
+  task-runner worker-config [FILE]   write a worker file like the Practicus SDK, from JSON in FILE
+                                     or on stdin; --decode prints the content of one
 
 Options of run and worker-config:
-  --env NAME=VALUE       a variable of the task; may be repeated
-  --secret NAME          a secret, as the variable of that name; may be repeated
+  --env NAME=VALUE       set an environment variable; repeatable
+  --secret NAME          pass a secret in the variable of that name; repeatable
   --size SIZE            X-Small, Small, Medium, Large, X-Large, 2X-Large
   --image IMAGE          container image
-  --git URL              a repository cloned to ~/projects/<name> first; may be repeated
-  --git-secret NAME      the secret that is the password of those repositories
+  --git URL              clone a repository to ~/projects/<name>; repeatable
+  --git-secret NAME      name of the secret with the password of these repositories
 Options of run:
-  --worker-config FILE   a worker file; the options above win over it
-  --id TASK_ID           with --url: the task's id, by which running it again starts nothing new
-  --timeout SECONDS      with --url: how long the task may run
-  --keep                 keeps the worker for a look inside
+  --worker-config FILE   worker file; the options above override it
+  --id TASK_ID           with --url: id of the task; running it again with this id starts nothing
+  --timeout SECONDS      with --url: maximum run time
+  --keep                 keep the worker after the task, for debugging
 Options of tasks:
   --status STATUS        queued, provisioning, running, succeeded, failed or cancelled
-  --limit N              how many
+  --limit N              maximum number of tasks
 Options of cleanup:
   --older-than SECONDS   default 59
-Everywhere:
+All commands:
   --url URL              the service; default: TASK_RUNNER_URL, else http://127.0.0.1:3000
-  --json                 JSON to read by programs (tasks, workers, cancel, cleanup, and run: its outcome)
+  --json                 print JSON (tasks, workers, cancel, cleanup, and the outcome of run)
   --help
 
-The token of the service is taken from TASK_RUNNER_TOKEN: arguments are seen by everyone on the machine.
+The token of the service is read from TASK_RUNNER_TOKEN: other users of the machine can see arguments.
 
-Try:
+Examples:
   task-runner run tasks/hello.py
   task-runner run tasks/parameters.sh --env MY_FIRST_PARAM=VALUE1 --env MY_SECOND_PARAM=123
   task-runner run parameters.sh --url http://127.0.0.1:3000 --env MY_FIRST_PARAM=a --env MY_SECOND_PARAM=b
@@ -78,40 +78,46 @@ const OPTIONS = {
   'older-than': { type: 'string' },
 } as const satisfies ParseArgsOptionsConfig
 
-/** Said to whoever typed the command, without a stack. */
+/** A mistake in the command line; printed without a stack. */
 class UsageError extends Error {}
 
 type Values = ReturnType<typeof parse>['values']
 
 const CONFIG_OPTIONS = ['env', 'secret', 'size', 'image', 'git', 'git-secret']
-/** For each command: its options besides --help, how many words it takes, and what it does. */
+/**
+ * Commands with their options, except --help, and their arguments; optional ones are in brackets.
+ */
 const COMMANDS: Record<
   string,
   {
     options: readonly string[]
-    words: readonly [min: number, max: number]
-    run: (words: string[], values: Values) => Promise<number>
+    arguments: readonly string[]
+    run: (given: string[], values: Values) => Promise<number>
   }
 > = {
-  serve: { options: [], words: [0, 0], run: serve },
+  serve: { options: [], arguments: [], run: serve },
   run: {
     options: ['url', 'json', 'worker-config', 'id', 'timeout', 'keep', ...CONFIG_OPTIONS],
-    words: [1, 1],
-    run: ([file = ''], values) => (serviceUrl(values) ? runThere : runHere)(file, values),
+    arguments: ['FILE'],
+    run: ([file = ''], values) => (serviceUrl(values) ? runOnService : runLocally)(file, values),
   },
-  tasks: { options: ['url', 'json', 'status', 'limit'], words: [0, 0], run: listTasks },
-  logs: { options: ['url', 'follow'], words: [1, 1], run: showLogs },
-  cancel: { options: ['url', 'json'], words: [1, 1], run: cancel },
-  workers: { options: ['url', 'json'], words: [0, 0], run: listWorkers },
-  cleanup: { options: ['url', 'json', 'older-than'], words: [0, 0], run: cleanUp },
-  'worker-config': { options: ['decode', ...CONFIG_OPTIONS], words: [0, 1], run: workerConfig },
+  tasks: { options: ['url', 'json', 'status', 'limit'], arguments: [], run: listTasks },
+  logs: { options: ['url', 'follow'], arguments: ['TASK_ID'], run: showLogs },
+  cancel: { options: ['url', 'json'], arguments: ['TASK_ID'], run: cancel },
+  workers: { options: ['url', 'json'], arguments: [], run: listWorkers },
+  cleanup: { options: ['url', 'json', 'older-than'], arguments: [], run: cleanUp },
+  'worker-config': {
+    options: ['decode', ...CONFIG_OPTIONS],
+    arguments: ['[FILE]'],
+    run: workerConfig,
+  },
 }
 
 const interrupted = new AbortController()
 
 async function main(args: string[]): Promise<number> {
   const { values, positionals } = parse(args)
-  const [name, ...words] = positionals
+  const [name, ...given] = positionals
   if (values.help || name === undefined || name === 'help') {
     ;(values.help || name ? process.stdout : process.stderr).write(HELP)
     return values.help || name ? 0 : 2
@@ -120,11 +126,13 @@ async function main(args: string[]): Promise<number> {
   if (!command) throw new UsageError(`there is no command "${name}"; see task-runner --help`)
   const stray = Object.keys(values).find((option) => !command.options.includes(option))
   if (stray) throw new UsageError(`${name} has no option --${stray}; see task-runner --help`)
-  const [min, max] = command.words
-  if (words.length < min)
-    throw new UsageError(`${name} needs one more word; see task-runner --help`)
-  if (words.length > max) throw new UsageError(`${name} does not take "${words[max]}"`)
-  return command.run(words, values)
+  const missing = command.arguments[given.length]
+  if (missing && !missing.startsWith('[')) {
+    throw new UsageError(`${name}: ${missing} is missing; see task-runner --help`)
+  }
+  const extra = given[command.arguments.length]
+  if (extra !== undefined) throw new UsageError(`${name}: unexpected argument "${extra}"`)
+  return command.run(given, values)
 }
 
 function parse(args: string[]) {
@@ -140,9 +148,9 @@ async function serve(): Promise<number> {
   return 0
 }
 
-async function runHere(file: string, values: Values): Promise<number> {
+async function runLocally(file: string, values: Values): Promise<number> {
   for (const option of ['id', 'timeout'] as const) {
-    if (values[option] !== undefined) throw new UsageError(`--${option} needs --url`)
+    if (values[option] !== undefined) throw new UsageError(`--${option} requires --url`)
   }
   onInterrupt()
   const run = await runTask({
@@ -161,7 +169,7 @@ async function runHere(file: string, values: Values): Promise<number> {
   return exitCode ?? 1
 }
 
-async function runThere(file: string, values: Values): Promise<number> {
+async function runOnService(file: string, values: Values): Promise<number> {
   const client = clientFor(values)
   const taskId = values.id ?? `cli-${randomUUID()}`
   onInterrupt(() => client.cancel(taskId))
@@ -217,9 +225,9 @@ async function showLogs([taskId = '']: string[], values: Values): Promise<number
 }
 
 async function cancel([taskId = '']: string[], values: Values): Promise<number> {
-  const answer = await clientFor(values).cancel(taskId)
-  if (values.json) print(answer)
-  else process.stdout.write(`${answer.message}\n`)
+  const result = await clientFor(values).cancel(taskId)
+  if (values.json) print(result)
+  else process.stdout.write(`${result.message}\n`)
   return 0
 }
 
@@ -258,7 +266,7 @@ async function workerConfig([file]: string[], values: Values): Promise<number> {
   return 0
 }
 
-/** The worker file that was named, with the options laid over it. */
+/** Returns the configuration in the worker file of --worker-config, overridden by the options. */
 async function configFrom(values: Values): Promise<WorkerConfigInput> {
   const file = values['worker-config']
   const given = file === undefined ? {} : decodeWorkerFile(await jsonFrom(file))
@@ -268,11 +276,11 @@ async function configFrom(values: Values): Promise<WorkerConfigInput> {
 function fromOptions(values: Values, under: WorkerConfigInput): WorkerConfigInput {
   const variables = (values.env ?? []).map((text) => {
     const at = text.indexOf('=')
-    if (at < 1) throw new UsageError(`--env wants NAME=VALUE`)
+    if (at < 1) throw new UsageError('--env must be NAME=VALUE')
     return [text.slice(0, at), text.slice(at + 1)] as const
   })
   const secret = values['git-secret']
-  if (secret !== undefined && !values.git) throw new UsageError('--git-secret needs --git')
+  if (secret !== undefined && !values.git) throw new UsageError('--git-secret requires --git')
   return {
     ...(variables.length > 0
       ? { env_variables: { ...under.env_variables, ...Object.fromEntries(variables) } }
@@ -291,7 +299,7 @@ function fromOptions(values: Values, under: WorkerConfigInput): WorkerConfigInpu
   }
 }
 
-/** `file` undefined: from stdin. */
+/** Reads a JSON object from a file, or from stdin if `file` is undefined. */
 async function jsonFrom(file: string | undefined): Promise<WorkerConfigInput> {
   const reading = file === undefined ? buffer(process.stdin) : readFile(file)
   const content = await reading.catch((err: NodeJS.ErrnoException) => {
@@ -300,12 +308,12 @@ async function jsonFrom(file: string | undefined): Promise<WorkerConfigInput> {
   try {
     return parseFile(content)
   } catch (err) {
-    // Holds: what is thrown there are errors for people.
+    // Safe: parseFile throws errors with messages for people.
     throw new UsageError(`${file ?? 'stdin'} cannot be read: ${(err as Error).message}`)
   }
 }
 
-/** Where there is one: `run` alone works without. */
+/** Returns the URL of the service, if one is given; without it, `run` runs locally. */
 function serviceUrl(values: Values): string | undefined {
   return values.url ?? loadClientConfig().url
 }
@@ -316,28 +324,28 @@ function clientFor(values: Values): TaskRunnerClient {
   return new TaskRunnerClient({ url, token: loadClientConfig().token })
 }
 
-/** What happens when whoever started us has gone: away from the terminal, or from the pipe. */
-let leave = (): void => process.exit(0)
+/** Ends the command on a signal, or when stdout is closed. */
+let interrupt = (): void => process.exit(0)
 
-/** Ctrl-C and its like end what was begun, once; `end` is what that takes. */
+/** Makes an interrupt call `end` and abort `interrupted`, once. */
 function onInterrupt(end: () => Promise<unknown> = async () => {}): void {
-  leave = () => {
-    // Again and again changes nothing: a worker that does not end by itself is killed after its grace period.
-    leave = () => {}
+  interrupt = () => {
+    // Further interrupts are ignored: a worker that does not stop is killed after its grace period.
+    interrupt = () => {}
     end()
       .catch((err: unknown) => process.stderr.write(`task-runner: ${explain(err)}\n`))
       .finally(() => interrupted.abort())
   }
-  for (const name of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) process.on(name, () => leave())
+  for (const name of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) process.on(name, () => interrupt())
 }
 
-/** With --json, stdout is for the outcome alone. */
+/** Returns where to print the log: with --json, stdout is reserved for the outcome. */
 function logStream(values: Values): NodeJS.WriteStream {
   return values.json ? process.stderr : process.stdout
 }
 
 function number(option: string, text: string): number {
-  if (!/^\d+(\.\d+)?$/.test(text)) throw new UsageError(`--${option} wants a number`)
+  if (!/^\d+(\.\d+)?$/.test(text)) throw new UsageError(`--${option} must be a number`)
   return Number(text)
 }
 
@@ -358,7 +366,7 @@ function table(head: string[], rows: string[][]): void {
   for (const row of [head, ...rows]) {
     const cells = row.map((cell, column) => {
       const padded = column === row.length - 1 ? cell : cell.padEnd(widths[column] ?? 0)
-      // What a task is called is the caller's choice, and may try to steer the terminal.
+      // Task ids are chosen by callers and may contain control sequences for the terminal.
       const plain = padded.replace(/[^\P{Cc}]/gu, '?')
       const style = row === head ? 'bold' : COLOURS[cell]
       return style ? styleText(style, plain) : plain
@@ -367,11 +375,11 @@ function table(head: string[], rows: string[][]): void {
   }
 }
 
-/** What went wrong, for people: each wrong field by name. */
+/** Returns the message of an error, with all invalid fields. */
 function explain(err: unknown): string {
   if (err instanceof TaskRunnerApiError && err.errors.length > 0) {
     return [
-      'the service refuses:',
+      'the service rejected the request:',
       ...err.errors.map((one) => `  ${one.path}: ${one.message}`),
     ].join('\n')
   }
@@ -382,12 +390,12 @@ function explain(err: unknown): string {
   return err instanceof Error ? (err.stack ?? err.message) : String(err)
 }
 
-// A reader that has seen enough, such as head(1).
-process.stdout.on('error', () => leave())
+// The reader of the pipe has closed it, such as head(1).
+process.stdout.on('error', () => interrupt())
 try {
   process.exitCode = await main(process.argv.slice(2))
 } catch (err) {
-  // Ctrl-C: as shells tell it.
+  // 130 is the exit code that shells report for Ctrl-C.
   if (interrupted.signal.aborted) process.exitCode = 130
   else {
     process.exitCode = err instanceof UsageError ? 2 : 1

@@ -2,8 +2,8 @@ import fastifyHelmet from '@fastify/helmet'
 import type { FastifyInstance } from 'fastify'
 
 /**
- * Headers for what a browser shows: nothing from elsewhere, no inline script, no framing. `inlineStyles`: of pages that are
- * not ours to change.
+ * Adds security headers for pages: nothing from other origins, no inline scripts, no framing.
+ * `inlineStyles` allows inline styles, which Swagger UI needs.
  */
 export async function secureContent(
   app: FastifyInstance,
@@ -24,7 +24,7 @@ export async function secureContent(
         frameAncestors: ["'none'"],
       },
     },
-    // Whether there is TLS in front of us is not ours to know.
+    // The service cannot know whether a proxy in front of it uses TLS.
     strictTransportSecurity: false,
   })
 }

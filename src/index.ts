@@ -1,4 +1,4 @@
-/** The library: what `import … from 'task-runner'` gives. */
+/** The public API of the package: `import … from 'task-runner'`. */
 export {
   type Task,
   type TaskList,

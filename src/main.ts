@@ -1,10 +1,10 @@
 import { buildApp } from './app.ts'
 import { ConfigError, loadConfig } from './config.ts'
 
-/** Closing takes a moment, even where nothing is waited for. */
+/** Minimum time to close, even if no running work is waited for. */
 const STOP_MS_MIN = 1_000
 
-// Whatever we write is ours alone; tasks get the mask that we were started with.
+// Files of the service are readable by its user only; tasks get the original mask.
 const taskUmask = process.umask(0o077)
 
 try {
@@ -12,18 +12,18 @@ try {
   const { host, port } = config
   const app = await buildApp({ config, taskUmask, listen: { host, port } })
   const { log } = app.http
-  if (config.authOff) log.warn('AUTH=off: whoever reaches this service can run scripts on it')
+  if (config.authOff) log.warn('AUTH=off: every client that reaches this service can run scripts')
 
   let stopping = false
   const stop = async (signal: NodeJS.Signals) => {
-    // A second signal means it.
+    // A second signal stops immediately.
     if (stopping) process.exit(1)
     stopping = true
-    log.info({ signal }, 'stopping; local tasks go on and are found again at the next start')
-    // An engine, a database or a disk that never answers must not keep the service from ending.
+    log.info({ signal }, 'stopping; local tasks keep running, and the next start attaches to them')
+    // An engine, a database or a disk that hangs must not keep the process from ending.
     setTimeout(
       () => {
-        log.warn('stopping took too long: the next start takes up what is left')
+        log.warn('stopping took too long; the next start continues its work')
         process.exit(0)
       },
       Math.max(config.shutdownGraceMs, STOP_MS_MIN),
@@ -33,7 +33,7 @@ try {
       await app.http.close()
       process.exit(0)
     } catch (err) {
-      log.error({ err }, 'stopping failed; what is stored is taken up at the next start')
+      log.error({ err }, 'stopping failed; the next start continues from the store')
       process.exit(1)
     }
   }
@@ -52,7 +52,7 @@ try {
   process.exit(1)
 }
 
-/** The error and what caused it, for whoever reads the terminal. */
+/** Returns the messages of the error and its causes, for the terminal. */
 function explain(err: unknown): string {
   if (!(err instanceof Error)) return String(err)
   const cause = err.cause === undefined ? '' : `: ${explain(err.cause)}`

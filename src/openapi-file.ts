@@ -6,7 +6,7 @@ import { buildApp } from './app.ts'
 import { loadConfig } from './config.ts'
 
 const dataDir = await mkdtemp(join(tmpdir(), 'task-runner-openapi-'))
-// A service with tokens is the usual one; nothing of this token is published.
+// Most services have tokens, so the document describes one that has. The token is not published.
 const env = { DATA_DIR: dataDir, LOG_LEVEL: 'warn', API_TOKENS: 'unused' }
 const app = await buildApp({ config: loadConfig(env) })
 const document = `${JSON.stringify(app.http.swagger(), null, 2)}\n`

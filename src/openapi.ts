@@ -13,10 +13,9 @@ import { callbackDescription } from './wire/callback-description.ts'
 
 const DESCRIPTION = `Runs scripts on on-demand workers and calls back with the outcome.
 
-**Try it:** open *Run a task* below, press *Try it out*, then *Execute*. Then look at the task, its log, and its worker.
-Where the service wants a bearer token, press *Authorize* first.`
+**Try it:** open *Run a task* below, press *Try it out*, then *Execute*. Then get the task, its log
+and its worker. If the service requires a bearer token, press *Authorize* first.`
 
-/** How zod's schemas are published. */
 const zodToJsonConfig = { override: asPublished }
 const jsonSchemaTransform = createJsonSchemaTransform({ zodToJsonConfig })
 const jsonSchemaTransformObject = createJsonSchemaTransformObject({ zodToJsonConfig })
@@ -24,8 +23,8 @@ const jsonSchemaTransformObject = createJsonSchemaTransformObject({ zodToJsonCon
 type Document = ReturnType<typeof jsonSchemaTransformObject>
 
 /**
- * Publishes the API's description, made from the schemas that validate; `/docs` shows it. Without `needsToken` nothing in it
- * speaks of security.
+ * Publishes the OpenAPI document, generated from the schemas that validate requests, and Swagger UI
+ * at `/docs`. Without `needsToken` the document has no security schemes.
  */
 export async function publishOpenApi(
   app: FastifyInstance,
@@ -37,11 +36,11 @@ export async function publishOpenApi(
       info: { title: 'Task runner', description: DESCRIPTION, version: VERSION },
       servers: [{ url: basePath === '' ? '/' : basePath }],
       tags: [
-        { name: 'Run', description: 'The main job' },
-        { name: 'Tasks', description: 'What was accepted, and how it went' },
-        { name: 'Callbacks', description: 'Where outcomes are POSTed, attempt by attempt' },
-        { name: 'Workers', description: 'Where tasks run' },
-        { name: 'Session', description: 'Signing in from a browser' },
+        { name: 'Run', description: 'Run tasks' },
+        { name: 'Tasks', description: 'Accepted tasks, their state and their logs' },
+        { name: 'Callbacks', description: 'Delivery of outcomes to `callback_url`' },
+        { name: 'Workers', description: 'The places where tasks run' },
+        { name: 'Session', description: 'Sign in from a browser' },
         { name: 'Health', description: 'For load balancers and orchestrators' },
         { name: 'Samples', description: 'Receivers to try callbacks with' },
       ],
@@ -59,14 +58,14 @@ export async function publishOpenApi(
     transformObject: (document) => withPlainNames(completed(jsonSchemaTransformObject(document))),
   })
   await app.register(async (docs) => {
-    // Where FastAPI has it, and tools look for it.
+    // FastAPI serves its document at this path, so tools look for it there.
     docs.get(`${basePath}/openapi.json`, { schema: { hide: true } }, () => app.swagger())
     // Swagger UI writes inline styles.
     await secureContent(docs, { inlineStyles: true })
     await docs.register(fastifySwaggerUi, {
       routePrefix: `${basePath}/docs`,
-      // The page and what it calls are found from its own address, since a proxy may have stripped a
-      // prefix that nobody told us of.
+      // All URLs of the page are relative: a proxy may strip a prefix that the service does not
+      // know.
       uiHooks: {
         onRequest: (request, reply, done) => {
           if (/\/docs(\?|$)/.test(request.url)) reply.redirect('docs/')
@@ -84,7 +83,7 @@ export async function publishOpenApi(
   })
 }
 
-/** Changes the JSON Schema that zod makes of one schema. */
+/** Adjusts the JSON Schema that zod generates. */
 function asPublished({
   zodSchema,
   jsonSchema,
@@ -92,18 +91,18 @@ function asPublished({
   zodSchema: z.core.$ZodType
   jsonSchema: z.core.JSONSchema.BaseSchema
 }): void {
-  // zod leaves them out where anything inside takes other spellings of a value, such as "" for null.
+  // zod omits the examples of schemas that preprocess a value, such as "" to null.
   const { examples } = z.globalRegistry.get(zodSchema) ?? {}
   if (Array.isArray(examples)) jsonSchema.examples ??= examples
-  // A field that is added to an answer must not break a client. Requests are strict objects.
+  // A new field in a response must not break clients. Requests are strict objects.
   if (zodSchema instanceof z.ZodObject && zodSchema.def.catchall === undefined) {
     delete jsonSchema.additionalProperties
   }
-  // The format says it; the pattern has 300 characters.
+  // The format is enough; the pattern has 300 characters.
   if (jsonSchema.format === 'date-time') delete jsonSchema.pattern
   if (jsonSchema.type === 'number') jsonSchema.format = 'double'
   if (jsonSchema.type === 'integer') {
-    // zod publishes the range of JavaScript's numbers.
+    // zod adds the range of safe integers.
     if (jsonSchema.minimum === Number.MIN_SAFE_INTEGER) delete jsonSchema.minimum
     if (jsonSchema.maximum === Number.MAX_SAFE_INTEGER) delete jsonSchema.maximum
     jsonSchema.format = (jsonSchema.maximum ?? Infinity) < 2 ** 31 ? 'int32' : 'int64'
@@ -121,11 +120,11 @@ interface BodySchema {
 }
 
 /**
- * Adds what @fastify/swagger does not publish: the headers of callbacks, and which bodies may be left out. A missing body is
- * null to fastify.
+ * Adds what @fastify/swagger does not publish: callbacks, and which request bodies are optional.
+ * Their schemas accept null, since a missing body is null in fastify.
  */
 function completed(document: Document): Document {
-  // Holds: what lies below a path is its operations, by their methods.
+  // Safe: a path item has only operations here, by their methods.
   const paths = Object.values(document.paths ?? {}) as Array<Record<string, Operation>>
   for (const operation of paths.flatMap((path) => Object.values(path))) {
     if (operation.operationId === 'runTask') {
@@ -143,12 +142,11 @@ function completed(document: Document): Document {
 }
 
 /**
- * Gives components their plain names. zod's JSON Schema differs between what is read and what is written, so the library
- * publishes each schema twice, as `X` and `XInput`. Keeps those that are used; throws where a request and an answer use one
- * schema that differs between them.
+ * Removes unused components and the suffix `Input`. The library publishes each schema twice, `X`
+ * for responses and `XInput` for requests. Throws if both are used and differ.
  */
 function withPlainNames(document: Document): Document {
-  // Holds: publishOpenApi asks for OpenAPI 3, which has components.
+  // Safe: publishOpenApi generates OpenAPI 3, which has components.
   const { components, ...rest } = document as { components?: { schemas?: object } }
   const schemas = new Map(Object.entries(components?.schemas ?? {}))
   const used = new Set<string>()
@@ -163,7 +161,7 @@ function withPlainNames(document: Document): Document {
   const plain = (name: string) =>
     schemas.has(name.replace(/Input$/, '')) ? name.replace(/Input$/, '') : name
   const renamed = <T>(node: T): T =>
-    // Holds: only references change.
+    // Safe: only references change.
     JSON.parse(JSON.stringify(node), (_key, value) =>
       typeof value === 'string' && value.startsWith('#/components/schemas/')
         ? `#/components/schemas/${plain(value.slice(21))}`
@@ -173,10 +171,10 @@ function withPlainNames(document: Document): Document {
   for (const name of [...used].sort()) {
     const schema = renamed(schemas.get(name))
     if (!isDeepStrictEqual(kept[plain(name)] ?? schema, schema)) {
-      throw new Error(`${plain(name)} differs between requests and answers`)
+      throw new Error(`${plain(name)} differs between requests and responses`)
     }
     kept[plain(name)] = schema
   }
-  // Holds: it has all that the document had.
+  // Safe: the document keeps all its other fields.
   return { ...renamed(rest), components: { ...components, schemas: kept } } as Document
 }

@@ -5,10 +5,10 @@ import type { FastifyInstance } from 'fastify'
 import { secureContent } from './content-security.ts'
 import { TaskRunnerError } from './core/errors.ts'
 
-/** Made by `npm run build` from `web/`; the same place as seen from `src/` and from `dist/`. */
+/** Folder that `npm run build` writes the page to; the path is the same from `src/` and `dist/`. */
 const BUILT = fileURLToPath(new URL('../dist/web/', import.meta.url))
 
-/** Serves the web page at the root. What it shows it asks of the API, so the page itself is open. */
+/** Serves the web page at the root. It needs no token, because it reads all data from the API. */
 export async function servePage(
   app: FastifyInstance,
   options: { basePath: string },
@@ -21,20 +21,20 @@ export async function servePage(
         root: `${BUILT}assets`,
         prefix: `${basePath}/assets/`,
         wildcard: false,
-        // Their names change with their content.
+        // File names contain a hash of the content.
         immutable: true,
         maxAge: '1y',
         preCompressed: true,
       })
     }
     page.get(`${basePath}/`, { schema: { hide: true } }, (request, reply) => {
-      // The page names its parts relative to its own folder.
+      // The page refers to its assets by relative paths.
       const [path, query] = request.url.split('?', 2)
       if (!path?.endsWith('/')) {
         return reply.redirect(`${basePath}/${query === undefined ? '' : `?${query}`}`)
       }
       if (!existsSync(BUILT)) {
-        throw new TaskRunnerError('not_found', 'The web page is not built: npm run build')
+        throw new TaskRunnerError('not_found', 'The web page is not built; run npm run build')
       }
       return reply.sendFile('index.html', BUILT, { immutable: false, maxAge: 0 })
     })

@@ -21,41 +21,44 @@ import { removeTree } from './workers/local/removal.ts'
 import { backendRules, newWorkerSetup, openLocal } from './workers-from-config.ts'
 
 export interface RunTaskOptions {
-  /** The script, relative to `filesPath`; or of a repository of `workerConfig`: `<repository>/path/task.py`. */
+  /**
+   * Path of the script in `filesPath`, or in a repository of `workerConfig`:
+   * `<repository>/task.py`.
+   */
   fileName: string
-  /** The folder that the worker gets a copy of, with the worker defaults in it. Default: the working directory. */
+  /** Folder to copy to the worker, with its worker defaults. Default: the working directory. */
   filesPath?: string | undefined
-  /** As in worker files and requests. */
+  /** Configuration of the worker, as in worker files and requests. */
   workerConfig?: WorkerConfigInput | undefined
-  /** Default true. False keeps the worker for a look inside, until `worker.terminate()`. */
+  /** Default true. False keeps the worker for debugging, until `worker.terminate()`. */
   terminateOnCompletion?: boolean | undefined
-  /** Called with the log as it comes; secrets in it are masked. */
+  /** Called with the log as it is written; secrets in it are masked. */
   onLog?: ((text: string) => void) | undefined
-  /** Ends the task and its worker when it aborts. */
+  /** Aborting it ends the task and its worker. */
   signal?: AbortSignal | undefined
 }
 
 export interface TaskRun {
   worker: {
     name: string
-    /** The last 5 MB. */
+    /** Returns the last 5 MB of the log. */
     logs(): Promise<string>
-    /** Ends what is left of it. Safe to repeat. */
+    /** Terminates a kept worker. Safe to repeat. */
     terminate(): Promise<void>
   }
   success: boolean
-  /** Null when the task had none: it never started, or was lost. */
+  /** Null if the task did not exit by itself. */
   exitCode: number | null
-  /** Why it ended so, as in the API: `completed`, `exit_code`, `startup_failed`, … */
+  /** Why the task ended, as in the API: `completed`, `exit_code`, `startup_failed`, … */
   reason: Completion['reason']
   message: string | null
 }
 
 /**
- * Runs a script on a worker of this machine, without a server, and waits for its end. A script that fails is
- * a result. Throws `TaskRunnerError` (`invalid_request` names the wrong fields, `task_file_not_found`), a
- * `WorkerError` when no worker could be had, and the signal's reason when it aborts. Settings are those of the
- * service, from environment variables (`SECRETS_DIR`, `PYTHON_COMMAND`, …).
+ * Runs a script on a worker of this machine, without a server, and waits until it has ended. A
+ * script that fails is a result, not an error. Reads the settings of the service from environment
+ * variables (`SECRETS_DIR`, `PYTHON_COMMAND`, …). Throws `TaskRunnerError` (`invalid_request`,
+ * `task_file_not_found`), `WorkerError` if no worker could be started, or the signal's reason.
  */
 export async function runTask(options: RunTaskOptions): Promise<TaskRun> {
   const { onLog, terminateOnCompletion = true } = options
@@ -80,18 +83,19 @@ export async function runTask(options: RunTaskOptions): Promise<TaskRun> {
     return {
       worker: { name, logs: async () => log, terminate: () => terminate(config, name) },
       success: end.reason === 'completed' && end.exitCode === 0,
-      ...{ exitCode: end.exitCode, reason: end.reason },
+      exitCode: end.exitCode,
+      reason: end.reason,
       message: end.message && masker.mask(Buffer.from(end.message)).toString(),
     }
   } finally {
-    // Asked for by its name: it may have been made although nobody waited for it any more.
+    // Found by name: an aborted `provision` may have created a worker, too.
     if (!isKept) await (await backend.find(name))?.terminate()
     await backend.close()
     if (!isKept) await removeTree(dataDir)
   }
 }
 
-/** What the service does between a request and its worker. */
+/** Validates the options and returns the worker's spec, like the service does for a request. */
 async function prepare(
   options: RunTaskOptions,
   config: Config,
@@ -118,7 +122,10 @@ async function prepare(
   await setup.check(workerConfig)
   const { terminateOnCompletion = true } = options
   return setup.specFor({
-    ...{ ...names, taskFileName: fileName, workerConfig, terminateOnCompletion },
+    ...names,
+    taskFileName: fileName,
+    workerConfig,
+    terminateOnCompletion,
     timeoutSeconds: config.taskTimeoutSeconds,
   })
 }
@@ -131,15 +138,15 @@ async function follow(
 ): Promise<void> {
   const decoder = new TextDecoder()
   const masked = masker.stream()
-  const tell = (text: string) => text !== '' && onLog(text)
+  const pass = (text: string) => text !== '' && onLog(text)
   for await (const bytes of worker.follow({ from: 0, signal })) {
-    tell(decoder.decode(masked.push(bytes), { stream: true }))
+    pass(decoder.decode(masked.push(bytes), { stream: true }))
   }
-  // Cut short, what is held back may be half a secret.
-  if (!signal.aborted) tell(decoder.decode(masked.flush()))
+  // After an abort, the bytes held back may be half a secret.
+  if (!signal.aborted) pass(decoder.decode(masked.flush()))
 }
 
-/** Found again by its name: the backend that made it was let go. */
+/** Terminates a kept worker with a new backend, since the one that started it was closed. */
 async function terminate(config: Config, name: string): Promise<void> {
   const backend = await openLocal(config, process.umask())
   try {

@@ -1,4 +1,4 @@
-/** Where tasks are kept: a file of our own, or a Postgres that instances share. */
+/** Opens the store from the configuration: an SQLite file, or a shared Postgres. */
 import { hostname } from 'node:os'
 import { join } from 'node:path'
 import type { Config } from './config.ts'
@@ -13,30 +13,30 @@ import { SqlStatistics } from './store/statistics.ts'
 import { type Seal, SqlTaskStore } from './store/task-store.ts'
 
 export interface Storage {
-  /** The name of this instance, as tasks show it. */
+  /** Name of this instance, as shown by tasks. */
   instance: string
-  /** The id that owns workers, 16 hex digits. Services that share the database share it. */
+  /** Id that owns workers, 16 hex digits. All instances on one database have the same. */
   deployment: string
   tasks: SqlTaskStore
   deliveries: DeliveryStore
   statistics: StatisticsStore
-  /** Undefined: nobody else works on these tasks. */
+  /** Undefined if no other instance uses this store. */
   shared?: {
     cluster: Cluster
     now: () => number
     /** Reaches the other instances. */
     hints: Hints
-    /** Passes on what they say. */
+    /** Calls `hear` for the hints of other instances. */
     listen(hear: Hints): void
-    /** Whether this instance is the one that does periodic work. */
+    /** Returns whether this instance does the periodic work. */
     leads(): Promise<boolean>
   }
   close(): Promise<void>
 }
 
 /**
- * Throws when the data folder cannot be used, the database not be reached, or `seal` is not what it
- * was sealed with.
+ * Throws if the data folder or the database is unavailable, or `seal` has another key than the
+ * store.
  */
 export async function openStorage(
   config: Config,
@@ -60,7 +60,9 @@ async function openEmbedded(
     const instance = hostname()
     const tasks = new SqlTaskStore(connection, seal, { instance })
     return {
-      ...{ instance, deployment, tasks },
+      instance,
+      deployment,
+      tasks,
       deliveries: new SqlDeliveryStore(connection, tasks),
       statistics: new SqlStatistics(connection),
       close: () => connection.close(),
@@ -96,11 +98,13 @@ async function openShared(
     closing.push(() => connection.close())
     await verifyKey(connection, seal)
     const deployment = await deploymentOf(connection)
-    // Beats wait for nothing else: who is late is taken for dead.
+    // Heartbeats have a connection of their own: an instance whose heartbeat is late counts as
+    // dead.
     const beats = await openPostgres(url, { instance, poolSize: 1 })
     closing.push(() => beats.close())
     const cluster = new PostgresCluster(beats, {
-      ...{ instance, hostBound },
+      instance,
+      hostBound,
       hostGraceMs: config.hostGraceMs,
     })
     await cluster.beat()
@@ -108,7 +112,10 @@ async function openShared(
     closing.push(() => session.close())
     const tasks = new SqlTaskStore(connection, seal, { instance, isShared: true })
     return {
-      ...{ instance, deployment, tasks, close },
+        instance,
+        deployment,
+        tasks,
+        close,
       deliveries: new SqlDeliveryStore(connection, tasks),
       statistics: new SqlStatistics(connection),
       shared: {

@@ -1,6 +1,6 @@
 import { readFileSync } from 'node:fs'
 
-/** Of the package, whether it runs from src/ or from dist/. */
+/** Version of the package, read from package.json beside src/ or dist/. */
 export const VERSION = String(
   JSON.parse(readFileSync(new URL('../package.json', import.meta.url), 'utf8')).version,
 )

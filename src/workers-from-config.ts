@@ -1,4 +1,6 @@
-/** What the service and `runTask` both make of a configuration: the backend, and what its workers are given. */
+/**
+ * Creates the backend and the worker setup from the configuration, for the service and `runTask`.
+ */
 import { access, constants } from 'node:fs/promises'
 import { delimiter, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -14,7 +16,7 @@ import type { BackendRules } from './wire/worker-config.ts'
 import { LocalBackend } from './workers/local/local-backend.ts'
 import { openFilesAtStart } from './workers/local/open-files.ts'
 
-/** Of a log, beyond what is told: a secret may lie across the border. */
+/** Extra bytes read of a log: a secret may begin before the part that is shown. */
 const MASKING_OVERLAP_BYTES = 256 * 1024
 const LOG_BYTES_READ = LOG_BYTES_KEPT + MASKING_OVERLAP_BYTES
 
@@ -32,31 +34,33 @@ export function newWorkerSetup(
   })
 }
 
-/** What the configured backend makes of a `worker_config`. */
+/** Returns what the configured backend accepts in a `worker_config`. */
 export function backendRules(config: Config): BackendRules {
   return { backend: config.workerBackend, sizes: config.workerSizes }
 }
 
-/** The backend that the configuration names; what it needs is loaded only then. */
+/** Opens the configured backend, and imports only its modules. */
 export function openBackend(
   config: Config,
   options: {
-    /** Of local tasks. */
+    /** File mode mask of local tasks. */
     umask: number
-    /** Tells this service's workers from those of others. */
+    /** Id that distinguishes this service's workers from those of others. */
     deployment: string
-    /** Id that container workers had in its place in versions before. */
+    /** Id that earlier versions gave to container workers instead. */
     legacyInstance: string
-    /** Called when the thread of local workers has ended by itself. */
+    /** Called if the thread of local workers ends unexpectedly. */
     onThreadDeath: (err: Error) => void
-    /** By which the age of workers is judged: that of all instances together. */
+    /** Clock shared by all instances, for the age of workers. */
     now: () => number
     log: Logger
   },
 ): Promise<WorkerBackend> {
   const { deployment, legacyInstance, onThreadDeath, now, log } = options
   const common = {
-    ...{ now, log, tasksDir: config.tasksDir },
+    now,
+    log,
+    tasksDir: config.tasksDir,
     images: { default: config.workerImage, prefix: config.workerImagePrefix },
     home: config.workerHome,
     terminationGraceMs: config.terminationGraceMs,
@@ -68,7 +72,8 @@ export function openBackend(
       const { DockerBackend } = await import('./workers/docker/docker-backend.ts')
       return new DockerBackend({
         ...common,
-        ...{ deployment, legacyInstance },
+        deployment,
+        legacyInstance,
         engine: config.dockerEngine,
         network: config.dockerNetwork,
         mounts: config.workerMounts,
@@ -78,7 +83,8 @@ export function openBackend(
       const { KubernetesBackend } = await import('./workers/kubernetes/kubernetes-backend.ts')
       return new KubernetesBackend({
         ...common,
-        ...{ deployment, legacyInstance },
+        deployment,
+        legacyInstance,
         namespace: config.kubernetesNamespace,
         serviceAccount: config.kubernetesServiceAccount,
         queue: config.kubernetesQueue,
@@ -90,7 +96,7 @@ export function openBackend(
   return open[config.workerBackend]()
 }
 
-/** Workers of this machine. `umask` is that of the tasks. Throws when the data folder cannot be used. */
+/** Opens the backend of this machine; tasks get `umask`. Throws if the data folder is unusable. */
 export async function openLocal(
   config: Config,
   umask: number,
@@ -117,7 +123,7 @@ export async function openLocal(
   return backend
 }
 
-/** Looked up once instead of at every start of a task. */
+/** Returns the path of a command, which is looked up once and not at every start of a task. */
 async function findCommand(command: string, path: string): Promise<string | undefined> {
   if (command.includes('/')) return command
   for (const folder of path.split(delimiter)) {
