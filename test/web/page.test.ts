@@ -132,7 +132,7 @@ function tests(): void {
     await page.getByText('complete', { exact: true }).waitFor()
   })
 
-  test('what the service refuses is shown at its field', async () => {
+  test('an invalid field is shown with its error', async () => {
     const page = await open('#/run')
     await page.getByLabel('task_file_name').fill('hello.txt')
     await page.getByLabel('callback_url', { exact: true }).fill('ftp://example.com')
@@ -197,7 +197,7 @@ function tests(): void {
     expect(ids).toEqual([ids[0], ids[0]])
   })
 
-  test('a task is run again; masked values are typed again, and never sent as they are', async () => {
+  test('a task is run again; masked values are entered again, and never sent as they are', async () => {
     await submit({
       task_id: 'first-run',
       task_file_name: 'bad-variables.sh',
@@ -207,13 +207,13 @@ function tests(): void {
     const page = await open('#/tasks/first-run')
     await page.getByRole('log').getByText('GREETING=hello').waitFor()
     await page.getByRole('link', { name: 'Run again' }).click()
-    await page.getByText('does not tell the values of variables').waitFor()
+    await page.getByText('Values of variables are hidden').waitFor()
     expect(await page.getByLabel('task_id').inputValue()).toBe('first-run-again-1')
     expect(await page.getByLabel('timeout_seconds').inputValue()).toBe('77')
     expect(await page.getByLabel('log_level', { exact: true }).inputValue()).toBe('DEBUG')
     expect(await page.getByLabel('Value of GREETING').inputValue()).toBe('')
     await page.getByRole('button', { name: 'Run', exact: true }).click()
-    await page.getByText('Some values have to be typed again').waitFor()
+    await page.getByText('Some values must be entered again').waitFor()
     await page.getByLabel('Value of SHOW').fill('GREETING')
     await page.getByLabel('Value of GREETING').fill('good evening')
     await page.getByRole('button', { name: 'Run', exact: true }).click()
@@ -294,7 +294,7 @@ function tests(): void {
       await expect.poll(() => rows.count(), POLL).toBe(10)
       await page.getByLabel('Search').fill('past-00')
       await page.getByLabel('Search').press('Enter')
-      await page.getByText('No task has exactly this id.').waitFor()
+      await page.getByText('No task has exactly this ID.').waitFor()
       await page.getByLabel('Search').fill('past-00123')
       await page.getByLabel('Search').press('Enter')
       await page.getByRole('heading', { name: 'past-00123' }).waitFor()
@@ -311,7 +311,7 @@ function tests(): void {
     expect(new Set(await rows.locator('.status-cell').allInnerTexts())).toEqual(new Set(['failed']))
     await page.getByLabel('Task file').fill('nothing.sh')
     await page.getByLabel('Task file').press('Tab')
-    await page.getByText('No task fits.').waitFor()
+    await page.getByText('No tasks match.').waitFor()
   })
 
   test('the list lives, and does not move under its reader', async () => {

@@ -13,8 +13,8 @@ test.each([
   [3_599_600, '1 h 0 min'],
   [86_400_000, '24 h 0 min'],
   [3 * 86_400_000, '3 d 0 h'],
-])('%i ms are %s', (ms, told) => {
-  expect(duration(ms)).toBe(told)
+])('%i ms are %s', (ms, text) => {
+  expect(duration(ms)).toBe(text)
 })
 
 test('a time of another day has its date', () => {
@@ -23,7 +23,7 @@ test('a time of another day has its date', () => {
   expect(clock(at.getTime(), at.getTime() + 86_400_000)).toBe('5 Jan 08:03:09')
 })
 
-test('bytes are told in the unit that fits', () => {
+test('bytes have the unit that fits', () => {
   expect([0, 1023, 1024, 5_242_880].map(bytes)).toEqual(['0 B', '1023 B', '1.0 KB', '5.0 MB'])
 })
 

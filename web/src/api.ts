@@ -24,7 +24,7 @@ export interface FieldError {
   message: string
 }
 
-/** The service refused, or did not answer: `status` is null then. */
+/** An error response of the service. `status` is null if there was no response. */
 export class ApiError extends Error {
   override name = 'ApiError'
   readonly status: number | null
@@ -43,12 +43,11 @@ export interface Filter {
   callback_status?: string
 }
 
-/** An answer that takes longer will not come. */
-const ANSWER_MS = 30_000
+const TIMEOUT_MS = 30_000
 
 let onSignedOut = () => {}
 
-/** Called whenever the service wants a token that we do not have. */
+/** Sets the listener that is called when the service requires a token and the session has none. */
 export function whenSignedOut(listener: () => void): void {
   onSignedOut = listener
 }
@@ -59,24 +58,24 @@ interface Call {
   signal?: AbortSignal | undefined
 }
 
-/** Paths are relative to the page, and so below its `BASE_PATH`. */
+/** Calls the API. Paths are relative to the page, and so below its `BASE_PATH`. */
 async function call<T>(path: string, { method = 'GET', body, signal }: Call = {}): Promise<T> {
   const response = await fetch(path, {
     method,
-    signal: AbortSignal.any([...(signal ? [signal] : []), AbortSignal.timeout(ANSWER_MS)]),
+    signal: AbortSignal.any([...(signal ? [signal] : []), AbortSignal.timeout(TIMEOUT_MS)]),
     ...(body === undefined
       ? {}
       : { body: JSON.stringify(body), headers: { 'content-type': 'application/json' } }),
   }).catch(() => {
     signal?.throwIfAborted()
-    throw new ApiError('The service does not answer', null)
+    throw new ApiError('The service is not responding', null)
   })
-  // Holds: the service answers as its OpenAPI description says, which these types are made from.
+  // Safe: the types and the OpenAPI document of the service come from the same schemas.
   if (response.ok) return (await response.json()) as T
   if (response.status === 401 && path !== 'session') onSignedOut()
-  const told = (await response.json().catch(() => ({}))) as Partial<z.output<typeof errorSchema>>
-  const message = told.message ?? `The service answered with ${response.status}`
-  throw new ApiError(message, response.status, told.errors)
+  const error = (await response.json().catch(() => ({}))) as Partial<z.output<typeof errorSchema>>
+  const message = error.message ?? `The service responded with ${response.status}`
+  throw new ApiError(message, response.status, error.errors)
 }
 
 const taskPath = (id: string) => `tasks/${encodeURIComponent(id)}`
@@ -115,7 +114,7 @@ export interface ApiDescription {
   components: { schemas: Record<string, JsonSchema> }
 }
 
-/** What the form understands of JSON Schema. */
+/** The part of JSON Schema that the form supports. */
 export interface JsonSchema {
   $ref?: string
   type?: string | string[]
@@ -140,12 +139,11 @@ export function hasEnded(task: Pick<TaskSummary, 'finished_at'>): boolean {
   return task.finished_at !== null
 }
 
-/** Nothing about it will change by itself. */
+/** Returns whether neither the task nor its callback will change without a request. */
 export function isSettled(task: Pick<TaskSummary, 'finished_at' | 'callback_status'>): boolean {
   return hasEnded(task) && task.callback_status !== 'pending'
 }
 
-/** The service's own words, or ours where it has none. */
 export function messageOf(err: unknown): string {
   return err instanceof Error ? err.message : String(err)
 }

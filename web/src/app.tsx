@@ -45,8 +45,8 @@ export function App() {
       </header>
       <main ref={main} tabIndex={-1} class={route.page}>
         {problem !== '' && (
-          <p role="alert" class="told error">
-            {problem}. Trying again.
+          <p role="alert" class="message error">
+            {problem}. Retrying.
           </p>
         )}
         {session && !session.signed_in && (
@@ -95,16 +95,16 @@ function useSession() {
   const [problem, setProblem] = useState('')
   useEffect(() => {
     let timer: number | undefined
-    const look = async () => {
+    const load = async () => {
       try {
         setSession(await api.session())
         setProblem('')
       } catch (err) {
         setProblem(messageOf(err))
-        timer = window.setTimeout(look, RETRY_MS)
+        timer = window.setTimeout(load, RETRY_MS)
       }
     }
-    void look()
+    void load()
     whenSignedOut(() => setSession({ needed: true, signed_in: false }))
     return () => clearTimeout(timer)
   }, [])

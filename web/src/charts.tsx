@@ -9,15 +9,15 @@ type Bucket = Statistics['buckets'][number]
 
 function Chart(props: {
   title: string
-  /** In words, for those who do not see it. */
+  /** Text for screen readers. */
   summary: string
   legend?: ComponentChildren
   top: string
   buckets: Bucket[]
-  tell: (bucket: Bucket) => string
+  describe: (bucket: Bucket) => string
   children: ComponentChildren
 }) {
-  const { title, summary, legend, top, buckets, tell, children } = props
+  const { title, summary, legend, top, buckets, describe, children } = props
   const step = WIDTH / buckets.length
   return (
     <figure class="card chart">
@@ -36,7 +36,7 @@ function Chart(props: {
           {children}
           {buckets.map((bucket, index) => (
             <rect class="hit" x={index * step} y={0} width={step} height={HEIGHT} key={bucket.at}>
-              <title>{`${clock(bucket.at).slice(0, -3)}: ${tell(bucket)}`}</title>
+              <title>{`${clock(bucket.at).slice(0, -3)}: ${describe(bucket)}`}</title>
             </rect>
           ))}
         </svg>
@@ -49,7 +49,7 @@ function Chart(props: {
   )
 }
 
-/** What succeeded stands on the line, what did not hangs from it. */
+/** Bars of succeeded tasks above the base line, and of other tasks below it. */
 export function ThroughputChart({ buckets }: { buckets: Bucket[] }) {
   const good = (bucket: Bucket) => bucket.succeeded
   const other = (bucket: Bucket) => bucket.failed + bucket.cancelled
@@ -87,7 +87,7 @@ export function ThroughputChart({ buckets }: { buckets: Bucket[] }) {
       }
       top={String(up)}
       buckets={buckets}
-      tell={(each) =>
+      describe={(each) =>
         `${each.succeeded} succeeded, ${each.failed} failed, ${each.cancelled} cancelled`
       }
     >
@@ -97,7 +97,7 @@ export function ThroughputChart({ buckets }: { buckets: Bucket[] }) {
   )
 }
 
-/** The longest of each time as an area, the mean as a line over it. */
+/** The longest durations as an area, the mean ones as a line. */
 export function SecondsChart(props: {
   title: string
   buckets: Bucket[]
@@ -128,7 +128,7 @@ export function SecondsChart(props: {
       }
       top={longest === 0 ? '' : seconds(longest)}
       buckets={buckets}
-      tell={(each) => `mean ${seconds(each[of].mean)}, longest ${seconds(each[of].max)}`}
+      describe={(each) => `mean ${seconds(each[of].mean)}, longest ${seconds(each[of].max)}`}
     >
       <path class="area" d={`M0,${HEIGHT}${area}V${HEIGHT}Z`} />
       <polyline class="line" points={line} />

@@ -6,14 +6,14 @@ import { visible } from './text.ts'
 interface FieldProps<F extends Field = Field, Changed extends Field = Field> {
   field: F
   path: string
-  /** What is wrong, by path. */
+  /** Error messages by path. */
   errors: ReadonlyMap<string, string>
   onChange: (field: Changed) => void
 }
 
 type Of<Kind extends Field['kind']> = FieldProps<Extract<Field, { kind: Kind }>>
 
-/** One field of a form made from a schema, with whatever is in it. */
+/** Renders a field and the fields inside it. */
 function FieldView({ field, ...rest }: FieldProps) {
   switch (field.kind) {
     case 'object':
@@ -27,7 +27,7 @@ function FieldView({ field, ...rest }: FieldProps) {
   }
 }
 
-/** The usual fields of an object, and the others behind a click. */
+/** Renders the usual fields of an object, and the others under "More fields". */
 export function ObjectFields(props: FieldProps<ObjectField, ObjectField>) {
   const { field, path, errors, onChange } = props
   const put = (changed: Field) => {
@@ -118,7 +118,7 @@ function InputField({ field, path, errors, onChange }: Of<'text' | 'number' | 'c
       )}
       {field.kind === 'text' && field.masked !== undefined && (
         <p class="again">
-          It was {visible(field.masked)}, which is not told whole: type it again, or{' '}
+          Part of {visible(field.masked)} is hidden: enter it again, or{' '}
           <button type="button" onClick={() => put('')}>
             leave it out
           </button>
@@ -189,7 +189,7 @@ function MapField(props: Of<'map'>) {
             />
             <input
               aria-label={`Value of ${about}`}
-              placeholder={entry.isMasked ? 'not told: type it again' : 'value'}
+              placeholder={entry.isMasked ? 'hidden: enter it again' : 'value'}
               autocomplete="off"
               spellcheck={false}
               value={entry.value}

@@ -1,11 +1,13 @@
 import type { JsonSchema } from './api.ts'
 
-/** A form made from a JSON schema: each field with what was typed into it. Nothing typed: left out of the request. */
+/**
+ * A field of a form made from a JSON schema, with its input. Empty fields are left out of requests.
+ */
 export type Field = {
   name: string
   description: string
   isRequired: boolean
-  /** Required, or in the schema's own example; other fields are shown when asked for. */
+  /** Whether it is required or in the schema's example. Other fields are under "More fields". */
   isUsual: boolean
 } & (
   | { kind: 'text'; value: string; isLong: boolean; isSecret: boolean; masked: string | undefined }
@@ -21,17 +23,17 @@ export type ObjectField = Extract<Field, { kind: 'object' }>
 export interface Entry {
   name: string
   value: string
-  /** The API told the name and kept the value to itself: it has to be typed again. */
+  /** Whether the API returned the name without the value, which must be entered again. */
   isMasked: boolean
 }
 
 type Schemas = Record<string, JsonSchema>
 
 const LONG_TEXT = 100_000
-/** What the API shows in place of what it keeps to itself. */
+/** Text that the API returns in place of a hidden value. */
 const MASK = '***'
 
-/** An empty form; undefined for a schema that says nothing one could type. */
+/** Returns an empty form, or undefined if the schema's type is not supported. */
 export function fieldOf(
   name: string,
   given: JsonSchema,
@@ -79,7 +81,7 @@ function fieldsOf(schema: JsonSchema, schemas: Schemas): Field[] {
   })
 }
 
-/** Through references, and to the first of several ways that is not null. */
+/** Follows references, and takes the first alternative that is not null. */
 function resolved(
   given: JsonSchema,
   schemas: Schemas,
@@ -90,7 +92,7 @@ function resolved(
     const name = schema.$ref?.split('/').at(-1)
     const next =
       name === undefined
-        ? schema.anyOf?.find((way) => typeOf(way) !== 'null')
+        ? schema.anyOf?.find((alternative) => typeOf(alternative) !== 'null')
         : (schemas[name] ?? {})
     if (!next) return { schema, description: description ?? '' }
     schema = next
@@ -102,7 +104,7 @@ function typeOf({ type }: JsonSchema): string | undefined {
   return Array.isArray(type) ? type.find((each) => each !== 'null') : type
 }
 
-/** What was typed, as the request has it; undefined: left out. */
+/** Returns the field's value for the request; undefined if the field is empty. */
 export function requestOf(field: Field): unknown {
   switch (field.kind) {
     case 'text':
@@ -128,7 +130,7 @@ export function requestOf(field: Field): unknown {
   }
 }
 
-/** The form with what the API tells of an earlier request; what it masks is empty, and marked. */
+/** Returns the form with the values of an earlier task; masked values are empty and marked. */
 export function filled<F extends Field>(field: F, value: unknown): F
 export function filled(field: Field, value: unknown): Field {
   if (value === null || value === undefined) return field
@@ -158,7 +160,7 @@ export function filled(field: Field, value: unknown): Field {
   }
 }
 
-/** Paths of what has to be typed again. */
+/** Returns the paths of values that must be entered again. */
 export function maskedPaths(field: Field, path = ''): string[] {
   switch (field.kind) {
     case 'text':
@@ -174,7 +176,7 @@ export function maskedPaths(field: Field, path = ''): string[] {
   }
 }
 
-/** All paths that errors can be shown at. */
+/** Returns the paths that have a place for error messages. */
 export function pathsOf(field: Field, path = ''): string[] {
   const own = path === '' ? [] : [path]
   switch (field.kind) {
@@ -193,7 +195,7 @@ export function isFilled(field: Field): boolean {
   return requestOf(field) !== undefined || maskedPaths(field).length > 0
 }
 
-/** As the service writes paths. */
+/** Returns a path in the form that the API uses in errors. */
 export function below(path: string, name: string): string {
   return path === '' ? name : `${path}.${name}`
 }

@@ -3,23 +3,24 @@ import { ApiError, messageOf } from './api.ts'
 
 interface Live<T> {
   data: T | undefined
-  /** Why the last look failed; what was seen before is still there. */
+  /** Why the last request failed; `data` is still that of the request before. */
   problem: string | undefined
   reload: () => void
 }
 
 /**
- * What `load` gives, looked at again every `everyMs` while the tab is visible, until `isDone`. A new `key` starts over.
+ * Loads data every `everyMs` while the tab is visible, until `isDone`. A new `key` starts again
+ * without data.
  */
 export function useLive<T>(
   key: string,
   load: (signal: AbortSignal) => Promise<T>,
   options: { everyMs: number; isDone?: (data: T) => boolean },
 ): Live<T> {
-  const [seen, setSeen] = useState<{ key: string; data?: T; problem?: string }>({ key })
+  const [loaded, setLoaded] = useState<{ key: string; data?: T; problem?: string }>({ key })
   const [round, setRound] = useState(0)
   const reload = useCallback(() => setRound((count) => count + 1), [])
-  // Made anew by each rendering: a look is to see what the newest of them sees.
+  // Each request uses the functions of the latest rendering.
   const latest = useRef({ load, ...options })
   latest.current = { load, ...options }
 
@@ -27,7 +28,7 @@ export function useLive<T>(
     const gone = new AbortController()
     let timer: number | undefined
     let isLoading = false
-    const look = async () => {
+    const poll = async () => {
       clearTimeout(timer)
       if (isLoading || document.hidden) return
       isLoading = true
@@ -36,30 +37,30 @@ export function useLive<T>(
         const data = await latest.current.load(gone.signal)
         if (gone.signal.aborted) return
         isDone = latest.current.isDone?.(data) ?? false
-        setSeen({ key, data })
+        setLoaded({ key, data })
       } catch (err) {
         if (gone.signal.aborted) return
-        // What is not there will not come by itself.
+        // A missing task or worker will not appear later.
         isDone = err instanceof ApiError && err.status === 404
-        const problem = `${messageOf(err)}.${isDone ? '' : ' Trying again.'}`
-        setSeen((before) => ({ ...(before.key === key ? before : { key }), problem }))
+        const problem = `${messageOf(err)}.${isDone ? '' : ' Retrying.'}`
+        setLoaded((before) => ({ ...(before.key === key ? before : { key }), problem }))
       }
       isLoading = false
-      if (!isDone) timer = window.setTimeout(look, latest.current.everyMs)
+      if (!isDone) timer = window.setTimeout(poll, latest.current.everyMs)
     }
-    void look()
-    document.addEventListener('visibilitychange', look, { signal: gone.signal })
+    void poll()
+    document.addEventListener('visibilitychange', poll, { signal: gone.signal })
     return () => {
       clearTimeout(timer)
       gone.abort()
     }
   }, [key, round])
 
-  const current = seen.key === key ? seen : undefined
+  const current = loaded.key === key ? loaded : undefined
   return { data: current?.data, problem: current?.problem, reload }
 }
 
-/** The time, told anew every second while `isTicking`. */
+/** Returns the time, updated every second while `isTicking`. */
 export function useNow(isTicking: boolean): number {
   const [now, setNow] = useState(Date.now)
   useEffect(() => {
@@ -72,21 +73,21 @@ export function useNow(isTicking: boolean): number {
   return now
 }
 
-/** Something a person asked for: runs it, and tells how it went. */
+/** Runs an action that a person requested, and keeps its result as a message. */
 export function useAction() {
-  const [state, setState] = useState<{ isBusy: boolean; told: string; isError: boolean }>({
+  const [state, setState] = useState<{ isBusy: boolean; message: string; isError: boolean }>({
     isBusy: false,
-    told: '',
+    message: '',
     isError: false,
   })
   const run = async (work: () => Promise<{ message: string }>): Promise<boolean> => {
-    setState({ isBusy: true, told: '', isError: false })
+    setState({ isBusy: true, message: '', isError: false })
     try {
       const { message } = await work()
-      setState({ isBusy: false, told: message, isError: false })
+      setState({ isBusy: false, message, isError: false })
       return true
     } catch (err) {
-      setState({ isBusy: false, told: messageOf(err), isError: true })
+      setState({ isBusy: false, message: messageOf(err), isError: true })
       return false
     }
   }

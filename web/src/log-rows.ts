@@ -1,31 +1,34 @@
 import Anser from 'anser'
 import { visible } from './text.ts'
 
-/** A longer line goes on in further rows: no row is too long to draw. */
+/** Maximum characters of a row. Longer lines take several rows, so that each is quick to draw. */
 const ROW_CHARACTERS = 1000
-/** The service keeps 5 MB; a task that runs may print more, and then the oldest rows go. */
+/**
+ * Maximum rows and characters: a running task may print more than 5 MB; the oldest rows are
+ * dropped.
+ */
 const ROWS_MAX = 400_000
 const CHARACTERS_MAX = 16_000_000
 const CARRY_MAX = 200
 
 const ESC = '\u001b'
-/** Sequences other than colours: titles and links (OSC, DCS, …), cursor moves, erasing, character sets. */
+/** Escape sequences other than colours: titles and links (OSC, DCS, …), cursor moves, erasing. */
 const WITHOUT_COLOUR =
-  // biome-ignore lint/suspicious/noControlCharactersInRegex: escapes are what it looks for
+  // biome-ignore lint/suspicious/noControlCharactersInRegex: it matches escapes
   /\u001b(?:[\]PX^_][^\u0007\u001b]*(?:\u0007|\u001b\\)|\[[\d;:<=>?]*[ -/]*(?![m])[@-~]|\[[<=>?][\d;]*m|[()*+][A-Za-z0-9]|[=>78cDEHMNOZ])/g
-// biome-ignore lint/suspicious/noControlCharactersInRegex: escapes are what it looks for
+// biome-ignore lint/suspicious/noControlCharactersInRegex: it matches escapes
 const COLOUR = /\u001b\[([\d;]*)m/g
-// biome-ignore lint/suspicious/noControlCharactersInRegex: escapes are what it looks for
+// biome-ignore lint/suspicious/noControlCharactersInRegex: it matches escapes
 const STRAY_ESC = /\u001b(?!\[[\d;]*m)/g
-// biome-ignore lint/suspicious/noControlCharactersInRegex: escapes are what it looks for
+// biome-ignore lint/suspicious/noControlCharactersInRegex: it matches escapes
 const UNFINISHED = /\u001b(?:\[[\d;]{0,60})?$/
 
 export interface Row {
-  /** Of its line; undefined for one that goes on. */
+  /** Line number; undefined if the row continues a line. */
   number: number | undefined
-  /** As it is seen and searched. */
+  /** Text that is shown and searched. */
   text: string
-  /** With its colours, where it has any. */
+  /** Text with colour sequences, if it has any. */
   ansi: string | undefined
 }
 
@@ -36,15 +39,15 @@ export interface Span {
   background: string | undefined
 }
 
-/** A log that grows, cut into rows. */
+/** A growing log, split into rows. */
 export class LogRows {
   rows: Row[] = []
-  /** Rows that went to make room. */
+  /** Count of the rows that were dropped. */
   dropped = 0
   #lines = 0
   #characters = 0
   #carry = ''
-  /** The last row while its line has not ended: what it was made from. */
+  /** Source of the last row, if its line has not ended. */
   #open: { raw: string; carry: string; number: number | undefined } | undefined
 
   add(text: string): void {
@@ -96,7 +99,7 @@ export class LogRows {
   }
 }
 
-/** Pieces of a line; none ends inside an escape sequence. */
+/** Splits a line into pieces that do not end inside an escape sequence. */
 function pieces(line: string): string[] {
   if (line.length <= ROW_CHARACTERS) return [line]
   const found: string[] = []
@@ -112,7 +115,7 @@ function pieces(line: string): string[] {
   return found
 }
 
-/** The sequences in force after `text`. */
+/** Returns the colour sequences in effect after `text`. */
 function carryAfter(before: string, text: string): string {
   let carry = before
   for (const [sequence, codes = ''] of text.matchAll(COLOUR)) {
@@ -123,7 +126,7 @@ function carryAfter(before: string, text: string): string {
   return carry
 }
 
-/** A row as text with classes and colours, for text nodes. */
+/** Splits a row into spans with classes and colours. */
 export function spansOf(row: Row): Span[] {
   if (row.ansi === undefined) {
     return [{ text: row.text, className: '', color: undefined, background: undefined }]
@@ -142,10 +145,10 @@ export function spansOf(row: Row): Span[] {
   )
 }
 
-/** Of the log itself, as in style.css. */
+/** Background of the log, as in style.css. */
 const GROUND = '#14171d'
 const NAMES = ['black', 'red', 'green', 'yellow', 'blue', 'magenta', 'cyan', 'white']
-/** The named colours and their bright ones, such that text stays readable on the log's dark ground, and on these. */
+/** Named and bright colours, chosen to be readable on the log's background and on each other. */
 const FOREGROUNDS = [
   ...['#8b94a5', '#ff8589', '#5fd39a', '#e5c07b', '#8aa9ff', '#d89bf0', '#63d0dc', '#e4e7ee'],
   ...['#98a1b2', '#ffa7aa', '#8be9b8', '#ffe08f', '#b3c6ff', '#ecc3fb', '#9cebf3', '#ffffff'],
@@ -164,7 +167,7 @@ function colour(name: string | null, truecolor: string | null, named: string[]) 
   return index < 0 ? undefined : rgb(paletteColour(index), isText)
 }
 
-/** The 216 colours of a cube, then greys. */
+/** Returns a colour of the 256-colour palette: a cube of 216 colours, then greys. */
 function paletteColour(index: number): number[] {
   if (index >= 232) {
     const grey = 8 + (index - 232) * 10
@@ -177,7 +180,7 @@ function paletteColour(index: number): number[] {
   return [part(36), part(6), part(1)]
 }
 
-/** Text is made bright enough to be seen on the log's ground: no task hides what it prints. */
+/** Returns a CSS colour, brightened if it is for text: a task must not hide what it prints. */
 function rgb(parts: number[], isText: boolean): string {
   const [red = 0, green = 0, blue = 0] = parts
   const brightness = red * 0.3 + green * 0.59 + blue * 0.11
@@ -185,7 +188,7 @@ function rgb(parts: number[], isText: boolean): string {
   return `rgb(${parts.map((part) => Math.round(part + (255 - part) * lift)).join(', ')})`
 }
 
-/** Indexes of the rows that hold `words`, in any case. */
+/** Returns the indexes of the rows that contain `words`, ignoring case. */
 export function rowsWith(rows: readonly Row[], words: string): number[] {
   const wanted = words.toLowerCase()
   if (wanted === '') return []

@@ -5,10 +5,10 @@ import { counted } from './text.ts'
 import { useWindow } from './windowed.ts'
 
 const ROW_HEIGHT = 19
-/** What is taken in at once: more would keep the page from answering. */
-const BITE_CHARACTERS = 262_144
+/** Maximum characters added at a time: more would block the page. */
+const CHUNK_CHARACTERS = 262_144
 
-/** A task's log as it comes, until the task has ended. */
+/** Shows a task's log as it is written, until the task has ended. */
 export function Log({ taskId, onEnd }: { taskId: string; onEnd: () => void }) {
   const { log, version, state } = useLog(taskId, onEnd)
   const scroller = useRef<HTMLDivElement>(null)
@@ -17,10 +17,10 @@ export function Log({ taskId, onEnd }: { taskId: string; onEnd: () => void }) {
   const [chosen, setChosen] = useState(0)
   const rows = log.rows
   const { first, end } = useWindow(scroller, { count: rows.length, height: ROW_HEIGHT })
-  // `version` tells that the rows have changed.
+  // A new `version` means that the rows have changed.
   const found = useMemo(() => rowsWith(rows, sought), [version, sought])
 
-  // With each version there may be more below.
+  // Each version may have added rows at the end.
   useLayoutEffect(() => {
     const element = scroller.current
     if (element && isFollowing) element.scrollTop = element.scrollHeight
@@ -63,12 +63,14 @@ export function Log({ taskId, onEnd }: { taskId: string; onEnd: () => void }) {
           </label>
           <span role="status" class="matches">
             {sought !== '' &&
-              (found.length === 0 ? 'none' : `${chosen + 1} of ${counted(found.length, 'line')}`)}
+              (found.length === 0
+                ? 'No matches'
+                : `${chosen + 1} of ${counted(found.length, 'line')}`)}
           </span>
-          <button type="button" aria-label="Line before" onClick={() => jump(chosen - 1)}>
+          <button type="button" aria-label="Previous match" onClick={() => jump(chosen - 1)}>
             ↑
           </button>
-          <button type="button" aria-label="Next line" onClick={() => jump(chosen + 1)}>
+          <button type="button" aria-label="Next match" onClick={() => jump(chosen + 1)}>
             ↓
           </button>
         </search>
@@ -131,7 +133,7 @@ function Line({ row, digits, sought, isChosen }: LineProps) {
   )
 }
 
-/** Spans cut where what is sought begins and ends. */
+/** Splits spans at the matches of the search, and marks these. */
 function marked(spans: Span[], text: string, sought: string): Span[] {
   if (sought === '') return spans
   const lower = text.toLowerCase()
@@ -156,23 +158,25 @@ function marked(spans: Span[], text: string, sought: string): Span[] {
   })
 }
 
-/** Calls when somebody scrolls up; rows that are added never do. */
+/** Calls `onUpwards` when the user scrolls up. Added rows never scroll up. */
 function useUpwards(scroller: { current: HTMLElement | null }, onUpwards: () => void): void {
   useEffect(() => {
     const element = scroller.current
     if (!element) return
     let before = element.scrollTop
-    const look = () => {
+    const compare = () => {
       const isAtEnd = element.scrollTop + element.clientHeight > element.scrollHeight - ROW_HEIGHT
       if (element.scrollTop < before && !isAtEnd) onUpwards()
       before = element.scrollTop
     }
-    element.addEventListener('scroll', look, { passive: true })
-    return () => element.removeEventListener('scroll', look)
+    element.addEventListener('scroll', compare, { passive: true })
+    return () => element.removeEventListener('scroll', compare)
   }, [scroller])
 }
 
-/** `version` rises with every change of `log`, which is one and the same object for as long as it can be. */
+/**
+ * Streams a log into `log`, which is one mutable object; `version` rises with every change of it.
+ */
 function useLog(taskId: string, onEnd: () => void) {
   const [version, changed] = useReducer((count: number) => count + 1, 0)
   const [state, setState] = useState('')
@@ -184,19 +188,19 @@ function useLog(taskId: string, onEnd: () => void) {
     const waiting: string[] = []
     let isEnded = false
     let timer: number | undefined
-    const bite = () => {
+    const addChunk = () => {
       timer = undefined
       const [text = '', ...rest] = waiting.splice(0)
-      log.current.add(text.slice(0, BITE_CHARACTERS))
-      if (text.length > BITE_CHARACTERS) rest.unshift(text.slice(BITE_CHARACTERS))
+      log.current.add(text.slice(0, CHUNK_CHARACTERS))
+      if (text.length > CHUNK_CHARACTERS) rest.unshift(text.slice(CHUNK_CHARACTERS))
       waiting.push(...rest)
       changed(undefined)
-      if (waiting.length > 0) timer = window.setTimeout(bite)
+      if (waiting.length > 0) timer = window.setTimeout(addChunk)
       else setState(isEnded ? 'complete' : 'live')
     }
     const take = (text: string) => {
       waiting.push(text)
-      timer ??= window.setTimeout(bite)
+      timer ??= window.setTimeout(addChunk)
     }
     const events = new EventSource(logUrl(taskId, { follow: true }))
     events.onopen = () => setState('live')
@@ -208,10 +212,10 @@ function useLog(taskId: string, onEnd: () => void) {
       onEnd()
     })
     events.onerror = () => {
-      // The browser tries again by itself, unless the service has refused.
+      // The browser reconnects by itself, unless it got an error response.
       if (events.readyState === EventSource.CONNECTING) return setState('reconnecting')
       setState('not available')
-      // Says so to the page when it is for want of a token.
+      // If the session has expired, this request shows the sign-in page.
       void api.task(taskId).catch(() => {})
     }
     return () => {

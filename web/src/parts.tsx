@@ -2,12 +2,12 @@ import type { ComponentChildren } from 'preact'
 import { useEffect, useRef, useState } from 'preact/hooks'
 import { clock } from './text.ts'
 
-/** The page's heading, focused when the page was gone to, so that a screen reader tells it. */
+/** The page's heading. It is focused after navigation, so that screen readers announce the page. */
 export function Heading({ children, title }: { children: ComponentChildren; title: string }) {
   const heading = useRef<HTMLHeadingElement>(null)
   useEffect(() => {
     document.title = `${title} · Task runner`
-    // On the first page the reader has not gone anywhere yet.
+    // The first page was not navigated to.
     if (document.body.dataset.visited !== undefined) heading.current?.focus()
     document.body.dataset.visited = ''
   }, [title])
@@ -26,21 +26,23 @@ export function Time({ at }: { at: string }) {
   )
 }
 
-/** Does what cannot be undone at the second press; leaving it takes the first one back. */
+/**
+ * A button for an irreversible action. The first press asks, the second confirms; blur resets it.
+ */
 export function ConfirmButton(props: {
   label: string
-  sure: string
-  /** Where the label does not say what it is about. */
+  question: string
+  /** Object of the action for screen readers, if the label does not name it. */
   about?: string
   isBusy?: boolean
   onConfirm: () => void
 }) {
   const [isAsked, setAsked] = useState(false)
-  const label = isAsked ? props.sure : props.label
+  const label = isAsked ? props.question : props.label
   return (
     <button
       type="button"
-      class={isAsked ? 'danger sure' : 'danger'}
+      class={isAsked ? 'danger asked' : 'danger'}
       aria-label={props.about && `${label} ${props.about}`}
       disabled={props.isBusy}
       onBlur={() => setAsked(false)}
@@ -54,18 +56,20 @@ export function ConfirmButton(props: {
   )
 }
 
-/** What an action came to; there from the start, so that a screen reader hears of it. */
-export function Told({ told, isError }: { told: string; isError: boolean }) {
+/**
+ * The result of an action. It is rendered while empty, so that screen readers announce the text.
+ */
+export function Message({ text, isError }: { text: string; isError: boolean }) {
   return (
-    <p role="status" class={isError ? 'told error' : 'told'}>
-      {told}
+    <p role="status" class={isError ? 'message error' : 'message'}>
+      {text}
     </p>
   )
 }
 
 export function Problem({ text }: { text: string | undefined }) {
   return (
-    <p role="status" class={text === undefined ? 'told' : 'told error'}>
+    <p role="status" class={text === undefined ? 'message' : 'message error'}>
       {text}
     </p>
   )

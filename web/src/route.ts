@@ -7,7 +7,7 @@ export type Route =
   | { page: 'workers' }
   | { page: 'run'; like: string | undefined }
 
-/** The page that a hash names; the overview for what is none. */
+/** Returns the page of a hash, or the overview if the hash names none. */
 export function parseRoute(hash: string): Route {
   const [page, ...rest] = hash.replace(/^#\/?/, '').split('/')
   const id = decoded(rest.join('/'))

@@ -1,6 +1,6 @@
 import { words } from './text.ts'
 
-/** Each state by colour, by shape, and by its word: drawn in a box of 16 by 16. */
+/** Colour and shape of each state, in a box of 16 by 16. */
 const SHAPES: Record<string, { tone: string; path: string }> = {
   queued: { tone: 'waiting', path: 'M8 2.5a5.5 5.5 0 1 0 0 11a5.5 5.5 0 1 0 0-11' },
   provisioning: {
@@ -20,7 +20,7 @@ const SHAPES: Record<string, { tone: string; path: string }> = {
   given_up: { tone: 'bad', path: 'M8 3v6.2M8 12.8v.1' },
 }
 
-/** Workers speak of themselves in other words. */
+/** States of workers and the task states that they look like. */
 const WORKER_SHAPES: Record<string, string> = {
   Provisioning: 'provisioning',
   Running: 'running',

@@ -1,13 +1,13 @@
 import { useEffect, useState } from 'preact/hooks'
 import { api } from './api.ts'
 
-/** What inputs name as their `list`, to suggest what can be run. */
+/** Id of the list that suggests task files for inputs. */
 export const TASK_FILES = 'task-files'
 
 export function TaskFileSuggestions() {
   const [names, setNames] = useState<string[]>([])
   useEffect(() => {
-    // Only suggestions: where they cannot be had, names are typed all the same.
+    // Without suggestions, names can still be typed.
     api.taskFiles().then(
       ({ task_files }) => setNames(task_files),
       () => {},

@@ -4,7 +4,7 @@ import { taskHref } from './route.ts'
 import { Status } from './status.tsx'
 import { duration, visible, words } from './text.ts'
 
-/** Since it was accepted while it waits; then how long it ran. */
+/** Returns how long the task has been waiting, or how long it ran. */
 export function took(task: TaskSummary, now: number): string {
   const from = Date.parse(task.started_at ?? task.created_at)
   const until = task.finished_at === null ? now : Date.parse(task.finished_at)

@@ -1,9 +1,11 @@
-/** Control characters, and those that reorder or hide text; not tab, and not the joiners that emoji need. */
+/** Control characters and those that reorder or hide text, except tabs and the joiners of emoji. */
 const UNSEEN =
-  // biome-ignore lint/suspicious/noControlCharactersInRegex: control characters are what it looks for
+  // biome-ignore lint/suspicious/noControlCharactersInRegex: it matches control characters
   /[\u0000-\u0008\u000a-\u001f\u007f-\u009f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g
 
-/** Text of a task as people may see it: nothing in it moves, hides or reorders what is around it. */
+/**
+ * Replaces characters that would move, hide or reorder text, because tasks choose their own texts.
+ */
 export function visible(text: string): string {
   return text.replace(UNSEEN, (character) => {
     const code = character.charCodeAt(0)
@@ -22,7 +24,7 @@ export function duration(ms: number): string {
   return `${Math.floor(minutes / 1440)} d ${Math.floor((minutes % 1440) / 60)} h`
 }
 
-/** The time of day; with the date where it is another day than `now`. */
+/** Returns the time of day, with the date if that is not today. */
 export function clock(at: string | number, now: number = Date.now()): string {
   const then = new Date(at)
   const time = then.toLocaleTimeString('en-GB')

@@ -5,7 +5,7 @@ type Theme = 'light' | 'dark'
 
 const KEY = 'task-runner-theme'
 
-/** Before the first drawing, so that nothing flashes. */
+/** Applies the theme; called before the first rendering to avoid a flash of the other one. */
 export function applyTheme(theme: Theme | undefined = kept()): void {
   if (theme) document.documentElement.dataset.theme = theme
 }
@@ -21,7 +21,7 @@ export function ThemeButton() {
     try {
       localStorage.setItem(KEY, other)
     } catch {
-      // Storage can be forbidden: then the choice lasts as long as the page.
+      // Without storage, the choice lasts until the page is closed.
     }
   }
   return (

@@ -27,7 +27,7 @@ export function Timeline(props: { task: Task; callback: CallbackState; now: numb
   const next = callback.next_attempt_at
   const pendingWords = () => {
     if (!hasEnded(task)) return 'once the task has ended'
-    if (next === null || Date.parse(next) <= now) return 'under way'
+    if (next === null || Date.parse(next) <= now) return 'in progress'
     return `next attempt in ${duration(Date.parse(next) - now)}`
   }
   return (
@@ -50,7 +50,7 @@ export function Timeline(props: { task: Task; callback: CallbackState; now: numb
             key={attempt.number}
           >
             {[
-              ...(attempt.manual ? ['by hand'] : []),
+              ...(attempt.manual ? ['manual'] : []),
               duration(attempt.duration_ms),
               ...(attempt.status_code === null ? [] : [`HTTP ${attempt.status_code}`]),
               ...(attempt.error === null ? [] : [visible(attempt.error)]),
@@ -63,7 +63,7 @@ export function Timeline(props: { task: Task; callback: CallbackState; now: numb
           {pendingWords()}
         </Step>
       )}
-      {callback.status === 'given_up' && <Step shape="given_up">no further attempt is made</Step>}
+      {callback.status === 'given_up' && <Step shape="given_up">no further attempts</Step>}
     </ol>
   )
 }
@@ -80,13 +80,13 @@ function Step(props: { shape: string; word?: string; at?: string; children?: Com
   )
 }
 
-/** In the service's words, and with what these leave out. */
+/** Returns the task's message, with the exit code and signal if it does not mention them. */
 function outcome(task: Task): string {
   const sentence = visible(task.message ?? words(task.reason ?? task.status))
   const facts = [
     ...(task.exit_code === null ? [] : [`exit code ${task.exit_code}`]),
     ...(task.signal === null ? [] : [task.signal]),
   ]
-  const told = sentence.toLowerCase()
-  return [sentence, ...facts.filter((fact) => !told.includes(fact.toLowerCase()))].join(' · ')
+  const known = sentence.toLowerCase()
+  return [sentence, ...facts.filter((fact) => !known.includes(fact.toLowerCase()))].join(' · ')
 }

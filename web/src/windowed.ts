@@ -1,10 +1,12 @@
 import type { RefObject } from 'preact'
 import { useEffect, useState } from 'preact/hooks'
 
-/** Rows kept on either side of what is seen, so that scrolling finds them there. */
+/** Rows rendered above and below the visible ones, so that scrolling does not show gaps. */
 const SPARE_ROWS = 12
 
-/** Which of many rows of one height are to be in the document: `first` up to and without `end`. */
+/**
+ * Returns which of many rows of the same height to render: `first` up to, but not including, `end`.
+ */
 export function useWindow(
   scroller: RefObject<HTMLElement | null>,
   rows: { count: number; height: number },
@@ -14,9 +16,9 @@ export function useWindow(
   useEffect(() => {
     const element = scroller.current
     if (!element) return
-    const look = () => {
+    const update = () => {
       const place = {
-        // In steps, so that not every pixel renders.
+        // Rounded, so that not every pixel of scrolling renders.
         top: Math.floor(element.scrollTop / height / 4) * 4,
         seen: Math.ceil(element.clientHeight / height),
       }
@@ -24,13 +26,13 @@ export function useWindow(
         before.top === place.top && before.seen === place.seen ? before : place,
       )
     }
-    look()
-    const resized = new ResizeObserver(look)
+    update()
+    const resized = new ResizeObserver(update)
     resized.observe(element)
-    element.addEventListener('scroll', look, { passive: true })
+    element.addEventListener('scroll', update, { passive: true })
     return () => {
       resized.disconnect()
-      element.removeEventListener('scroll', look)
+      element.removeEventListener('scroll', update)
     }
   }, [scroller, height])
   const first = Math.max(0, Math.min(top, count - seen) - SPARE_ROWS)

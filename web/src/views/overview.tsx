@@ -7,7 +7,7 @@ import { Status } from '../status.tsx'
 import { TaskHead, TaskRow } from '../task-row.tsx'
 import { duration, words } from '../text.ts'
 
-const LOOK_MS = 5000
+const POLL_MS = 5000
 const LATEST = 8
 const SPANS = [
   { minutes: 60, label: '1 hour' },
@@ -18,10 +18,10 @@ const SPANS = [
 export function OverviewView() {
   const [minutes, setMinutes] = useState(60)
   const statistics = useLive(String(minutes), (signal) => api.statistics(minutes, signal), {
-    everyMs: LOOK_MS,
+    everyMs: POLL_MS,
   })
   const latest = useLive('latest', (signal) => api.tasks({ limit: LATEST }, signal), {
-    everyMs: LOOK_MS,
+    everyMs: POLL_MS,
   })
   return (
     <>
@@ -81,12 +81,12 @@ function Charts({ statistics }: { statistics: Statistics }) {
   )
 }
 
-/** Of the tasks that ended by themselves. */
+/** Returns the share of tasks that succeeded, not counting cancelled ones. */
 function share(buckets: Statistics['buckets']): string {
   const succeeded = buckets.reduce((sum, bucket) => sum + bucket.succeeded, 0)
   const failed = buckets.reduce((sum, bucket) => sum + bucket.failed, 0)
   if (succeeded + failed === 0) return '–'
-  // Rounded down: 100 % means all of them.
+  // Rounded down, so that 100 % means all.
   return `${Math.floor((succeeded / (succeeded + failed)) * 1000) / 10} %`
 }
 
@@ -95,7 +95,7 @@ function Reasons({ reasons }: { reasons: Statistics['reasons'] }) {
   return (
     <section class="card reasons" aria-labelledby="reasons-heading">
       <h2 id="reasons-heading">Why tasks did not succeed</h2>
-      {reasons.length === 0 && <p class="quiet">All of them did.</p>}
+      {reasons.length === 0 && <p class="quiet">All tasks succeeded.</p>}
       <ul>
         {reasons.slice(0, 6).map(({ reason, count }) => (
           <li key={reason}>

@@ -13,7 +13,7 @@ import { Heading } from '../parts.tsx'
 import { go, taskHref } from '../route.ts'
 import { visible } from '../text.ts'
 
-/** A new task, or one with the parameters of another. */
+/** The form of a new task, empty or with the parameters of the task `like`. */
 export function RunView({ like }: { like: string | undefined }) {
   const [form, setForm] = useState<ObjectField>()
   const [before, setBefore] = useState<Task>()
@@ -33,7 +33,7 @@ export function RunView({ like }: { like: string | undefined }) {
     <>
       <Heading title={title}>{title}</Heading>
       {problem !== '' && (
-        <p role="alert" class="told error">
+        <p role="alert" class="message error">
           {problem}
         </p>
       )}
@@ -47,11 +47,11 @@ function Again({ task, isMasked }: { task: Task; isMasked: boolean }) {
   return (
     <div class="card note">
       <p>
-        Filled in from the earlier run, with the defaults of its worker files.
+        Filled in from the earlier run, including the defaults of its worker files.
         {isMasked &&
-          ' The service does not tell the values of variables: type them again, or remove a row to leave it to the defaults.'}
+          ' Values of variables are hidden: enter them again, or remove a row to use the default.'}
         {task.callback_url !== null &&
-          ' Nor does it tell the token of a callback: type it again if there was one.'}
+          ' The token of the callback is hidden, too: enter it again if there was one.'}
       </p>
     </div>
   )
@@ -59,28 +59,28 @@ function Again({ task, isMasked }: { task: Task; isMasked: boolean }) {
 
 function Form({ form, setForm }: { form: ObjectField; setForm: (form: ObjectField) => void }) {
   const [errors, setErrors] = useState<readonly FieldError[]>([])
-  const [told, setTold] = useState('')
+  const [message, setMessage] = useState('')
   const [isBusy, setBusy] = useState(false)
   const byPath = new Map(errors.map(({ path, message }) => [path, message]))
   const shown = new Set(pathsOf(form))
 
-  const refuse = (message: string, fieldErrors: readonly FieldError[]) => {
-    setTold(message)
+  const reject = (why: string, fieldErrors: readonly FieldError[]) => {
+    setMessage(why)
     setErrors(fieldErrors)
   }
   const submit = async (event: Event) => {
     event.preventDefault()
     const masked = maskedPaths(form)
     if (masked.length > 0) {
-      const errors = masked.map((path) => ({ path, message: 'is not told: type it again' }))
-      return refuse('Some values have to be typed again', errors)
+      const errors = masked.map((path) => ({ path, message: 'is hidden: enter it again' }))
+      return reject('Some values must be entered again', errors)
     }
     setBusy(true)
     try {
       const { task_id } = await api.submit(requestOf(form))
       go(taskHref(task_id))
     } catch (err) {
-      refuse(messageOf(err), err instanceof ApiError ? err.errors : [])
+      reject(messageOf(err), err instanceof ApiError ? err.errors : [])
       setBusy(false)
     }
   }
@@ -92,7 +92,7 @@ function Form({ form, setForm }: { form: ObjectField; setForm: (form: ObjectFiel
           Run
         </button>
         <div role="alert">
-          {told !== '' && <p class="told error">{told}</p>}
+          {message !== '' && <p class="message error">{message}</p>}
           {errors.length > 0 && (
             <ul class="errors">
               {errors.map(({ path, message }) => (
@@ -126,7 +126,7 @@ async function emptyForm(): Promise<ObjectField> {
   return form
 }
 
-/** A suggestion, which is as unique as it has to be. */
+/** Suggests an id, which is sufficiently unique. */
 function newId(): string {
   const time = new Date().toISOString().slice(0, 19).replace(/\D/g, '')
   return `web-${time}-${Math.random().toString(36).slice(2, 6)}`

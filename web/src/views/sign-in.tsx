@@ -1,7 +1,7 @@
 import { useState } from 'preact/hooks'
 import { api } from '../api.ts'
 import { useAction } from '../live.ts'
-import { Heading, Told } from '../parts.tsx'
+import { Heading, Message } from '../parts.tsx'
 
 export function SignInView({ onSignedIn }: { onSignedIn: () => void }) {
   const [token, setToken] = useState('')
@@ -24,12 +24,12 @@ export function SignInView({ onSignedIn }: { onSignedIn: () => void }) {
         />
       </label>
       <p class="hint">
-        One of the service's tokens. It is kept in a cookie that no script can read.
+        One of the service's tokens. It is stored in a cookie that scripts cannot read.
       </p>
       <button type="submit" class="primary" disabled={action.isBusy}>
         Sign in
       </button>
-      <Told told={action.told} isError={action.isError} />
+      <Message text={action.message} isError={action.isError} />
     </form>
   )
 }

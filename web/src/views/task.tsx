@@ -1,13 +1,13 @@
 import { api, hasEnded, isSettled, type Task } from '../api.ts'
 import { useAction, useLive, useNow } from '../live.ts'
 import { Log } from '../log.tsx'
-import { ConfirmButton, Heading, Problem, Told } from '../parts.tsx'
+import { ConfirmButton, Heading, Message, Problem } from '../parts.tsx'
 import { runAgainHref } from '../route.ts'
 import { Status } from '../status.tsx'
 import { bytes, duration, visible } from '../text.ts'
 import { Timeline } from '../timeline.tsx'
 
-const LOOK_MS = 1000
+const POLL_MS = 1000
 
 export function TaskView({ id }: { id: string }) {
   const { data, problem, reload } = useLive(
@@ -16,7 +16,7 @@ export function TaskView({ id }: { id: string }) {
       const [task, callback] = await Promise.all([api.task(id, signal), api.callback(id, signal)])
       return { task, callback }
     },
-    { everyMs: LOOK_MS, isDone: ({ task }) => isSettled(task) },
+    { everyMs: POLL_MS, isDone: ({ task }) => isSettled(task) },
   )
   const now = useNow(data !== undefined && !isSettled(data.task))
   const action = useAction()
@@ -36,7 +36,7 @@ export function TaskView({ id }: { id: string }) {
             {!hasEnded(data.task) && (
               <ConfirmButton
                 label="Cancel"
-                sure="Really cancel?"
+                question="Really cancel?"
                 isBusy={action.isBusy}
                 onConfirm={() => void act(() => api.cancel(id))}
               />
@@ -56,11 +56,11 @@ export function TaskView({ id }: { id: string }) {
           </div>
         )}
       </div>
-      <p role="status" class="told">
+      <p role="status" class="message">
         {data?.task.waiting_for && `Waits: ${visible(data.task.waiting_for)}`}
       </p>
       <Problem text={problem} />
-      <Told told={action.told} isError={action.isError} />
+      <Message text={action.message} isError={action.isError} />
       {data && (
         <div class="columns">
           <section class="card" aria-labelledby="timeline-heading">
@@ -113,7 +113,7 @@ function isNamed(value: unknown): value is Record<string, unknown> {
   return typeof value === 'object' && value !== null && !Array.isArray(value)
 }
 
-/** Line by line, since a startup script has more than one. */
+/** Returns the value as text and keeps its line ends, for startup scripts. */
 function shown(value: unknown): string {
   const text = typeof value === 'string' ? value : JSON.stringify(value)
   return text.split('\n').map(visible).join('\n')

@@ -17,8 +17,8 @@ import {
   listed,
   withFirstPage,
   withFresh,
-  withNews,
   withNextPage,
+  withUpdates,
 } from '../task-list.ts'
 import { TaskHead, TaskRow } from '../task-row.tsx'
 import { counted, words } from '../text.ts'
@@ -28,8 +28,8 @@ const STATUSES = ['queued', 'provisioning', 'running', 'succeeded', 'failed', 'c
 const CALLBACKS = ['pending', 'delivered', 'given_up', 'none']
 const FIRST_PAGE = 100
 const NEXT_PAGE = 500
-const LOOK_MS = 2000
-/** The next page is fetched when so many rows are left below. */
+const POLL_MS = 2000
+/** Rows below the visible ones at which the next page is fetched. */
 const ROWS_AHEAD = 100
 const ROW_HEIGHT = 38
 const ROW_HEIGHT_NARROW = 62
@@ -53,7 +53,7 @@ function Filters(props: {
   setTyped: (typed: string) => void
 }) {
   const { filter, setFilter, typed, setTyped } = props
-  const [told, setTold] = useState('')
+  const [message, setMessage] = useState('')
   const open = async (event: Event) => {
     event.preventDefault()
     const id = typed.trim()
@@ -63,7 +63,7 @@ function Filters(props: {
       go(taskHref(id))
     } catch (err) {
       const isUnknown = err instanceof ApiError && err.status === 404
-      setTold(isUnknown ? 'No task has exactly this id.' : messageOf(err))
+      setMessage(isUnknown ? 'No task has exactly this ID.' : messageOf(err))
     }
   }
   const choice = (name: 'status' | 'callback_status', label: string, options: string[]) => (
@@ -89,11 +89,11 @@ function Filters(props: {
         <input
           type="search"
           value={typed}
-          placeholder="Task id; Enter opens it"
-          aria-describedby="search-told"
+          placeholder="Task ID; Enter opens it"
+          aria-describedby="search-message"
           onInput={(event) => {
             setTyped(event.currentTarget.value)
-            setTold('')
+            setMessage('')
           }}
         />
       </label>
@@ -111,8 +111,8 @@ function Filters(props: {
           }
         />
       </label>
-      <p role="status" id="search-told" class="told">
-        {told}
+      <p role="status" id="search-message" class="message">
+        {message}
       </p>
     </form>
   )
@@ -133,20 +133,20 @@ function List({ filter, typed }: { filter: Filter; typed: string }) {
     'list',
     async (signal) => {
       const page = await api.tasks({ ...filter, limit: FIRST_PAGE }, signal)
-      const told = new Set(page.tasks.map((task) => task.task_id))
-      const others = seen.filter((task) => !isSettled(task) && !told.has(task.task_id))
-      const news = await Promise.all(
+      const onPage = new Set(page.tasks.map((task) => task.task_id))
+      const others = seen.filter((task) => !isSettled(task) && !onPage.has(task.task_id))
+      const updates = await Promise.all(
         others.map((task) => api.task(task.task_id, signal).catch(() => task)),
       )
-      // A reader at the top sees new tasks at once; one who has scrolled or typed is not pushed about.
-      const isAtTop = (scroller.current?.scrollTop ?? 0) < height && !isInside(scroller.current)
+      // New tasks are shown immediately only at the top: otherwise rows would move under the user.
+      const isAtTop = (scroller.current?.scrollTop ?? 0) < height && !hasFocus(scroller.current)
       setList((before) => {
         if (!before) return listed(page)
-        const after = withNews(withFirstPage(before, page), news)
+        const after = withUpdates(withFirstPage(before, page), updates)
         return isAtTop ? withFresh(after) : after
       })
     },
-    { everyMs: LOOK_MS },
+    { everyMs: POLL_MS },
   )
 
   const loadMore = async () => {
@@ -156,8 +156,8 @@ function List({ filter, typed }: { filter: Filter; typed: string }) {
       const page = await api.tasks({ ...filter, limit: NEXT_PAGE, cursor: list.cursor })
       setList((before) => before && withNextPage(before, page))
     } catch {
-      // Told by the look at the first page, which goes on; this one is tried again as well.
-      await new Promise((resolve) => setTimeout(resolve, LOOK_MS))
+      // The poll of the first page reports the problem. This request is retried, too.
+      await new Promise((resolve) => setTimeout(resolve, POLL_MS))
     }
     setLoading(false)
   }
@@ -214,7 +214,7 @@ function List({ filter, typed }: { filter: Filter; typed: string }) {
 
 function Nothing({ isAll, filter }: { isAll: boolean; filter: Filter }) {
   const isFiltered = Object.values(filter).some((value) => value !== '')
-  if (!isAll || isFiltered) return <p class="nothing">No task fits.</p>
+  if (!isAll || isFiltered) return <p class="nothing">No tasks match.</p>
   return (
     <p class="nothing">
       No tasks yet. <a href="#/run">Run one</a>
@@ -230,7 +230,7 @@ function narrowed(tasks: readonly TaskSummary[], typed: string): readonly TaskSu
   )
 }
 
-/** Somebody works with the keyboard in there. */
-function isInside(element: HTMLElement | null): boolean {
+/** Returns whether a keyboard user is inside the element. */
+function hasFocus(element: HTMLElement | null): boolean {
   return element?.matches(':focus-within') ?? false
 }

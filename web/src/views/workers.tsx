@@ -1,17 +1,17 @@
 import { useState } from 'preact/hooks'
 import { api, type Worker } from '../api.ts'
 import { useAction, useLive, useNow } from '../live.ts'
-import { ConfirmButton, Heading, Problem, Told } from '../parts.tsx'
+import { ConfirmButton, Heading, Message, Problem } from '../parts.tsx'
 import { taskHref } from '../route.ts'
 import { Status } from '../status.tsx'
 import { counted, duration, visible } from '../text.ts'
 
-const LOOK_MS = 2000
-/** As in the API. */
+const POLL_MS = 2000
+/** Default of the API. */
 const CLEANUP_SECONDS_DEFAULT = 59
 
 export function WorkersView() {
-  const { data, problem, reload } = useLive('workers', api.workers, { everyMs: LOOK_MS })
+  const { data, problem, reload } = useLive('workers', api.workers, { everyMs: POLL_MS })
   const now = useNow(true)
   const action = useAction()
   const [seconds, setSeconds] = useState(String(CLEANUP_SECONDS_DEFAULT))
@@ -39,14 +39,14 @@ export function WorkersView() {
         </label>
         <ConfirmButton
           label="Clean up"
-          sure="Really terminate them?"
+          question="Really terminate them?"
           isBusy={action.isBusy}
           onConfirm={() => void act(() => api.cleanUp(Number(seconds)))}
         />
-        <Told told={action.told} isError={action.isError} />
+        <Message text={action.message} isError={action.isError} />
       </div>
       {data && workers.length === 0 && (
-        <p class="nothing">No workers: each is made for one task, and goes with it.</p>
+        <p class="nothing">No workers. Each is created for one task and removed with it.</p>
       )}
       {workers.length > 0 && (
         <div class="table workers" role="table" aria-label="Workers">
@@ -101,7 +101,7 @@ function WorkerRow(props: {
       <span role="cell">
         <ConfirmButton
           label="Terminate"
-          sure="Really?"
+          question="Really?"
           about={worker.name}
           isBusy={isBusy}
           onConfirm={onTerminate}
