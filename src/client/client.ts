@@ -30,7 +30,7 @@ export interface TaskRunnerClientOptions {
   timeoutMs?: number | undefined
 }
 
-/** An error response of the service. `status` is null if the service was unreachable. */
+/** A call that failed. `status` is null if the service was unreachable. */
 export class TaskRunnerApiError extends Error {
   override name = 'TaskRunnerApiError'
   readonly status: number | null
@@ -318,7 +318,7 @@ function jsonOf(text: string): unknown {
 }
 
 function errorOf(status: number, text: string): TaskRunnerApiError {
-  // Proxies send errors without a code, and so did the Practicus AI app.
+  // Errors of proxies have no code.
   const body = errorSchema.partial({ code: true }).safeParse(jsonOf(text)).data
   const message = body?.message ?? `The service responded with status ${status}`
   return new TaskRunnerApiError(message, { status, code: body?.code, errors: body?.errors })

@@ -23,7 +23,7 @@ export class CallbackVerificationError extends Error {
 
 /**
  * Verifies that a callback was signed with one of the secrets (`whsec_…`, Standard Webhooks) within
- * the last five minutes, and returns its four fields. `body` must be the raw body: parsing and
+ * five minutes of now, and returns its four fields. `body` must be the raw body: parsing and
  * serializing it would change bytes. A callback may arrive more than once, always with the same
  * `webhook-id`. Throws `CallbackVerificationError`, or a `TypeError` if a secret is malformed or
  * the body was parsed.

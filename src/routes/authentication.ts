@@ -28,9 +28,7 @@ export class Authentication {
     this.#wrongPauseMs = options.wrongPauseMs ?? WRONG_PAUSE_MS
   }
 
-  /**
-   * Whether requests need a token. If not, every client that reaches the service may do everything.
-   */
+  /** Whether requests need a token. If not, every client may do everything. */
   get needsToken(): boolean {
     return this.#digests.length > 0
   }

@@ -2,10 +2,7 @@ import type { FastifyInstance, FastifyRequest } from 'fastify'
 import { InvalidRequestError, TaskRunnerError } from '../core/errors.ts'
 import { parseJson } from '../wire/json.ts'
 
-/**
- * Accepts only JSON in UTF-8. An empty body counts as absent: many clients send the `Content-Type`
- * with every request.
- */
+/** Accepts only JSON in UTF-8. An empty body counts as absent, whatever its `Content-Type`. */
 export function installBodyParser(app: FastifyInstance): void {
   app.removeAllContentTypeParsers()
   app.addContentTypeParser<Buffer>(

@@ -10,10 +10,7 @@ import { errorResponses, okResponse } from './responses.ts'
 
 /** Maximum bytes of a body: up to 5 MB of log, which JSON escapes make up to six times as long. */
 const BODY_BYTES_MAX = 32 * 1024 * 1024
-/**
- * Size above which only two bodies are read at a time: anyone may send them, and each takes several
- * times its size in memory.
- */
+/** Size above which bodies are read two at a time: each takes several times its size in memory. */
 const LARGE_BYTES_MIN = 16 * 1024
 const LARGE_AT_A_TIME = 2
 const LOG_SHOWN_MAX = 2_000

@@ -5,7 +5,7 @@ import { sessionSchema, signInSchema } from '../wire/session.ts'
 import { type Authentication, TOKEN_COOKIE } from './authentication.ts'
 import { errorResponses, okResponse } from './responses.ts'
 
-/** A token has at most 4,096 characters, and anyone may send a body to this route. */
+/** Maximum bytes of a body, which anyone may send. A token has at most 4,096 characters. */
 const BODY_BYTES_MAX = 16 * 1024
 const SIGNED_IN_SECONDS = 7 * 86_400
 

@@ -110,9 +110,7 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
     },
   )
 
-  /**
-   * Returns the stored log of a final task, the worker's log of a running one, else an empty log.
-   */
+  /** Returns the stored log of a final task, the worker's log of a running one, or no log. */
   async function tailOf(
     task: Task,
     options: { maxBytes: number; signal: AbortSignal },
@@ -146,10 +144,7 @@ export const taskLogRoutes: FastifyPluginAsyncZod<{
     return worker && now && { worker, task: now }
   }
 
-  /**
-   * Returns undefined if reading from a worker failed because the task has ended: its log is
-   * stored.
-   */
+  /** Returns undefined if the read failed because the task has ended, and its log is stored. */
   async function unlessEnded<T>(fromWorker: Promise<T>, task: Task): Promise<T | undefined> {
     try {
       return await fromWorker

@@ -150,9 +150,7 @@ export const workerRoutes: FastifyPluginAsyncZod<{
     throw new TaskRunnerError('worker_not_found', `There is no worker "${name}"`)
   }
 
-  /**
-   * Returns false for a worker that another service may have started, if its task is unknown here.
-   */
+  /** Returns false if the worker may be another service's and its task is unknown here. */
   async function isOurs(worker: Worker): Promise<boolean> {
     return !worker.mayBeForeign || (await tasks.workerOwner(worker.taskId)) !== undefined
   }

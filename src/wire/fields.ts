@@ -6,7 +6,7 @@ export const CONTROL = '\\x00-\\x1f\\x7f-\\x9f'
 const CONTROL_CHARACTERS = new RegExp(`[${CONTROL}]`)
 const LINE = new RegExp(`^[^${CONTROL}]*$`)
 
-/** What a line of text must match. OpenAPI shows the pattern, so it excludes control characters. */
+/** Rule for a line of text. OpenAPI shows the pattern, so it excludes control characters. */
 interface LineRule {
   pattern: RegExp
   /** Explains why a text does not match. */
@@ -28,7 +28,7 @@ export function line(max: number, rule: LineRule = { pattern: LINE, message: () 
     .refine((text) => text.isWellFormed(), 'must be well-formed Unicode')
 }
 
-/** Returns the schema of text with several lines, without NUL: no process can be given one. */
+/** Returns the schema of text with several lines, without NUL, which no process can receive. */
 export function text(max: number) {
   return z
     .string()

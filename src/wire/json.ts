@@ -166,10 +166,7 @@ function endOfNumber(json: Buffer, from: number): number {
   return at
 }
 
-/**
- * Returns the number at this position that is not valid JSON but is written by Python. The parser's
- * error would name its first letter only.
- */
+/** Returns NaN or Infinity, as Python writes them; the parser's error names only a letter. */
 function invalidNumber(json: Buffer, at: number): string | undefined {
   const word = /^(NaN|Infinity)\b/.exec(
     json.toString('latin1', at, at + 'Infinity'.length + 1),

@@ -11,10 +11,7 @@ export function logText(log: LogTail): string {
   return cutLine(totalBytes - kept.length) + kept.toString()
 }
 
-/**
- * Yields what `logText` returns for a log that arrives in pieces, with `cutBytes` cut before the
- * first. Never yields an empty text.
- */
+/** Yields the text of a log that arrives in pieces, with `cutBytes` cut before the first. */
 export async function* logTextPieces(
   pieces: AsyncIterable<Buffer>,
   cutBytes: number,
@@ -38,10 +35,7 @@ export function cutLine(bytes: number): string {
   return bytes > 0 ? `[task-runner] ${bytes} bytes of log before this line were cut\n` : ''
 }
 
-/**
- * Returns the index of the first byte that starts a character (UTF-8: at most 3 bytes continue
- * one).
- */
+/** Returns the index of the first byte that starts a UTF-8 character. */
 function characterStart(bytes: Buffer): number {
   let index = 0
   while (index < 3 && index < bytes.length && ((bytes[index] ?? 0) & 0xc0) === 0x80) index += 1

@@ -2,20 +2,14 @@ import { createHmac } from 'node:crypto'
 
 const SECRET_PREFIX = 'whsec_'
 
-/**
- * Returns the key of a `whsec_…` secret, or undefined when it is malformed (Standard Webhooks 1.0:
- * 24 to 64 bytes, base64).
- */
+/** Returns the key of a secret (Standard Webhooks 1.0), or undefined if it is malformed. */
 export function signingKey(secret: string): Buffer | undefined {
   if (!/^whsec_[A-Za-z0-9+/]+={0,2}$/.test(secret)) return undefined
   const key = Buffer.from(secret.slice(SECRET_PREFIX.length), 'base64')
   return key.length >= 24 && key.length <= 64 ? key : undefined
 }
 
-/**
- * Signs a body that arrives in pieces. The `webhook-signature` header has one signature per key, so
- * that receivers can change to a new secret.
- */
+/** Signs a body that arrives in pieces, once per key, so that receivers can change their secret. */
 export function signer(
   keys: readonly Buffer[],
   { id, timestamp }: { id: string; timestamp: number },

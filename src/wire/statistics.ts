@@ -34,10 +34,7 @@ const reasonCountSchema = z
   .object({ reason: taskReason, count: z.int() })
   .meta({ id: 'ReasonCount', examples: [exampleCount] })
 
-/**
- * Statistics by time: a bucket counts the tasks that ended in it. Durations without a value are
- * null.
- */
+/** Counts of the tasks that ended in each bucket. Durations without a value are null. */
 export const statisticsSchema = z
   .object({
     from: z.iso.datetime(),

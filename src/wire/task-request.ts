@@ -106,10 +106,7 @@ function withoutFragment(callbackUrl: string): string {
   return url.href
 }
 
-/**
- * Maps wire to domain. Throws `invalid_request` when `additional_params` is invalid, or when the
- * backend does not support a field.
- */
+/** Maps wire to domain. Throws `invalid_request`, also for fields the backend does not support. */
 export function toTaskRequest(
   wire: z.output<ReturnType<typeof taskRequestSchema>>,
   rules: BackendRules,

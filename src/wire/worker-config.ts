@@ -282,9 +282,7 @@ export function hiddenFields(base64: string, path: string[]) {
   return { wire: present(wire), unknown, json }
 }
 
-/**
- * Parses a file with a JSON object. Throws an error that quotes nothing: "it is not valid JSON".
- */
+/** Parses a JSON object. Throws an error that quotes nothing of it: "it is not valid JSON". */
 export function parseFile(content: Buffer): Record<string, unknown> {
   let whole: unknown
   try {
@@ -297,9 +295,7 @@ export function parseFile(content: Buffer): Record<string, unknown> {
   return whole
 }
 
-/**
- * Parses a worker defaults file like the `worker_config` of a request, and throws the same errors.
- */
+/** Parses a worker defaults file like the `worker_config` of a request. */
 export function parseWorkerFile(content: Buffer, rules?: BackendRules): WorkerConfig {
   const fields = parseWith(workerConfigSchema, parseFile(content))
   return toWorkerConfig(fields, { path: [], rules })

@@ -8,9 +8,7 @@ import {
 
 export type { WorkerConfigInput } from './worker-config.ts'
 
-/**
- * Fields the Practicus SDK writes outside `additional_params`, in its order (practicuscore 25.5.2).
- */
+/** Fields the SDK writes outside `additional_params`, in its order (practicuscore 25.5.2). */
 const PLAIN = [
   'worker_image',
   'worker_size',
@@ -61,10 +59,7 @@ export function encodeWorkerFile(config: WorkerConfigInput): string {
   return JSON.stringify({ ...plain, additional_params })
 }
 
-/**
- * Returns the configuration with `additional_params` decoded, and without unset fields. Throws
- * `invalid_request`.
- */
+/** Decodes `additional_params`, and removes unset fields. Throws `invalid_request`. */
 export function decodeWorkerFile(config: WorkerConfigInput): WorkerConfigInput {
   const fields = parseWith(workerConfigSchema, config)
   // Validates `additional_params`.
