@@ -22,9 +22,7 @@ const METADATA = networks([
   '192.0.0.192/32', // Oracle
 ])
 
-/**
- * Special-purpose ranges (IANA) that ipaddr.js 2.5 reports as public (whitequark/ipaddr.js#203).
- */
+/** Special-purpose ranges (IANA) that ipaddr.js 2.5 counts as public (whitequark/ipaddr.js#203). */
 const NOT_PUBLIC = networks(['::/96', '100:0:0:1::/64', '192.31.196.0/24', '192.52.193.0/24'])
 
 const TRANSLATED = networks(['64:ff9b::/96', '::ffff:0:0:0/96', '::/96'])
@@ -87,9 +85,7 @@ export class AddressGuard {
     return isOwn && !isSample ? 'may not be called: it is this service itself' : undefined
   }
 
-  /**
-   * Returns whether an address may be dialled. It must be in canonical form, as `URL` returns it.
-   */
+  /** Returns whether an address, in the canonical form of `URL`, may be dialled. */
   allows(address: string): boolean {
     // Converts an IPv4-mapped IPv6 address to IPv4.
     const parsed = ipaddr.process(address)
@@ -143,9 +139,7 @@ export class AddressGuard {
     }
   }
 
-  /**
-   * Returns the allowed addresses of a host. Throws `BlockedAddressError` or the resolver's error.
-   */
+  /** Returns a host's allowed addresses. Throws `BlockedAddressError` or the resolver's error. */
   async addressesOf(host: string): Promise<string[]> {
     const bare = bareHost(host)
     if (isIP(bare) !== 0) {
@@ -202,9 +196,7 @@ function isOwnAddress(address: string): boolean {
   return own.some((each) => ipaddr.process(each.address).toString() === parsed.toString())
 }
 
-/**
- * Returns the IPv4 address that a gateway would translate an IPv6 address to (NAT64, SIIT, 6to4).
- */
+/** Returns the IPv4 address that gateways make of an IPv6 address (NAT64, SIIT, 6to4). */
 function translated(address: ipaddr.IPv4 | ipaddr.IPv6): ipaddr.IPv4[] {
   if (!(address instanceof ipaddr.IPv6)) return []
   const bytes = address.toByteArray()

@@ -6,9 +6,7 @@ import { type CallbackBody, encodeCallback } from '../wire/callback.ts'
 import { signer } from '../wire/signature.ts'
 import { type AddressGuard, BlockedAddressError } from './address-guard.ts'
 
-/**
- * Maximum bytes read of a response body. Beyond that the connection is closed; the status counts.
- */
+/** Maximum bytes read of a response body; then the connection is closed. The status counts. */
 const RESPONSE_BYTES_MAX = 64 * 1024
 
 /** A kept-alive connection that fails sooner than this had been closed by the receiver. */
@@ -153,9 +151,7 @@ export class HttpCallbackSender implements CallbackSender {
   }
 }
 
-/**
- * Returns the `task-` headers, which are not signed, without those that the task has no value for.
- */
+/** Returns the `task-` headers, which are not signed. Those without a value are left out. */
 function factHeaders({ status, reason, exitCode, durationMs }: CallbackFacts) {
   return {
     'task-status': status,
@@ -203,10 +199,7 @@ class Exchange implements Dispatcher.DispatchHandler {
     this.#onStart = onStart
   }
 
-  /**
-   * Returns status and headers. Throws the connection's error if there are none, or the signal's
-   * reason.
-   */
+  /** Returns status and headers. Throws the connection's error, or the signal's reason. */
   async head(): Promise<Head> {
     // A connect cannot be aborted: the signal ends this wait, and the request once it is connected.
     const onAbort = () => {
@@ -255,10 +248,7 @@ class Exchange implements Dispatcher.DispatchHandler {
   }
 }
 
-/**
- * Result for a name that resolves to a blocked address. It is retried: resolvers may be wrong for a
- * while.
- */
+/** Result if a name resolves to a blocked address. Retried: a resolver may be wrong for a while. */
 const MISDIRECTED: AttemptResult = {
   statusCode: null,
   error: 'blocked: the name resolves to an address that may not be called',
@@ -288,10 +278,7 @@ function isInterimResponse(err: unknown): boolean {
   return err instanceof errors.SocketError && err.message === 'bad response'
 }
 
-/**
- * Describes an error without addresses or details, so that callers cannot scan ports with
- * callbacks.
- */
+/** Describes an error without details, so that callbacks cannot be used to scan ports. */
 function errorText(err: unknown, isSent: boolean): string {
   // Safe: both fields are read as `unknown`.
   const { code, name } = (err ?? {}) as { code?: unknown; name?: unknown }

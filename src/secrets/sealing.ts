@@ -17,10 +17,7 @@ export class Sealer {
     this.#key = key
   }
 
-  /**
-   * Encrypts a text. `unseal` needs the same `context`, so a value copied to another row is
-   * useless.
-   */
+  /** Encrypts a text. Only the same `context` decrypts it, so copies in other rows are useless. */
   seal(text: string, context: string): Buffer {
     const nonce = randomBytes(NONCE_BYTES)
     const cipher = createCipheriv('aes-256-gcm', this.#key, nonce).setAAD(Buffer.from(context))
@@ -48,9 +45,7 @@ export class Sealer {
   }
 }
 
-/**
- * Returns the key stored in `folder`, and creates it once, even if two processes start together.
- */
+/** Returns the key in `folder`. Creates it once, even if two processes start at the same time. */
 export async function keyFromFolder(folder: string): Promise<Buffer> {
   const path = join(folder, 'sealing.key')
   const stored = await readFile(path, 'utf8').catch((err: NodeJS.ErrnoException) => {

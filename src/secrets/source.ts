@@ -56,9 +56,7 @@ export class FileSecretSource implements SecretSource {
     }
   }
 
-  /**
-   * Throws if the folder is gone, so that its secrets do not count as missing. It existed at start.
-   */
+  /** Throws if the folder is gone (it existed at start): its secrets only seem to be missing. */
   async #checkFolder(): Promise<void> {
     if (this.#folder === undefined) return
     try {

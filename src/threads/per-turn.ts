@@ -1,6 +1,4 @@
-/**
- * Passes on the items of one event loop turn together, because each message wakes the other thread.
- */
+/** Passes on the items of an event loop turn together: each message wakes the other thread. */
 export function perTurn<T>(passOn: (items: T[]) => void): {
   add(...items: T[]): void
   /** Passes on the collected items immediately. */

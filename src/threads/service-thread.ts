@@ -40,7 +40,7 @@ export class ServiceThread<Request> {
       // Hides the warning of node:ffi: see splice.ts.
       execArgv: ['--disable-warning=ExperimentalWarning'],
     })
-    this.#thread.on('message', (message: FromThread) => this.#hear(message))
+    this.#thread.on('message', (message: FromThread) => this.#receive(message))
     this.#thread.on('messageerror', (err) => this.#fail(err))
     this.#thread.on('error', (err) => this.#fail(err))
     this.#thread.on('exit', (code) => this.#fail(new Error(`it ended with code ${code}`)))
@@ -73,7 +73,7 @@ export class ServiceThread<Request> {
     this.#thread.postMessage(message)
   }
 
-  #hear(message: FromThread): void {
+  #receive(message: FromThread): void {
     if (message === 'open') {
       if (this.#state === 'starting') this.#state = 'open'
       this.#ready.resolve()

@@ -8,10 +8,7 @@ export interface Serving {
   notify(notice: unknown): void
 }
 
-/**
- * Reports that the thread has started, and passes calls to `take`, which must answer each once.
- * Calls `close` before the thread ends.
- */
+/** Passes calls to `take`, which must answer each once. Calls `close` before the thread ends. */
 export function serve<Request>(take: (calls: Call<Request>[]) => void, close: () => void): Serving {
   const port = parentPort
   if (!port) throw new Error('this module must run in a worker thread')
