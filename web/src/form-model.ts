@@ -1,8 +1,6 @@
 import type { JsonSchema } from './api.ts'
 
-/**
- * A field of a form made from a JSON schema, with its input. Empty fields are left out of requests.
- */
+/** A field of a form made from a JSON schema, with its input. Requests omit empty fields. */
 export type Field = {
   name: string
   description: string

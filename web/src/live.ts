@@ -8,10 +8,7 @@ interface Live<T> {
   reload: () => void
 }
 
-/**
- * Loads data every `everyMs` while the tab is visible, until `isDone`. A new `key` starts again
- * without data.
- */
+/** Loads data every `everyMs` while the tab is visible, until `isDone`. A new `key` starts over. */
 export function useLive<T>(
   key: string,
   load: (signal: AbortSignal) => Promise<T>,

@@ -3,10 +3,7 @@ import { visible } from './text.ts'
 
 /** Maximum characters of a row. Longer lines take several rows, so that each is quick to draw. */
 const ROW_CHARACTERS = 1000
-/**
- * Maximum rows and characters: a running task may print more than 5 MB; the oldest rows are
- * dropped.
- */
+/** Limits of the log; the oldest rows are dropped. A running task may print more than 5 MB. */
 const ROWS_MAX = 400_000
 const CHARACTERS_MAX = 16_000_000
 const CARRY_MAX = 200

@@ -174,9 +174,7 @@ function useUpwards(scroller: { current: HTMLElement | null }, onUpwards: () => 
   }, [scroller])
 }
 
-/**
- * Streams a log into `log`, which is one mutable object; `version` rises with every change of it.
- */
+/** Streams a log into `log`, a mutable object; `version` rises with every change of it. */
 function useLog(taskId: string, onEnd: () => void) {
   const [version, changed] = useReducer((count: number) => count + 1, 0)
   const [state, setState] = useState('')

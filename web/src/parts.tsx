@@ -26,9 +26,7 @@ export function Time({ at }: { at: string }) {
   )
 }
 
-/**
- * A button for an irreversible action. The first press asks, the second confirms; blur resets it.
- */
+/** A button for an irreversible action. The first press asks, the second confirms. */
 export function ConfirmButton(props: {
   label: string
   question: string
@@ -56,9 +54,7 @@ export function ConfirmButton(props: {
   )
 }
 
-/**
- * The result of an action. It is rendered while empty, so that screen readers announce the text.
- */
+/** The result of an action. It is rendered while empty: screen readers announce new text only. */
 export function Message({ text, isError }: { text: string; isError: boolean }) {
   return (
     <p role="status" class={isError ? 'message error' : 'message'}>

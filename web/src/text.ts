@@ -3,9 +3,7 @@ const UNSEEN =
   // biome-ignore lint/suspicious/noControlCharactersInRegex: it matches control characters
   /[\u0000-\u0008\u000a-\u001f\u007f-\u009f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g
 
-/**
- * Replaces characters that would move, hide or reorder text, because tasks choose their own texts.
- */
+/** Replaces characters that could move, hide or reorder text: task ids may contain any. */
 export function visible(text: string): string {
   return text.replace(UNSEEN, (character) => {
     const code = character.charCodeAt(0)

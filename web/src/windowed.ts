@@ -4,9 +4,7 @@ import { useEffect, useState } from 'preact/hooks'
 /** Rows rendered above and below the visible ones, so that scrolling does not show gaps. */
 const SPARE_ROWS = 12
 
-/**
- * Returns which of many rows of the same height to render: `first` up to, but not including, `end`.
- */
+/** Returns which of many rows of one height to render: from `first` to before `end`. */
 export function useWindow(
   scroller: RefObject<HTMLElement | null>,
   rows: { count: number; height: number },

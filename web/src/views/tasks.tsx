@@ -40,7 +40,7 @@ export function TasksView() {
   return (
     <>
       <Heading title="Tasks">Tasks</Heading>
-      <Filters {...{ filter, setFilter, typed, setTyped }} />
+      <Filters filter={filter} setFilter={setFilter} typed={typed} setTyped={setTyped} />
       <List key={JSON.stringify(filter)} filter={filter} typed={typed.trim()} />
     </>
   )
