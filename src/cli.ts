@@ -84,9 +84,7 @@ class UsageError extends Error {}
 type Values = ReturnType<typeof parse>['values']
 
 const CONFIG_OPTIONS = ['env', 'secret', 'size', 'image', 'git', 'git-secret']
-/**
- * Commands with their options, except --help, and their arguments; optional ones are in brackets.
- */
+/** Commands with their options (except --help) and arguments; optional ones are in brackets. */
 const COMMANDS: Record<
   string,
   {
@@ -382,6 +380,9 @@ function explain(err: unknown): string {
       'the service rejected the request:',
       ...err.errors.map((one) => `  ${one.path}: ${one.message}`),
     ].join('\n')
+  }
+  if (err instanceof TaskRunnerApiError && err.code === 'unauthorized') {
+    return `${err.message}. Set TASK_RUNNER_TOKEN to one of the tokens of the service.`
   }
   const isKnown = [TaskRunnerApiError, TaskRunnerError, WorkerError, UsageError].some(
     (kind) => err instanceof kind,

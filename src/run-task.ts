@@ -21,10 +21,7 @@ import { removeTree } from './workers/local/removal.ts'
 import { backendRules, newWorkerSetup, openLocal } from './workers-from-config.ts'
 
 export interface RunTaskOptions {
-  /**
-   * Path of the script in `filesPath`, or in a repository of `workerConfig`:
-   * `<repository>/task.py`.
-   */
+  /** Path of the script in `filesPath`, or in a repository: `<repository>/task.py`. */
   fileName: string
   /** Folder to copy to the worker, with its worker defaults. Default: the working directory. */
   filesPath?: string | undefined

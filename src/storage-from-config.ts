@@ -34,10 +34,7 @@ export interface Storage {
   close(): Promise<void>
 }
 
-/**
- * Throws if the data folder or the database is unavailable, or `seal` has another key than the
- * store.
- */
+/** Throws if the data folder or the database is unavailable, or was sealed with another key. */
 export async function openStorage(
   config: Config,
   seal: Seal,

@@ -1,6 +1,4 @@
-/**
- * Creates the backend and the worker setup from the configuration, for the service and `runTask`.
- */
+/** Creates the backend and the worker setup from the configuration. */
 import { access, constants } from 'node:fs/promises'
 import { delimiter, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
