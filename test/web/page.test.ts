@@ -240,6 +240,7 @@ function tests(): void {
     const opened = await openPage(browser, `${guarded.url}/#/tasks`)
     watched.push(opened)
     const { page } = opened
+    await page.getByLabel('API token').waitFor()
     await expectAccessible(page)
     await page.getByLabel('API token').fill('wrong')
     await page.getByRole('button', { name: 'Sign in' }).click()
