@@ -195,7 +195,11 @@ describe('with a service', () => {
 
   test('a wrong token, a wrong field and an unknown task are said plainly', async () => {
     const stranger = start(['tasks', '--url', service.url], { env: { TASK_RUNNER_TOKEN: 'wrong' } })
-    expect(await stranger.ended).toMatchObject({ code: 1, stdout: '' })
+    expect(await stranger.ended).toMatchObject({
+      code: 1,
+      stdout: '',
+      stderr: expect.stringContaining('Set TASK_RUNNER_TOKEN'),
+    })
     const { code, stderr } = await there('run', 'echo.sh', '--size', 'two\nlines').ended
     expect({ code, stderr }).toEqual({
       code: 1,

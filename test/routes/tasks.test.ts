@@ -1,3 +1,4 @@
+import { execFileSync } from 'node:child_process'
 import { mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -375,9 +376,27 @@ describe('callbacks', () => {
       status: 404,
       body: {
         ...{ success: false, code: 'no_callback' },
-        message: expect.stringContaining('no callback'),
+        message: 'The task has no callback_url',
       },
     })
+  })
+
+  test('a callback cannot be redelivered before the task has ended', async () => {
+    await writeFile(join(folder, 'blocks.sh'), 'read -r _ < "$GATE"\n')
+    const gate = join(folder, 'gate')
+    execFileSync('mkfifo', [gate])
+    const request = taskRequest({
+      task_file_name: 'blocks.sh',
+      callback_url: 'http://127.0.0.1:9/',
+      worker_config: { env_variables: { GATE: gate } },
+    })
+    await app.submit(request)
+    expect(await redeliver(request.task_id)).toMatchObject({
+      status: 404,
+      body: { code: 'no_callback', message: 'The callback is not sent before the task has ended' },
+    })
+    await app.post(`/tasks/${request.task_id}/cancel`)
+    await app.finished(request.task_id)
   })
 
   test('what was delivered is delivered again on request, with the same webhook-id', async () => {
