@@ -109,10 +109,10 @@ async function openShared(
     closing.push(() => session.close())
     const tasks = new SqlTaskStore(connection, seal, { instance, isShared: true })
     return {
-        instance,
-        deployment,
-        tasks,
-        close,
+      instance,
+      deployment,
+      tasks,
+      close,
       deliveries: new SqlDeliveryStore(connection, tasks),
       statistics: new SqlStatistics(connection),
       shared: {
