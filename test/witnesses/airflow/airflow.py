@@ -289,6 +289,10 @@ class Airflow:
         api = ("api-server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1")
         return (api, scheduler, ("dag-processor",))
 
+    def listens(self):
+        with closing(socket.socket()) as client:
+            return client.connect_ex(("127.0.0.1", self.port)) == 0
+
     def trigger(self, run_id):
         self.command("dags", "trigger", DAG, "--run-id", run_id)
 
@@ -533,6 +537,9 @@ class Witness:
             env = self.airflow.connection(proxy.url, TOKEN)
             for program in self.airflow.programs():
                 self.start(*program, env=env)
+                if program[0] == "api-server":
+                    # The scheduler gives up tasks that cannot reach it.
+                    until("the API server listens", self.airflow.listens)
             until("the scheduler knows the DAG", self.airflow.knows_dag)
             for at_work, way, state in (
                 ("run_safe", "run_safe", "running"),
