@@ -9,8 +9,8 @@ const header = (name: string, description: string, { required = false } = {}) =>
 })
 
 /**
- * Describes the callback of `runTask` in OpenAPI, so that receivers can be generated. Receivers do
- * not take the tokens of the API, so `apiSecurity`, the default of its operations, is overridden.
+ * Describes the callback of `runTask` in OpenAPI, so that receivers can be generated. `apiSecurity`
+ * is the document's default, which callbacks override: they carry no API token.
  */
 export function callbackDescription(apiSecurity: object | undefined) {
   return {

@@ -71,7 +71,7 @@ const summaryFields = {
   waiting_for: z
     .string()
     .nullable()
-    .describe('A sentence for people: what holds the task up, such as a missing image; often null'),
+    .describe('A sentence for people that says what delays the task; null if nothing does'),
   exit_code: z.int().nullable(),
   signal: z.string().nullable(),
   created_at: time,
