@@ -2,8 +2,8 @@
 import { readFileSync } from 'node:fs'
 import { resolve } from 'node:path'
 import { z } from 'zod'
-import { isNetwork } from './callbacks/address-guard.ts'
 import type { WorkerSizes } from './core/worker-sizes.ts'
+import { isNetwork } from './net/address-guard.ts'
 
 /** Fails a field with words for people. */
 export function refuse(ctx: z.core.$RefinementCtx, message: string): never {

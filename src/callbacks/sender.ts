@@ -2,9 +2,9 @@ import { subscribe, unsubscribe } from 'node:diagnostics_channel'
 import { Agent, type Dispatcher, errors } from 'undici'
 import { Deadline } from '../core/deadline.ts'
 import type { AttemptResult, CallbackFacts, CallbackSender } from '../core/ports.ts'
+import { type AddressGuard, BlockedAddressError } from '../net/address-guard.ts'
 import { type CallbackBody, encodeCallback } from '../wire/callback.ts'
 import { signer } from '../wire/signature.ts'
-import { type AddressGuard, BlockedAddressError } from './address-guard.ts'
 
 /** Maximum bytes read of a response body; then the connection is closed. The status counts. */
 const RESPONSE_BYTES_MAX = 64 * 1024

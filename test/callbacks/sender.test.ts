@@ -7,9 +7,9 @@ import {
 import { createServer as createTlsServer } from 'node:https'
 import { type AddressInfo, createServer as createTcpServer, type Socket } from 'node:net'
 import { afterEach, describe, expect, test } from 'vitest'
-import { AddressGuard } from '../../src/callbacks/address-guard.ts'
 import { HttpCallbackSender, retryAfterMs } from '../../src/callbacks/sender.ts'
 import type { CallbackFacts } from '../../src/core/ports.ts'
+import { AddressGuard } from '../../src/net/address-guard.ts'
 import { storedLog } from '../helpers/stored-log.ts'
 
 /** Of tests that see it pass. */

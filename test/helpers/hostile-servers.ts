@@ -1,9 +1,9 @@
 import { createServer, type Server, type Socket } from 'node:net'
 import { expect } from 'vitest'
-import { AddressGuard } from '../../src/callbacks/address-guard.ts'
-import type { Lookup } from '../../src/callbacks/bounded-lookup.ts'
 import { HttpCallbackSender } from '../../src/callbacks/sender.ts'
 import type { AttemptResult, CallbackSender } from '../../src/core/ports.ts'
+import { AddressGuard } from '../../src/net/address-guard.ts'
+import type { Lookup } from '../../src/net/bounded-lookup.ts'
 import { storedLog } from './stored-log.ts'
 
 /** A TCP listener that does to its connections whatever a test likes, and remembers them. */

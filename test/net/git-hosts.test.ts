@@ -1,7 +1,7 @@
 import { describe, expect, test } from 'vitest'
-import { AddressGuard } from '../../src/callbacks/address-guard.ts'
-import { GuardedGitHosts } from '../../src/callbacks/git-hosts.ts'
 import { WorkerError } from '../../src/core/ports.ts'
+import { AddressGuard } from '../../src/net/address-guard.ts'
+import { GuardedGitHosts } from '../../src/net/git-hosts.ts'
 
 const URL_ = new URL('https://git.example/project.git')
 

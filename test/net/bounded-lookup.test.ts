@@ -1,7 +1,7 @@
 import { createSocket } from 'node:dgram'
 import { once } from 'node:events'
 import { describe, expect, test, vi } from 'vitest'
-import { BoundedLookup, type Lookup, serverResponds } from '../../src/callbacks/bounded-lookup.ts'
+import { BoundedLookup, type Lookup, serverResponds } from '../../src/net/bounded-lookup.ts'
 
 const ADDRESS = [{ address: '192.0.2.1', family: 4 }]
 const isHung = (name: string) => name.startsWith('hung')
