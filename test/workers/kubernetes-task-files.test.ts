@@ -125,7 +125,7 @@ describe('the ConfigMap of earlier task files', () => {
     const first = await it.worker('exit 1\n')
     await first.worker.terminate()
     const second = await it.worker('exit 2\n')
-    expect(it.names()).toEqual([first.files, second.files])
+    expect(it.names().sort()).toEqual([first.files, second.files].sort())
   })
 
   test('stays for an hour: another instance may be about to name it', async () => {
