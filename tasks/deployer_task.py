@@ -1,24 +1,28 @@
-"""Deploys a model: copies it into a versioned model repository, as Triton and TensorFlow Serving load them:
+"""Deploys a model into a versioned model repository, as Triton and TensorFlow Serving load it:
 
     <MODEL_REPOSITORY>/<DEPLOYMENT_KEY>/<PREFIX>/<MODEL_NAME>/<1, 2, 3 ...>/
 
-Its environment; all but the last must be set. Exits with 2 when one is missing, with 1 for any other failure.
+Its environment variables; all but the last are required. Exits with 2 if one is missing, with 1 for
+any other failure.
 
-    DEPLOYMENT_KEY, PREFIX, MODEL_NAME   letters, digits, '.', '_' and '-', beginning with a letter or digit
-    MODEL_DIR            the model; relative to the working folder, a task's own copy of the tasks folder.
-                         Links to what lies inside it are followed, links that leave it are refused.
-    MODEL_REPOSITORY     an absolute path, since what a task leaves in its own folder goes with its worker. It must
-                         exist (a share that is not mounted must not pass for one), on a POSIX file system.
-    MODEL_API_BASE_URL   http(s), http://127.0.0.1:8000 by default. The URLs printed at the end have the layout of
-                         the repository, so that any server of static files can answer `meta`:
-                         api: <base>/<deployment>/<prefix>/<model>/, version: <api><n>/, meta: <version>metadata.json
+    DEPLOYMENT_KEY, PREFIX, MODEL_NAME
+                         letters, digits, '.', '_' and '-', beginning with a letter or digit
+    MODEL_DIR            the model; relative to the working folder, a task's copy of the tasks
+                         folder. Links to targets inside it are followed; links to targets outside
+                         are an error.
+    MODEL_REPOSITORY     an absolute path, since a task's own folder is removed with its worker. It
+                         must exist (a missing mount must not pass for one), on a POSIX file system.
+    MODEL_API_BASE_URL   http(s), http://127.0.0.1:8000 by default. The URLs printed at the end have
+                         the layout of the repository, so that any static file server can serve
+                         `meta`. api: <base>/<deployment>/<prefix>/<model>/, version: <api><n>/,
+                         meta: <version>metadata.json
 
-Any number may deploy at once, from any number of hosts. Each copies into a hidden `.staging-...` folder beside the
-versions, which both servers ignore, and publishes it whole by renaming it to the highest number plus one. The rename
-takes the number: it fails on a folder that is not empty, and a version never is, since it arrives with its
-metadata.json. So a number has one owner; a deployer that finds its number taken tries the next. Gaps are not filled.
-A deployer that is killed outright leaves its staging folder; a later one removes it once a day has passed without a
-write to it.
+Any number of deployers may run at once, on any number of hosts. Each copies into a hidden
+`.staging-...` folder beside the versions, which both servers ignore, and publishes it by renaming
+it to the highest number plus one. The rename claims the number: it fails if the target is a folder
+that is not empty, and a version never is, since it has its metadata.json. So each number has one
+owner; a deployer whose number is taken tries the next. Gaps are not filled. A killed deployer
+leaves its staging folder; a later one removes it after a day without a write to it.
 """
 
 import errno
@@ -41,12 +45,12 @@ STAGING = ".staging-"
 ABANDONED_AFTER_SECONDS = 24 * 60 * 60
 PROGRESS_SECONDS = 5
 CHUNK_BYTES = 4 * 1024 * 1024
-# What rename answers when the number is taken: by a folder (either one, says POSIX), or by a file.
+# Errors of rename if the number is taken: by a folder (POSIX allows either), or by a file.
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
 class Refused(Exception):
-    """Its message is all that is printed."""
+    """The model is not deployed; its message is all that is printed."""
 
 
 def base_url(env: Mapping[str, str]) -> str:
@@ -58,7 +62,7 @@ def check_settings(env: Mapping[str, str]) -> None:
     if wrong:
         raise Refused(f"not letters, digits, '.', '_' and '-', beginning with a letter or digit: {', '.join(wrong)}")
     if not re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w.~%/-]*)?", base_url(env), re.ASCII):
-        # Not echoed, since a password in it is one reason to refuse it.
+        # Not printed: it may contain a password.
         raise Refused("MODEL_API_BASE_URL is not an http or https URL without user, query and fragment")
     if not os.path.isabs(env["MODEL_REPOSITORY"]):
         raise Refused("MODEL_REPOSITORY is not an absolute path")
@@ -69,7 +73,7 @@ def check_settings(env: Mapping[str, str]) -> None:
 
 
 def list_model(root: str) -> tuple[list[str], list[str]]:
-    """The model's folders, parents first, and files, relative to it. Empty folders count: SavedModel has some."""
+    """Returns the paths of the model's folders (empty ones too), parents first, and files."""
     folders: list[str] = []
     files: list[str] = []
 
@@ -100,7 +104,7 @@ def list_model(root: str) -> tuple[list[str], list[str]]:
 
 
 def sync_folder(path: str) -> None:
-    """Until its folder is synced, a name may be gone after a power failure, whatever was synced below it."""
+    """Syncs a folder: otherwise a power failure may lose names in it, even of synced files."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -110,8 +114,9 @@ def sync_folder(path: str) -> None:
 
 def remove_abandoned(model_folder: str, own: str) -> None:
     """
-    Renames before it empties: a deployer that wakes after a day can then no longer publish what is being emptied.
-    Tells ages against our own new folder, by the file system's clock, as hosts' clocks differ.
+    Removes staging folders of killed deployers. Renames each first, so that a deployer that wakes up
+    after a day cannot publish it half empty. Ages are relative to our own new folder: hosts' clocks
+    may differ.
     """
     oldest = os.stat(own).st_mtime - ABANDONED_AFTER_SECONDS
     for name in os.listdir(model_folder):
@@ -126,7 +131,7 @@ def remove_abandoned(model_folder: str, own: str) -> None:
 
 
 def copy_model(root: str, staging: str, folders: list[str], files: list[str]) -> list[dict[str, Any]]:
-    """Copies, durably. Sizes and sums are those of the bytes written, so they hold even if a source changes."""
+    """Copies and syncs. Sizes and checksums are of the bytes written, even if a source changes."""
     for folder in folders:
         os.mkdir(os.path.join(staging, folder))
     copied: list[dict[str, Any]] = []
@@ -138,7 +143,7 @@ def copy_model(root: str, staging: str, folders: list[str], files: list[str]) ->
                 target.write(chunk)
                 digest.update(chunk)
                 size += len(chunk)
-                os.utime(staging)  # the sign of life that remove_abandoned looks for
+                os.utime(staging)  # the sign of life that remove_abandoned checks
                 if time.monotonic() - said_at >= PROGRESS_SECONDS:
                     said_at = time.monotonic()
                     print(f"copying {path}: {size} bytes so far, {len(copied)} of {len(files)} files done")
@@ -151,7 +156,7 @@ def copy_model(root: str, staging: str, folders: list[str], files: list[str]) ->
 
 
 def publish(staging: str, model_folder: str, metadata: dict[str, Any]) -> int:
-    """Renames `staging` to the next number and returns that. The metadata holds it, so is written for every try."""
+    """Renames `staging` to the next number, which goes into the metadata, and returns it."""
     while True:
         taken = [int(name) for name in os.listdir(model_folder) if re.fullmatch("[0-9]+", name)]
         version = max(taken, default=0) + 1
@@ -205,7 +210,7 @@ def deploy(env: Mapping[str, str]) -> None:
 
 
 def stop(number: int, _frame: Optional[FrameType]) -> None:
-    """Exits through the clean-up, which a second signal must not cut short."""
+    """Exits with cleanup, which a second signal must not interrupt."""
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
     raise SystemExit(128 + number)
@@ -214,7 +219,7 @@ def stop(number: int, _frame: Optional[FrameType]) -> None:
 def main() -> int:
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, stop)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # so that progress is seen at once
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # so that progress shows at once
     missing = [name for name in (*SEGMENTS, "MODEL_DIR", "MODEL_REPOSITORY") if not os.environ.get(name, "").strip()]
     if missing:
         print(f"cannot deploy: set {', '.join(missing)} in env_variables", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Says hello, and what it runs on."""
+"""Prints a greeting and the version of Python."""
 
 import os
 import platform

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prints its parameters. They come from env_variables of the worker_config.
+# Prints its parameters, the env_variables of the worker_config.
 set -euo pipefail
 
 : "${MY_FIRST_PARAM:?is not set; pass it in worker_config.env_variables}"

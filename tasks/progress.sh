@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs for a minute (STEPS seconds) and prints its progress: something to follow, and to cancel.
+# Runs for a minute (STEPS seconds) and prints its progress: a task to follow or cancel.
 set -euo pipefail
 
 steps=${STEPS:-60}
