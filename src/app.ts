@@ -329,7 +329,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
     callbacks.start()
     shared?.listen({
       tasksWait: () => queue.look(),
-      cancelRequested: (taskId) => runner.hearCancel(taskId),
+      cancelRequested: (taskId) => runner.cancelRun(taskId),
     })
     reaper.start(async () => {
       const leads = shared === undefined || (await shared.leads())

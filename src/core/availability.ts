@@ -6,7 +6,7 @@ import { until } from './until.ts'
 export interface AvailabilityOptions {
   /** Throws while workers are unavailable: `WorkerBackend.check`. */
   check: () => Promise<void>
-  /** Called with false before anything waits, and with true once `check` has passed. */
+  /** Called with false before any task waits, and with true once `check` has passed. */
   onChange: (isAvailable: boolean) => void
   log: Logger
   retryMs: number
@@ -14,8 +14,8 @@ export interface AvailabilityOptions {
 }
 
 /**
- * Knows whether workers are available. A step that failed for want of them closes the door for all tasks; it opens after a
- * pause, once `check` passes. The pauses grow until a task has got its worker: `check` may not see what hinders them.
+ * Circuit breaker of the worker backend. While it is open, all tasks wait; it closes once `check`
+ * passes. Pauses grow until a task gets a worker, since `check` does not detect every cause.
  */
 export class Availability {
   readonly #options: AvailabilityOptions
@@ -29,12 +29,12 @@ export class Availability {
     this.#waitMs = options.retryMs
   }
 
-  /** What hinders all tasks, in a sentence; undefined while workers are available. */
+  /** Why workers are unavailable, in a sentence; undefined while they are available. */
   get problem(): string | undefined {
     return this.#problem
   }
 
-  /** Notes that a step failed for want of workers. */
+  /** Notes that a step failed since workers are unavailable. */
   failed(err: UnavailableError): void {
     this.#problem = err.message
     if (this.#available) return
@@ -44,12 +44,12 @@ export class Availability {
     void this.#recover(this.#available)
   }
 
-  /** Notes that a task has got its worker. */
+  /** Notes that a task got its worker. */
   passed(): void {
     this.#waitMs = this.#options.retryMs
   }
 
-  /** Settles once workers are available. Rejects when `signal` aborts. */
+  /** Waits until workers are available. Rejects when `signal` aborts. */
   async available(signal: AbortSignal): Promise<void> {
     if (this.#available) await until(this.#available.promise, signal)
   }

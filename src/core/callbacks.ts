@@ -12,28 +12,28 @@ import { DamagedTaskError } from './ports.ts'
 import { longestDelaysMs, type RetrySchedule, retryDelayMs } from './retry.ts'
 import { type CallbackStatus, type Task, traceOf } from './task.ts'
 
-/** A receiver may ask us to wait, but not for ever. */
+/** Maximum delay taken from a receiver's `Retry-After`. */
 const RETRY_AFTER_MAX_MS = 24 * 60 * 60 * 1000
-/** Attempts under way at a time, in all. */
+/** Maximum concurrent attempts. */
 const ATTEMPTS_MAX = 192
-/** Attempts to an origin that answered last. Any other gets one at a time, so that a dead receiver delays only itself. */
+/** Maximum concurrent attempts to an origin whose last attempt did not time out; others get one. */
 const ATTEMPTS_PER_ORIGIN_MAX = 16
-/** Attempts to all origins that did not answer last, or were not called yet. */
+/** Maximum concurrent attempts to all origins whose last attempt timed out, or that are new. */
 const ATTEMPTS_TO_OTHERS_MAX = 128
-/** Attempts to all origins that did not answer last. */
-const ATTEMPTS_TO_SILENT_MAX = 64
-/** Origins whose last answer is remembered. */
+/** Maximum concurrent attempts to all origins whose last attempt timed out. */
+const ATTEMPTS_TO_TIMED_OUT_MAX = 64
+/** Maximum origins whose last result is kept. */
 const ORIGINS_KNOWN_MAX = 1_000
-/** Who has not answered by then hangs, or its name server does; refused connections are told sooner. */
-const SILENT_MS = 1_000
-/** The longest the dispatcher sleeps: bounds what a clock jump or a missed wake-up can cost. */
+/** Duration from which an attempt without a response counts as timed out. */
+const TIMED_OUT_MS = 1_000
+/** Maximum sleep, in case of a clock jump or a missed wake-up. */
 const POLL_MS = 30_000
-/** Smaller steps are the clock being kept right. */
+/** Minimum step back of the clock that is handled; NTP corrects by less. */
 const CLOCK_JUMP_MS = 2_000
-/** After the store failed. */
+/** Pause after a failure of the store. */
 const STORE_RETRY_MS = 1_000
 
-/** What the headers of a callback say of its task. */
+/** Returns the facts that a callback's headers carry. */
 export function factsOf(
   ended: Pick<Task, 'status' | 'reason' | 'exitCode' | 'startedAt' | 'finishedAt'>,
 ): CallbackFacts {
@@ -43,9 +43,9 @@ export function factsOf(
 }
 
 /**
- * What follows an attempt. 2xx delivers. 410 and a blocked address end it. After 413 the end of the log is sent at once.
- * Everything else is retried by schedule, later when the receiver says so (Standard Webhooks, "Delivery"). An attempt
- * that a person asked for leaves the schedule as it was.
+ * Returns the delivery's next state. 2xx: delivered. 410 or a blocked address: given up. 413:
+ * retried at once with the end of the log. Else retried by schedule, later if `Retry-After` says so
+ * (Standard Webhooks, "Delivery"). An attempt by hand does not change the schedule.
  */
 export function afterAttempt(
   result: AttemptResult,
@@ -53,10 +53,10 @@ export function afterAttempt(
     /** Number of the attempt in the schedule. */
     attempt: number
     manual: boolean
-    /** When the schedule goes on after an attempt by hand; null where it has ended. */
+    /** When the schedule continues after an attempt by hand; null: it has ended. */
     resumeAt: number | null
     deliveredBefore: boolean
-    /** It had only the end of the log. */
+    /** The attempt sent only the end of the log. */
     isCut: boolean
     now: number
     schedule: RetrySchedule
@@ -66,7 +66,7 @@ export function afterAttempt(
   if (statusCode !== null && statusCode >= 200 && statusCode < 300) {
     return { status: 'delivered', nextAttemptAt: null }
   }
-  // Whoever has received it once has received it, whatever a repetition gave.
+  // A failed repetition does not undo a delivery.
   if (options.deliveredBefore) return { status: 'delivered', nextAttemptAt: null }
   const givenUp = { status: 'given_up', nextAttemptAt: null } as const
   if (statusCode === 410 || result.blocked) return givenUp
@@ -83,8 +83,8 @@ export function afterAttempt(
 }
 
 /**
- * Sends outcomes. The store says what is due; this holds nothing that a crash could lose. An attempt
- * holds a lease longer than the attempt may take, so that no two instances attempt one delivery at once.
+ * Attempts due deliveries. All state that must survive a crash is in the store. A lease lasts
+ * longer than an attempt may take, so that no two instances attempt a delivery at once.
  */
 export class CallbackDispatcher {
   readonly #store: DeliveryStore
@@ -96,19 +96,19 @@ export class CallbackDispatcher {
   readonly #isClockOurs: boolean
   readonly #log: Logger
   readonly #underWay = new Map<string, number>()
-  /** Whether an origin kept us waiting for nothing the last time; those called last come last. */
-  readonly #isSilent = new Map<string, boolean>()
+  /** Whether each origin's last attempt timed out; least recently attempted first. */
+  readonly #hasTimedOut = new Map<string, boolean>()
   readonly #attempts = new Set<Promise<void>>()
-  /** Of the attempts under way, by task. */
+  /** Deliveries whose attempt is under way, by task. */
   readonly #dues = new Map<string, DueDelivery>()
   readonly #abort = new AbortController()
   #clock: { now: number; steady: number }
   #isBounded = false
   #timer: NodeJS.Timeout | undefined
-  #draining: Promise<void> | undefined
+  #pass: Promise<void> | undefined
   #timerAt = Number.POSITIVE_INFINITY
   #again = false
-  /** Something due found no room: the next attempt that ends makes some. */
+  /** A due delivery exceeded a limit: the end of an attempt wakes the dispatcher. */
   #backlog = false
   #closed = false
 
@@ -116,10 +116,10 @@ export class CallbackDispatcher {
     store: DeliveryStore
     sender: CallbackSender
     schedule: RetrySchedule
-    /** The longest a whole attempt takes. */
+    /** Timeout of a whole attempt. */
     attemptTimeoutMs: number
     now: () => number
-    /** False: others go by it as well, and it is looked after elsewhere. Default true. */
+    /** False: `now` is the deployment's clock, whose jumps are handled elsewhere. Default true. */
     isClockOurs?: boolean
     log: Logger
   }) {
@@ -139,8 +139,8 @@ export class CallbackDispatcher {
   }
 
   /**
-   * A delivery for a task about to be committed. When there is room, its lease lets us make the first
-   * attempt right after the commit with `attemptNow`; otherwise it waits its turn.
+   * Returns the delivery to commit with an outcome. Within the limits, it is leased to this
+   * instance, which calls `attemptNow` after the commit; else it waits its turn.
    */
   prepare(callbackUrl: string): NewDelivery {
     const { origin } = new URL(callbackUrl)
@@ -148,22 +148,19 @@ export class CallbackDispatcher {
     if (room) this.#count(origin, 1)
     else this.#backlog = true
     return {
-      // Names nothing of the task: a caller's id may hold dots, which the signed content forbids.
+      // Not the task id, which may have dots: they separate the parts of the signed content.
       webhookId: `msg_${crypto.randomUUID().replaceAll('-', '')}`,
       origin,
       leaseUntil: room ? this.#now() + this.#leaseMs : null,
     }
   }
 
-  /** Gives back the room that `prepare` took, when the commit did not happen. */
+  /** Undoes `prepare` after a commit that did not happen. */
   abandon(delivery: NewDelivery): void {
     if (delivery.leaseUntil !== null) this.#count(delivery.origin, -1)
   }
 
-  /**
-   * The first attempt of a delivery just committed, whose `content` is read from the store unless it is given. Settles when
-   * it has ended; never rejects.
-   */
+  /** Makes the first attempt after the commit. Without `content`, reads it from the store. */
   async attemptNow(
     taskId: string,
     delivery: NewDelivery,
@@ -184,8 +181,11 @@ export class CallbackDispatcher {
           taskId,
           webhookId: delivery.webhookId,
           origin: delivery.origin,
-          ...{ attempts: 0, manualAttempts: 0 },
-          ...{ manual: false, resumeAt: null, deliveredBefore: false },
+          attempts: 0,
+          manualAttempts: 0,
+          manual: false,
+          resumeAt: null,
+          deliveredBefore: false,
           leaseUntil: delivery.leaseUntil,
         },
         content,
@@ -193,32 +193,29 @@ export class CallbackDispatcher {
     )
   }
 
-  /**
-   * Queues an attempt by hand, also after the delivery was given up or made. Schedule and count stay as they are. Safe to
-   * repeat.
-   */
+  /** Queues an attempt by hand, whatever the delivery's status. Safe to repeat. */
   async redeliver(taskId: string): Promise<'queued' | 'in_flight' | undefined> {
     const answer = await this.#store.redeliver(taskId, this.#now())
     if (answer === 'queued') this.wake()
     return answer
   }
 
-  /** Looks for due deliveries, now or after the look that is under way. */
+  /** Starts due attempts, now or after the pass under way. */
   wake(): void {
     if (this.#closed) return
-    if (this.#draining) {
+    if (this.#pass) {
       this.#again = true
       return
     }
     clearTimeout(this.#timer)
     this.#timerAt = Number.POSITIVE_INFINITY
-    this.#draining = this.#drain()
+    this.#pass = this.#startDue()
       .catch((err: unknown) => {
         this.#log.error({ err }, 'reading due deliveries failed, trying again')
         return STORE_RETRY_MS
       })
       .then((sleepMs) => {
-        this.#draining = undefined
+        this.#pass = undefined
         if (this.#again) {
           this.#again = false
           this.wake()
@@ -228,18 +225,18 @@ export class CallbackDispatcher {
       })
   }
 
-  /** Waits for attempts under way, at most `graceMs`, then aborts them; they are made again later. */
+  /** Waits at most `graceMs` for attempts under way, then aborts them; they are retried later. */
   async close(graceMs: number): Promise<void> {
     this.#closed = true
     clearTimeout(this.#timer)
     const timer = setTimeout(() => this.#abort.abort(), graceMs)
-    await this.#draining
+    await this.#pass
     await Promise.all(this.#attempts)
     clearTimeout(timer)
   }
 
   #wakeIn(sleepMs: number): void {
-    // The clock may be set: of two times by it, the later may look like the earlier.
+    // By the steady clock: the other one may be set back.
     const at = performance.now() + sleepMs
     if (this.#closed || at >= this.#timerAt) return
     clearTimeout(this.#timer)
@@ -247,10 +244,10 @@ export class CallbackDispatcher {
     this.#timer = setTimeout(() => this.wake(), sleepMs)
   }
 
-  /** Starts attempts while there is room and something due. Returns for how long to sleep, in ms. */
-  async #drain(): Promise<number> {
+  /** Starts due attempts up to the limits. Returns how long to sleep, in ms. */
+  async #startDue(): Promise<number> {
     this.#backlog = false
-    await this.#heedClock()
+    await this.#handleClockJump()
     await this.#boundOnce()
     while (!this.#closed) {
       if (this.#attemptsUnderWay().all >= ATTEMPTS_MAX) {
@@ -263,7 +260,7 @@ export class CallbackDispatcher {
         ...this.#originsWithRoom(),
       })
       if (!due) break
-      // Its lease ran out by a clock set forth, yet its attempt is ours and goes on.
+      // A clock set forward ended the lease, while our attempt goes on.
       const ours = this.#dues.get(due.taskId)
       if (ours) {
         ours.leaseUntil = due.leaseUntil
@@ -274,18 +271,18 @@ export class CallbackDispatcher {
     }
     const nextDueAt = await this.#store.nextDueAt()
     if (nextDueAt === undefined) return POLL_MS
-    // Due, yet not taken: there was no room, and the end of an attempt wakes us before this does.
-    return Math.min(Math.max(nextDueAt - this.#heededNow(), 0) || STORE_RETRY_MS, POLL_MS)
+    // Due and not started: it exceeded a limit, and the end of an attempt wakes us earlier.
+    return Math.min(Math.max(nextDueAt - this.#nowWithoutJumps(), 0) || STORE_RETRY_MS, POLL_MS)
   }
 
-  /** The time by the clock as it was heeded last: what the store holds was not moved yet along with a jump since then. */
-  #heededNow(): number {
+  /** Returns the time without jumps since `#handleClockJump`, which moves the due times. */
+  #nowWithoutJumps(): number {
     if (!this.#isClockOurs) return this.#now()
     return this.#clock.now + (performance.now() - this.#clock.steady)
   }
 
-  /** A clock that is set back would put off every delivery by as much: they are moved along with it. */
-  async #heedClock(): Promise<void> {
+  /** Moves due times along with a clock that was set back, which would delay every delivery. */
+  async #handleClockJump(): Promise<void> {
     if (!this.#isClockOurs) return
     const now = this.#now()
     const steady = performance.now()
@@ -296,9 +293,7 @@ export class CallbackDispatcher {
     await this.#store.shiftDue(jumpMs)
   }
 
-  /**
-   * A clock that was set back while the service was down would put off what was pending by as much.
-   */
+  /** Corrects due times once, after a clock that was set back while the service was down. */
   async #boundOnce(): Promise<void> {
     if (this.#isBounded) return
     await this.#store.boundDue({
@@ -309,7 +304,7 @@ export class CallbackDispatcher {
     this.#isBounded = true
   }
 
-  /** Undefined: there is nothing to send. Where nobody can know any more what that is, the delivery is given up. */
+  /** Undefined: nothing to send. If the stored content is damaged, the delivery is given up. */
   async #contentOf(due: DueDelivery): Promise<DeliveryContent | undefined> {
     try {
       return await this.#store.content(due.taskId)
@@ -333,7 +328,7 @@ export class CallbackDispatcher {
       const content = known ?? (await this.#contentOf(due))
       if (!content) return
       const startedAt = this.#now()
-      // We were held up, and it may be another instance's by now: whoever looks when the lease is over has it.
+      // Too little of the lease is left: once it ends, the delivery is due again, to any instance.
       if (startedAt + this.#attemptTimeoutMs > due.leaseUntil) {
         return this.#wakeIn(Math.max(due.leaseUntil - startedAt, 0))
       }
@@ -347,9 +342,9 @@ export class CallbackDispatcher {
         return
       }
       const durationMs = Math.round(performance.now() - steadyStart)
-      this.#remember(due.origin, result.statusCode === null && durationMs > SILENT_MS)
-      // What is written now must not be moved by a jump that has happened already.
-      await this.#heedClock()
+      this.#noteResult(due.origin, result.statusCode === null && durationMs > TIMED_OUT_MS)
+      // Before the due time is stored: a past jump must not move it.
+      await this.#handleClockJump()
       const number = due.attempts + 1
       const next = afterAttempt(result, {
         attempt: number - due.manualAttempts,
@@ -374,9 +369,9 @@ export class CallbackDispatcher {
       else
         this.#log.warn({ ...fields, nextAttemptAt: next.nextAttemptAt }, 'callback attempt failed')
       const { nextAttemptAt } = next
-      if (nextAttemptAt !== null) this.#wakeIn(Math.max(nextAttemptAt - this.#heededNow(), 0))
+      if (nextAttemptAt !== null) this.#wakeIn(Math.max(nextAttemptAt - this.#nowWithoutJumps(), 0))
     } catch (err) {
-      // The lease runs out and the attempt is made again: at least once, never lost.
+      // The attempt is repeated once the lease ends: at least once, never lost.
       this.#log.error({ err, taskId }, 'callback attempt could not be made or recorded')
       this.#wakeIn(Math.max(due.leaseUntil - this.#now(), STORE_RETRY_MS))
     } finally {
@@ -392,18 +387,18 @@ export class CallbackDispatcher {
     this.#attempts.delete(attempt)
   }
 
-  #hasRoom(origin: string, { all, others, silent } = this.#attemptsUnderWay()): boolean {
+  #hasRoom(origin: string, { all, others, timedOut } = this.#attemptsUnderWay()): boolean {
     if (all >= ATTEMPTS_MAX) return false
     const count = this.#underWay.get(origin) ?? 0
-    const isSilent = this.#isSilent.get(origin)
-    if (isSilent === false) return count < ATTEMPTS_PER_ORIGIN_MAX
+    const hasTimedOut = this.#hasTimedOut.get(origin)
+    if (hasTimedOut === false) return count < ATTEMPTS_PER_ORIGIN_MAX
     if (count > 0 || others >= ATTEMPTS_TO_OTHERS_MAX) return false
-    return !isSilent || silent < ATTEMPTS_TO_SILENT_MAX
+    return !hasTimedOut || timedOut < ATTEMPTS_TO_TIMED_OUT_MAX
   }
 
-  /** Which origins an attempt may go to next: some alone, or all but some. */
+  /** Returns the origins that the next attempt may go to: `onlyOrigins`, or all but some. */
   #originsWithRoom(): { exceptOrigins: string[]; onlyOrigins?: string[] } {
-    const known = [...new Set([...this.#underWay.keys(), ...this.#isSilent.keys()])]
+    const known = [...new Set([...this.#underWay.keys(), ...this.#hasTimedOut.keys()])]
     const underWay = this.#attemptsUnderWay()
     const exceptOrigins = known.filter((origin) => !this.#hasRoom(origin, underWay))
     if (exceptOrigins.length > 0) this.#backlog = true
@@ -412,24 +407,24 @@ export class CallbackDispatcher {
     return { exceptOrigins: [], onlyOrigins }
   }
 
-  /** All of them, those to origins that did not answer last, and those of them to origins that kept us waiting. */
-  #attemptsUnderWay(): { all: number; others: number; silent: number } {
-    let [all, others, silent] = [0, 0, 0]
+  /** Counts all attempts, those to origins that timed out or are new, and those that timed out. */
+  #attemptsUnderWay(): { all: number; others: number; timedOut: number } {
+    let [all, others, timedOut] = [0, 0, 0]
     for (const [origin, count] of this.#underWay) {
-      const isSilent = this.#isSilent.get(origin)
+      const hasTimedOut = this.#hasTimedOut.get(origin)
       all += count
-      if (isSilent !== false) others += count
-      if (isSilent) silent += count
+      if (hasTimedOut !== false) others += count
+      if (hasTimedOut) timedOut += count
     }
-    return { all, others, silent }
+    return { all, others, timedOut }
   }
 
-  #remember(origin: string, isSilent: boolean): void {
-    this.#isSilent.delete(origin)
-    this.#isSilent.set(origin, isSilent)
-    const [oldest] = this.#isSilent.keys()
-    if (this.#isSilent.size > ORIGINS_KNOWN_MAX && oldest !== undefined) {
-      this.#isSilent.delete(oldest)
+  #noteResult(origin: string, hasTimedOut: boolean): void {
+    this.#hasTimedOut.delete(origin)
+    this.#hasTimedOut.set(origin, hasTimedOut)
+    const [oldest] = this.#hasTimedOut.keys()
+    if (this.#hasTimedOut.size > ORIGINS_KNOWN_MAX && oldest !== undefined) {
+      this.#hasTimedOut.delete(oldest)
     }
   }
 

@@ -1,6 +1,6 @@
 /**
- * A signal that aborts with the first of others to do so, or with a `TimeoutError` after `ms`. Disposed of, it leaves nothing behind, unlike
- * AbortSignal.any and AbortSignal.timeout, which last until the old generation is collected: each task needs several.
+ * Signal that aborts as soon as one of `others` does, or with a `TimeoutError` after `ms`. Disposal
+ * frees it at once; AbortSignal.any and AbortSignal.timeout live until a major garbage collection.
  */
 export class Deadline implements Disposable {
   readonly #controller = new AbortController()

@@ -1,4 +1,4 @@
-/** Every failure that is reported to callers. routes/error-handler.ts maps each to its HTTP status. */
+/** Codes of all failures reported to clients; routes/error-handler.ts maps them to statuses. */
 export const ERROR_CODES = [
   'bad_request',
   'unauthorized',
@@ -29,17 +29,17 @@ export const ERROR_CODES = [
 ] as const
 export type ErrorCode = (typeof ERROR_CODES)[number]
 
-/** One wrong field: where it is (`worker_config.env_variables.A=B`), and what is wrong with it. */
+/** One invalid field; `path` is for example `worker_config.env_variables.A=B`. */
 export interface FieldError {
   path: string
   message: string
 }
 
-/** A failure whose message is meant for the caller. Match on `code`, never on the message. */
+/** A failure whose message is for the client. Match on `code`, never on the message. */
 export class TaskRunnerError extends Error {
   override name = 'TaskRunnerError'
   readonly code: ErrorCode
-  /** Seconds after which trying again makes sense; sent as `Retry-After`. */
+  /** Seconds until a retry makes sense; sent as `Retry-After`. */
   readonly retryAfterSeconds: number | undefined
 
   constructor(
@@ -53,7 +53,7 @@ export class TaskRunnerError extends Error {
   }
 }
 
-/** The disk of the store is full: what ended tasks have on it may be given up. */
+/** The disk of the store is full. Workers of ended tasks may free space on it. */
 export class StoreFullError extends TaskRunnerError {
   override name = 'StoreFullError'
 
@@ -63,9 +63,9 @@ export class StoreFullError extends TaskRunnerError {
 }
 
 /**
- * Workers are unavailable at the moment: the machine, its disk, the engine or a name server fails, which is never the
- * outcome of a task. Tasks wait, and nothing new is claimed until the backend's `check` passes. The message is a sentence
- * for people, such as "The Docker engine does not answer (ECONNREFUSED)".
+ * Workers are unavailable: the machine, its disk, the engine or a name server fails. Tasks wait,
+ * and none is claimed until the backend's `check` passes. The message is a sentence for people,
+ * such as "The Docker engine does not answer (ECONNREFUSED)".
  */
 export class UnavailableError extends TaskRunnerError {
   override name = 'UnavailableError'
@@ -75,10 +75,10 @@ export class UnavailableError extends TaskRunnerError {
   }
 }
 
-/** A hostile request can be wrong in a hundred thousand places. */
-const ERRORS_TOLD_MAX = 100
+/** Maximum errors in a response: a hostile request can have a hundred thousand. */
+const ERRORS_MAX = 100
 
-/** The request itself is wrong; names each field. */
+/** The request is invalid; `errors` names each field. */
 export class InvalidRequestError extends TaskRunnerError {
   override name = 'InvalidRequestError'
   readonly errors: readonly FieldError[]
@@ -88,10 +88,10 @@ export class InvalidRequestError extends TaskRunnerError {
       error.path === '' ? error.message : `${error.path}: ${error.message}`,
     )
     super('invalid_request', `Invalid request: ${named.slice(0, 5).join('; ')}`)
-    const more = errors.length - ERRORS_TOLD_MAX
+    const more = errors.length - ERRORS_MAX
     this.errors =
       more > 0
-        ? [...errors.slice(0, ERRORS_TOLD_MAX), { path: '', message: `and ${more} more` }]
+        ? [...errors.slice(0, ERRORS_MAX), { path: '', message: `and ${more} more` }]
         : errors
   }
 }

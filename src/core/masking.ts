@@ -2,49 +2,49 @@ import type { LogTail, Worker } from './ports.ts'
 import { turn } from './turns.ts'
 import { ValueSearch } from './value-search.ts'
 
-/** Shorter values would turn half a log into stars, and are no secrets worth the name. */
+/** Minimum length of a masked value: shorter ones would match all over a log. */
 const MASKED_BYTES_MIN = 6
 const LINES_MAX = 100
 const MASK = Buffer.from('***')
 const NOTHING = Buffer.alloc(0)
-/** Bytes masked between two turns of the event loop: a millisecond's work. */
+/** Bytes masked per turn of the event loop: about a millisecond. */
 export const MASKED_A_TURN = 32 * 1024
 
 /**
- * Replaces secret values in logs by `***`, also where a value is split over two pieces. The time it
- * takes is linear in the log, whatever that holds.
+ * Replaces secret values in logs by `***`, also a value that spans two pieces. Takes time linear in
+ * the length of the log.
  */
 export class Masker {
   readonly #search: ValueSearch
-  /** How many bytes before a cut must be looked at, so that no value is cut in two. */
+  /** Bytes before a cut that are needed to recognize a value that spans the cut. */
   readonly overlapBytes: number
 
   constructor(values: ReadonlyArray<string | null>) {
-    const written = values.flatMap((value) => (value ? withLines(value).flatMap(encodings) : []))
-    const masked = [...new Set(written)]
+    const variants = values.flatMap((value) => (value ? withLines(value).flatMap(encodings) : []))
+    const masked = [...new Set(variants)]
       .map((value) => Buffer.from(value))
       .filter((value) => value.length >= MASKED_BYTES_MIN)
     this.#search = new ValueSearch(masked)
     this.overlapBytes = Math.max(0, this.#search.longestValue - 1)
   }
 
-  /** Masks a short text at once. */
+  /** Masks a short text synchronously. */
   mask(text: Buffer): Buffer {
     const stream = this.stream()
     return Buffer.concat([stream.push(text), stream.flush()])
   }
 
   /**
-   * Masks a text of any length, with turns of the event loop between pieces. The first
-   * `lookedAtBytes` are only looked at. `isGrowing`: what may be the beginning of a value at the
-   * end is left out.
+   * Masks a text of any length, piece by piece, and yields to the event loop between pieces. The
+   * first `contextBytes` are searched, not returned. With `isGrowing`, an end that may be the
+   * beginning of a value is omitted.
    */
   async maskLong(
     text: Buffer,
-    { lookedAtBytes = 0, isGrowing = false }: { lookedAtBytes?: number; isGrowing?: boolean } = {},
+    { contextBytes = 0, isGrowing = false }: { contextBytes?: number; isGrowing?: boolean } = {},
   ): Promise<Buffer> {
     await this.ready()
-    const stream = this.stream(lookedAtBytes)
+    const stream = this.stream(contextBytes)
     const masked: Buffer[] = []
     for (let at = 0; at < text.length; at += MASKED_A_TURN) {
       if (text.length > MASKED_A_TURN) await turn()
@@ -54,47 +54,41 @@ export class Masker {
     return Buffer.concat(masked)
   }
 
-  /**
-   * Prepares the search for the values, with turns of the event loop between. Without it, the first
-   * use does all of that at once.
-   */
+  /** Builds the search with turns of the event loop in between; the first use would not yield. */
   async ready(): Promise<void> {
-    while (this.#search.buildOn()) await turn()
+    while (this.#search.buildNext()) await turn()
   }
 
-  /** Masks a text that comes in pieces. Of the first `lookedAtBytes` nothing is returned. */
-  stream(lookedAtBytes = 0): MaskedStream {
-    while (this.#search.buildOn());
-    return new MaskedStream(this.#search, lookedAtBytes)
+  /** Returns a stream; the first `contextBytes` pushed are searched, not returned. */
+  stream(contextBytes = 0): MaskedStream {
+    while (this.#search.buildNext());
+    return new MaskedStream(this.#search, contextBytes)
   }
 }
 
 /**
- * Masks a text that comes in pieces. Where it begins in the middle of a log, what stands before is
- * pushed as well and only looked at: it tells whether the text begins inside a value.
+ * Masks a text piece by piece. If it begins in the middle of a log, the bytes before it are pushed
+ * first, as context: the text may begin inside a value.
  */
 export class MaskedStream {
   readonly #search: ValueSearch
-  /** The state of the search. */
+  /** State of the search. */
   #node = 0
   #readBytes = 0
-  /** Index of the first byte that was neither returned nor only looked at. */
+  /** Index after the last byte that was returned or was context. */
   #returnedTo: number
   #hasReturned = false
-  /** The text from that index on. */
+  /** Text from that index on. */
   #held: Buffer = NOTHING
-  /**
-   * Runs of values that end after that index, as a flat list of their first index and the index
-   * after their last. Values that overlap are one run.
-   */
+  /** Runs of overlapping values that end after that index: start, end, start, end, … */
   readonly #runs: number[] = []
 
-  constructor(search: ValueSearch, lookedAtBytes: number) {
+  constructor(search: ValueSearch, contextBytes: number) {
     this.#search = search
-    this.#returnedTo = lookedAtBytes
+    this.#returnedTo = contextBytes
   }
 
-  /** Returns what no later piece can change, masked. */
+  /** Returns, masked, the text that no later piece can change. */
   push(piece: Buffer): Buffer {
     const before = this.#readBytes
     this.#node = this.#search.read(this.#node, piece, (from, to) => {
@@ -105,19 +99,19 @@ export class MaskedStream {
     return this.#return(text, this.#readBytes - this.#search.openBytes(this.#node))
   }
 
-  /** Returns what was held back, at the end of the text. */
+  /** Returns the held text, masked; call it at the end of the text. */
   flush(): Buffer {
     return this.#return(this.#held, this.#readBytes)
   }
 
-  /** Returns how many bytes of the text are held back: neither returned nor masked yet. */
+  /** Returns the number of bytes held: neither returned nor masked yet. */
   heldBytes(): number {
     const [from = Number.POSITIVE_INFINITY, to = 0] = this.#runs
     const isMaskOut = this.#hasReturned && from < this.#returnedTo
     return Math.max(0, this.#readBytes - Math.max(this.#returnedTo, isMaskOut ? to : 0))
   }
 
-  /** Adds a value to the runs. Values come in the order of their ends. */
+  /** Adds a value to the runs. Values are added in the order of their ends. */
   #found(from: number, to: number): void {
     const runs = this.#runs
     const begin = from
@@ -133,7 +127,7 @@ export class MaskedStream {
     runs.push(begin, to)
   }
 
-  /** Returns the text up to a border, an index of the whole text, and holds the rest. */
+  /** Returns the text up to `border`, an index into the whole text, masked; holds the rest. */
   #return(text: Buffer, border: number): Buffer {
     const textFrom = this.#readBytes - text.length
     const from = this.#returnedTo
@@ -153,7 +147,7 @@ export class MaskedStream {
     const runs = this.#runs
     const from = this.#returnedTo
     if ((runs[0] ?? border) >= border) return text.subarray(from - textFrom, border - textFrom)
-    // A whole value is longer than its mask; only the first and the last may be cut by the borders.
+    // A value is longer than its mask, except the first and the last, which borders may cut.
     const masked = Buffer.allocUnsafe(border - from + 2 * MASK.length)
     let length = 0
     let at = from
@@ -177,17 +171,17 @@ export class MaskedStream {
   }
 }
 
-/** A longer value, such as a key, is hardly printed encoded. */
+/** Maximum length of a value searched encoded: a long one, such as a key, is printed as it is. */
 const ENCODED_BYTES_MAX = 4096
 
-/** A value as it is, and as JSON, URLs and base64 spell it. */
+/** Returns a value as it is, and as it appears in JSON, URLs and base64. */
 function encodings(value: string): string[] {
   const bytes = Buffer.from(value)
   if (bytes.length < MASKED_BYTES_MIN || bytes.length > ENCODED_BYTES_MAX) return [value]
   return [value, ...inJson(value), ...inUrls(value), ...inBase64(bytes)]
 }
 
-/** As most libraries write a string, and as those that keep to ASCII. */
+/** Returns the value as a JSON string, with and without characters beyond ASCII escaped. */
 function inJson(value: string): string[] {
   const json = JSON.stringify(value).slice(1, -1)
   const ascii = json.replace(
@@ -197,7 +191,7 @@ function inJson(value: string): string[] {
   return [json, ascii]
 }
 
-/** Percent-encoded, by all rules of what stays as it is; in small letters as git writes it. */
+/** Returns the value percent-encoded by each common rule; git writes lower-case digits. */
 function inUrls(value: string): string[] {
   const kept = [/[\w.~-]/, /[\w.~/-]/, /[\w.*-]/, /[\w.~!'()*-]/]
   const encoded = kept.map((isKept) =>
@@ -212,7 +206,7 @@ function inUrls(value: string): string[] {
   })
 }
 
-/** What is certain in base64 of a text that holds the value: it depends on where in three bytes the value begins. */
+/** Returns the base64 characters that depend on the value alone, at each offset modulo 3. */
 function inBase64(value: Buffer): string[] {
   return [0, 1, 2].flatMap((offset) => {
     const base64 = Buffer.concat([Buffer.alloc(offset), value]).toString('base64')
@@ -222,17 +216,17 @@ function inBase64(value: Buffer): string[] {
   })
 }
 
-/** Of a value of several lines, as keys have them, a task may print a single one. */
+/** Returns the value and each of its lines: a task may print one line of a key. */
 function withLines(value: string): string[] {
   const lines = value.split(/\r?\n/)
-  // Each is searched for: of longer ones, such as certificates, the whole has to do.
+  // Values of many lines, such as bundles of certificates, are searched only as a whole.
   if (lines.length === 1 || lines.length > LINES_MAX) return [value]
   return [value, ...lines.filter((line) => line.trim().length >= MASKED_BYTES_MIN)]
 }
 
 /**
- * The last bytes of a worker's log, masked. `log.totalBytes` counts what the log would have masked;
- * `rawBytes` what was logged. `hasEnded`: the task is known to write no more.
+ * Returns the end of a worker's log, masked. `log.totalBytes` is the length of the whole log with
+ * masks, `rawBytes` without. `hasEnded`: the task writes no more.
  */
 export async function maskedTail(
   worker: Worker,
@@ -242,9 +236,8 @@ export async function maskedTail(
 ): Promise<{ log: LogTail; rawBytes: number }> {
   const isGrowing = !hasEnded && (await worker.status()) === 'Running'
   const { content, totalBytes } = await worker.logs({ maxBytes: maxBytes + masker.overlapBytes })
-  const lookedAtBytes = Math.max(0, content.length - maxBytes)
-  // Of a log that goes on, the end may be half a value.
-  const masked = await masker.maskLong(content, { lookedAtBytes, isGrowing })
-  const removedBytes = content.length - lookedAtBytes - masked.length
+  const contextBytes = Math.max(0, content.length - maxBytes)
+  const masked = await masker.maskLong(content, { contextBytes, isGrowing })
+  const removedBytes = content.length - contextBytes - masked.length
   return { log: { content: masked, totalBytes: totalBytes - removedBytes }, rawBytes: totalBytes }
 }

@@ -1,31 +1,31 @@
 import type { Cluster, Logger, OrphanedTask, SeenTask } from './ports.ts'
 import { until } from './until.ts'
 
-/** How often others hear that we live, and we look for what they left. */
+/** Interval of heartbeats, and of looking for tasks of dead instances. */
 const BEAT_MS = 2_000
 
-/** What membership does to the tasks of this instance. */
+/** Runs of this instance, as membership changes them. */
 export interface Runs {
-  /** Tasks that are run here, with the claim each is held by. */
+  /** Returns the tasks that this instance runs, each with its claim. */
   held(): Map<string, number>
-  /** The task is not ours by that claim: nothing more is decided here. */
-  letGo(taskId: string, claim: number): void
-  /** Takes a running task on; one that is run here already stays as it is. */
+  /** Releases a task if it is run by that claim: another instance has it now. */
+  release(taskId: string, claim: number): void
+  /** Resumes a running task, unless this instance runs it already. */
   resume(task: SeenTask): void
-  /** Ends a task whose worker is out of reach for good, however long that takes; one that is being ended stays as it is. */
-  giveUp(orphan: OrphanedTask): void
-  /** Someone wants the task ended. */
+  /** Fails a task whose worker is lost, unless that is under way. */
+  fail(orphan: OrphanedTask): void
+  /** Cancels the task if this instance runs it. */
   cancel(taskId: string): void
 }
 
-/** Keeps this instance one of several: it tells that it lives, learns what is still its own, and goes on for the dead. */
+/** Sends this instance's heartbeats, and takes over the tasks of instances that have died. */
 export class Membership {
   readonly #cluster: Cluster
   readonly #runs: Runs
   readonly #log: Logger
-  /** Settles when others know that we live, and we know which tasks are still ours. */
+  /** Settles once a heartbeat is stored and the claims of this instance were checked. */
   #confirmed = Promise.withResolvers<void>()
-  /** Others may have taken tasks of ours since we last knew. */
+  /** Other instances may have claimed our tasks since the last check. */
   #isUnsure = false
   #isClosed = false
   #timer: NodeJS.Timeout | undefined
@@ -42,25 +42,25 @@ export class Membership {
   }
 
   /**
-   * What is done to a worker waits for this: an instance that may have been thought dead does nothing until it knows.
-   * Throws when `signal` aborts.
+   * Waits until this instance knows which tasks are still its own: before that it must not start or
+   * stop a worker, since others may have considered it dead. Rejects when `signal` aborts.
    */
-  async sure(signal: AbortSignal): Promise<void> {
+  async confirmed(signal: AbortSignal): Promise<void> {
     if (this.#cluster.isMember() && !this.#isUnsure) return
     await until(this.#confirmed.promise, signal)
   }
 
-  /** Takes on nothing more. */
+  /** Stops the heartbeats; takes over no more tasks. */
   stop(): void {
     this.#isClosed = true
     clearTimeout(this.#timer)
   }
 
-  /** Others may take what is left, at once. Never rejects. */
+  /** Lets other instances take over our tasks at once. Never rejects. */
   async leave(): Promise<void> {
     await this.#turn
     await this.#cluster.leave().catch((err: unknown) => {
-      this.#log.warn({ err }, 'leaving could not be told: others find out')
+      this.#log.warn({ err }, 'announcing the shutdown failed: others notice it later')
     })
   }
 
@@ -68,7 +68,7 @@ export class Membership {
     try {
       await this.#confirm()
     } catch (err) {
-      this.#log.error({ err }, 'talking to the other instances failed, trying again')
+      this.#log.error({ err }, 'heartbeat or takeover failed, trying again')
     }
     if (this.#isClosed) return
     this.#timer = setTimeout(() => this.start(), BEAT_MS)
@@ -79,7 +79,7 @@ export class Membership {
     if (!cluster.isMember()) this.#isUnsure = true
     if (!(await cluster.beat())) this.#isUnsure = true
     await this.#reconcile()
-    // The answer may have come late as well.
+    // The check itself may have taken longer than a heartbeat is valid.
     if (cluster.isMember()) {
       this.#isUnsure = false
       this.#confirmed.resolve()
@@ -88,22 +88,22 @@ export class Membership {
     for (const taskId of await cluster.cancelRequests()) this.#runs.cancel(taskId)
     for (const orphan of await cluster.orphans()) {
       if (this.#isClosed) return
-      if (orphan.isLost) this.#runs.giveUp(orphan)
+      if (orphan.isLost) this.#runs.fail(orphan)
       else this.#runs.resume(orphan)
     }
   }
 
   /**
-   * Others may have taken tasks of ours: those are let go. What is ours, and nobody runs, is taken up: it had been let go,
-   * or the answer to its claim was lost.
+   * Releases tasks that others have claimed. Resumes claimed tasks that this instance does not run:
+   * it had released them, or the reply to its claim was lost.
    */
   async #reconcile(): Promise<void> {
-    // What is claimed while we ask is not in the answer, and ours.
+    // Before the query: a task claimed during it is ours, and missing in its result.
     const held = this.#runs.held()
     const ours = await this.#cluster.ours()
     const claims = new Map(ours.map(({ taskId, claim }) => [taskId, claim]))
     for (const [taskId, claim] of held) {
-      if (claims.get(taskId) !== claim) this.#runs.letGo(taskId, claim)
+      if (claims.get(taskId) !== claim) this.#runs.release(taskId, claim)
     }
     for (const task of ours) this.#runs.resume(task)
   }

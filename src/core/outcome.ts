@@ -1,13 +1,13 @@
-/** Outcomes of tasks that did not end by their own exit code, and what a log says of them. Pure. */
+/** Outcomes of tasks without an exit code, and the last line of their logs. Pure. */
 import type { LogTail } from './ports.ts'
 import type { Outcome } from './task.ts'
 
 const NEWLINE = 10
 const OURS = '[task-runner] '
-/** Bytes that lines of ours have at most, of a task that printed nothing. */
+/** Maximum bytes of our lines in the log of a task that printed nothing. */
 const OUR_BYTES_MAX = 64 * 1024
 
-/** A log as it is committed; `rawBytes` counts what it has without masks. */
+/** A log as it is committed; `rawBytes` is its length without masks. */
 export interface TakenLog {
   log: LogTail
   rawBytes: number
@@ -23,7 +23,7 @@ export const CANCELLED = failure('cancelled', 'Cancelled on request')
 /** Log of a task that had no worker. */
 export const NO_LOG: TakenLog = takenLog('')
 
-/** What stands in for a log that the worker does not give. */
+/** Log of a task whose worker does not return one. */
 export const UNREADABLE_LOG: TakenLog = takenLog(`${OURS}The log could not be read\n`)
 
 function takenLog(text: string): TakenLog {
@@ -32,9 +32,8 @@ function takenLog(text: string): TakenLog {
 }
 
 /**
- * Adds a last line that says why the task ended, unless it ended by its own exit code and printed
- * something: a receiver gets the log and nothing else that tells. Where the worker has said the
- * same, nothing is added.
+ * Adds a last line that says why the task failed: the callback's body has no field for it. Adds
+ * none if the task exited by itself and printed something, or if the worker wrote the same line.
  */
 export function withLastLine(
   taken: TakenLog,
@@ -61,11 +60,11 @@ function whyOf(
   if (reason === 'completed') return undefined
   if (reason !== 'exit_code') return message ?? reason
   if (totalBytes > Math.min(content.length, OUR_BYTES_MAX) || hasOutput(content)) return undefined
-  // Where lines of ours are there, they may say that output is missing.
+  // Our lines, if any, may say that output is missing.
   return `Failed with exit code ${exitCode}${content.length === 0 ? ', without any output' : ''}`
 }
 
-/** Whether anything in the log is not a line of ours. */
+/** Returns whether the log has any line but ours. */
 function hasOutput(content: Buffer): boolean {
   for (let at = 0; at < content.length; ) {
     if (content.subarray(at, at + OURS.length).toString() !== OURS) return true
@@ -76,7 +75,7 @@ function hasOutput(content: Buffer): boolean {
   return false
 }
 
-/** Whether something comes after the last line end. */
+/** Returns whether the last line is incomplete. */
 function endsInLine(content: Buffer): boolean {
   return content.length > 0 && content.at(-1) !== NEWLINE
 }

@@ -6,19 +6,18 @@ import { TaskRunnerError, UnavailableError } from './errors.ts'
 import { type Logger, WorkerError } from './ports.ts'
 import type { Slot } from './slots.ts'
 
-/** What a task may be hindered at. */
+/** Steps that are repeated while the service cannot do them. */
 export type Step = 'getting a worker' | 'finding its worker' | 'watching its worker'
 
-/** A task that may be hindered. */
-export interface Hindered {
+export interface StepOptions {
   taskId: string
-  /** End the step for good. */
+  /** Signals that end the step. */
   ends: readonly AbortSignal[]
-  /** Ends a pause, so that the step is repeated at once. */
+  /** Ends a pause: the step is repeated at once. */
   wake?: AbortSignal
-  /** Given to others while the task waits; undefined: the task has its worker, and keeps it. */
+  /** Released while the task waits; undefined: the task has a worker and keeps its slot. */
   slot?: Slot
-  /** Hears what hinders the task, in a sentence; null: nothing any more. */
+  /** Called with what the task waits for, in a sentence; null: it waits no longer. */
   onWaiting: (waitingFor: string | null) => void
 }
 
@@ -26,25 +25,25 @@ export interface PatienceOptions {
   availability: Availability
   retryMs: number
   retryMaxMs: number
-  /** A task that fails at a step for so long, while others pass it, has a trouble of its own. */
+  /** A task that fails at a step for this long while others pass it is failed. */
   hopelessMs: number
   now: () => number
   log: Logger
 }
 
-/** Maximum of one wait that counts, so that a clock set forward makes no task hopeless. */
+/** Maximum counted of one wait: a clock set forward must not fail a task. */
 const WAIT_COUNTED_MAX_MS = 60_000
 const WORDS_MAX = 500
-/** The longest that a timer takes. */
+/** Maximum delay of a Node timer. */
 const FOREVER_MS = 2 ** 31 - 1
 
 /**
- * Repeats the steps of a task's life. A failure of ours (the machine, its disk, the engine, the store) is no outcome: the task
- * waits, and the step is repeated with growing pauses.
+ * Repeats a task's steps. A failure of the machine, its disk, the engine or the store is no
+ * outcome: the task waits, and the step is repeated with growing pauses.
  */
 export class Patience {
   readonly #options: PatienceOptions
-  /** How often each step was passed, by any task. */
+  /** Number of times that any task has passed each step. */
   readonly #passes = new Map<Step, number>()
 
   constructor(options: PatienceOptions) {
@@ -52,10 +51,11 @@ export class Patience {
   }
 
   /**
-   * Repeats `attempt` until it succeeds. Throws a `WorkerError`: that of the attempt, which is the task's own, or
-   * `internal_error` when the step failed for too long while others passed it. Rejects when one of the task's `ends` aborts.
+   * Repeats `attempt` until it succeeds. Throws its `WorkerError`, which is the task's own failure,
+   * or one with `internal_error` if the step fails for `hopelessMs` while other tasks pass it.
+   * Rejects when a signal of `ends` aborts.
    */
-  async repeat<T>(step: Step, task: Hindered, attempt: () => Promise<T>): Promise<T> {
+  async repeat<T>(step: Step, task: StepOptions, attempt: () => Promise<T>): Promise<T> {
     const { retryMs, retryMaxMs, hopelessMs, now, log } = this.#options
     const passesBefore = this.#passesOf(step)
     let waitedMs = 0
@@ -72,7 +72,7 @@ export class Patience {
         if (waitedMs >= hopelessMs && this.#passesOf(step) > passesBefore) {
           throw new WorkerError('internal_error', words, { cause: err })
         }
-        log.warn({ err, taskId: task.taskId, step }, 'a task is hindered and waits')
+        log.warn({ err, taskId: task.taskId, step }, 'a step failed, the task waits')
         task.onWaiting(words)
         const began = now()
         await this.#wait(err, waitMs, task)
@@ -81,15 +81,15 @@ export class Patience {
     }
   }
 
-  /** Rejects when one of the task's `ends` aborts. */
-  async #wait(err: unknown, waitMs: number, { ends, wake, slot }: Hindered): Promise<void> {
+  /** Rejects when a signal of `ends` aborts. */
+  async #wait(err: unknown, waitMs: number, { ends, wake, slot }: StepOptions): Promise<void> {
     const { availability } = this.#options
     const isShared = err instanceof UnavailableError
     if (isShared) availability.failed(err)
     slot?.release()
     using ended = new Deadline(FOREVER_MS, ends)
     const { signal } = ended
-    // Others try for this task as well, where it waits for what all wait for.
+    // While workers are unavailable, `availability` polls for all tasks: no pause of its own.
     if (!(isShared && slot)) {
       using pausing = new Deadline(waitMs, wake && !wake.aborted ? [signal, wake] : [signal])
       if (!pausing.signal.aborted) await once(pausing.signal, 'abort')
@@ -105,15 +105,15 @@ export class Patience {
   }
 }
 
-/** What an error says to people: the words of one that nobody expected are cut to a line. */
+/** Returns an error's message for people: of an unexpected one, the first line. */
 export function wordsOf(err: unknown): string {
   if (err instanceof TaskRunnerError) return err.message
   const words = err instanceof Error ? err.message : String(err)
   const line = words.split('\n', 1)[0] ?? ''
-  return `The service met an error and tries again: ${line.slice(0, WORDS_MAX)}`
+  return `The service retries after an error: ${line.slice(0, WORDS_MAX)}`
 }
 
-/** Repeats an idempotent step, with growing pauses, until it succeeds. Undefined: `signal` has aborted. */
+/** Repeats an idempotent step with growing pauses. Undefined: `signal` has aborted. */
 export async function persistently<T>(
   what: string,
   step: () => Promise<T>,
@@ -132,7 +132,7 @@ export async function persistently<T>(
     } catch (err) {
       log.error({ err }, `${what} failed, trying again`)
       await onFailure?.(err).catch((worse: unknown) => {
-        log.error({ err: worse }, `what is done when ${what} fails failed as well`)
+        log.error({ err: worse }, `recovering after ${what} failed`)
       })
       await pause(waitMs, undefined, { signal }).catch(() => {})
       if (signal.aborted) return undefined

@@ -1,4 +1,4 @@
-/** What the rules need from the outside world. Adapters implement these; nothing here knows which. */
+/** Ports of the core, which adapters implement, and the records that they exchange. */
 import type {
   CallbackStatus,
   Outcome,
@@ -21,20 +21,20 @@ export interface Logger {
 
 /** A repository that a worker clones before its task runs. */
 export interface Repository {
-  /** http, https or ssh; without a password. */
+  /** http, https or ssh, without a password. */
   url: string
-  /** Where to, below the worker's home. */
+  /** Target folder below the worker's home. */
   directory: string
   branch: string | undefined
-  /** Only the last commits, that many. */
+  /** Number of the last commits to fetch; undefined: all. */
   depth: number | undefined
-  /** Only these folders, when there are any. */
+  /** Folders to check out; empty: all. */
   sparseFolders: readonly string[]
-  /** What the host's name was found to be and may be dialled; empty when the URL holds the address itself. */
+  /** Allowed addresses of the host; empty if the URL contains an address. */
   addresses: readonly string[]
-  /** ssh: `password` is a private key. */
+  /** `password` is a private key if the URL is of ssh. */
   credential: { username: string; password: string } | undefined
-  /** Leaves the credential for the task's own use of git. */
+  /** Keeps the credential for the task's own use of git. */
   keepCredential: boolean
 }
 
@@ -44,11 +44,11 @@ export interface WorkerResources {
   gpus: number
 }
 
-/** How a worker's image is had. */
+/** How a worker's image is pulled. */
 export interface ImageConfig {
   pullPolicy?: 'Always' | 'IfNotPresent' | 'Never'
   credential?: { username: string; password: string }
-  /** Kubernetes: a pull secret that is there already. */
+  /** Name of an existing pull secret of Kubernetes. */
   pullSecretName?: string
 }
 
@@ -57,7 +57,7 @@ export interface WorkerSpec {
   taskId: string
   /** Relative to `taskFolder`. */
   taskFileName: string
-  /** Where the task runs: the copy of the tasks folder, or a repository's directory below home. */
+  /** Working directory: the copy of the tasks folder, or a repository below home. */
   taskFolder: 'tasks' | `home/${string}`
   repositories: readonly Repository[]
   environment: Record<string, string>
@@ -65,15 +65,15 @@ export interface WorkerSpec {
   image?: string | undefined
   imageConfig?: ImageConfig | undefined
   size?: string | undefined
-  /** What the size means; undefined: as much as there is. */
+  /** Resources of the size; undefined: no limit. */
   resources?: WorkerResources | undefined
-  /** The worker stays for a look inside after its task has ended. */
+  /** Keeps the worker for inspection after its task has ended. */
   keepAfterwards: boolean
   /** A task that logs more is ended with reason `log_limit`. */
   maxLogBytes: number
-  /** How long the task may run: for engines that end it should we be away. */
+  /** Time limit, for engines that can enforce it while the service is down. */
   timeoutSeconds: number
-  /** Lines for people, put at the top of the task's log. */
+  /** First lines of the task's log, for people. */
   notes: string[]
 }
 
@@ -88,65 +88,60 @@ export interface Completion {
 
 export interface LogTail {
   content: Buffer
-  /** Bytes logged in all; more than `content` holds when the beginning was cut. */
+  /** Length of the whole log; `content` may be only its end. */
   totalBytes: number
 }
 
 export interface Worker {
   readonly name: string
-  /** Empty where the task made away with what told it. */
+  /** Empty if the task has deleted the file that holds it. */
   readonly taskId: string
   readonly backend: string
   readonly image: string | null
   readonly size: string | null
   readonly createdAt: number
-  /** Another service may have made it: it is ours only if the store knows its task. */
+  /** Another deployment may have made it: it is ours only if the store has its task. */
   readonly mayBeForeign?: boolean
   status(): Promise<WorkerStatus>
-  /** Settles when the task's exit is known; rejects only when `signal` aborts. */
+  /** Waits for the task's exit. Rejects only when `signal` aborts. */
   completion(signal: AbortSignal): Promise<Completion>
-  /** Ends the task's processes (TERM, a grace period, KILL); log and files stay readable. Idempotent. */
+  /** Ends the task's processes (TERM, grace period, KILL) and keeps log and files. Idempotent. */
   stop(): Promise<void>
-  /** True once the task has ended of its own accord, also while something of it may still write into its log. */
+  /** True once the task has exited by itself, even if its children still write to the log. */
   hasEnded?(): Promise<boolean>
-  /** The last bytes of the log. */
+  /** Reads the end of the log. */
   logs(options: { maxBytes: number }): Promise<LogTail>
-  /** The log's bytes from an offset on, as they come; ends when the task has ended and all was read. */
+  /** Streams the log from an offset on, until the task has ended. */
   follow(options: { from: number; signal: AbortSignal }): AsyncIterable<Buffer>
-  /** Ends the processes and removes everything the worker had. Idempotent; rejects when something is left. */
+  /** Ends the processes and removes all of the worker. Idempotent. Rejects if anything is left. */
   terminate(): Promise<void>
-  /**
-   * Empties what takes space and is not needed for the outcome, where that is on the disk of the store. Only after the task has
-   * ended. Idempotent.
-   */
+  /** Removes an ended task's files, but not its outcome, from the store's disk. Idempotent. */
   freeSpace?(): Promise<void>
 }
 
 export interface WorkerBackend {
   readonly name: string
   /**
-   * Makes the worker and starts its task. Idempotent by `spec.name`. Throws `WorkerError` where what the task asked for
-   * cannot be had, which ends the task, and `UnavailableError` where no task could get a worker now. After any other error
-   * the task waits, too, and is tried again. `mayStart` is asked when all is there but what the task cannot start without, in engines that we share with
-   * others: when it rejects, the task does not start.
+   * Makes the worker and starts its task. Idempotent by `spec.name`. Throws a `WorkerError`, which
+   * ends the task, if the task's own request cannot be met; `UnavailableError` if no task can get a
+   * worker now. After that and any other error, the caller retries. An engine shared with other
+   * instances calls `mayStart` right before the start; if it rejects, the task does not start.
    */
   provision(spec: WorkerSpec, signal: AbortSignal, mayStart?: () => Promise<void>): Promise<Worker>
   find(name: string): Promise<Worker | undefined>
-  /** What really exists, not what is remembered. */
+  /** Lists the workers that exist. */
   list(): Promise<Worker[]>
-  /**
-   * Does what provisioning does, as far as that leaves nothing behind. Throws `UnavailableError` while workers are unavailable.
-   */
+  /** Tries the parts of `provision` that leave nothing. Throws `UnavailableError` if they fail. */
   check(): Promise<void>
-  /** Why no worker could be given the task files as they are now; undefined: they are fine. */
+  /** Returns why workers cannot get the task files in their present state; undefined: they can. */
   taskFilesProblem?(): Promise<string | undefined>
-  /** What workers that have ended left on our disk, and what cannot be removed. */
+  /** Returns the number of workers' folders that could not be removed. */
   leftBehind?(): number
-  /** Lets go of workers without ending them. */
+  /** Closes connections and threads; workers go on. */
   close(): Promise<void>
 }
 
-/** A worker could not be had, for a reason its user can act on. */
+/** A worker cannot be provisioned, for a reason that the task's author can act on. */
 export class WorkerError extends Error {
   override name = 'WorkerError'
   readonly reason: Reason
@@ -157,99 +152,94 @@ export class WorkerError extends Error {
   }
 }
 
-/** Named secrets, read anew each time, so that a rotated one needs no restart. */
+/** Named secrets. Not cached, so that a rotated one needs no restart. */
 export interface SecretSource {
   /**
-   * Undefined: there is none of this name. Throws `UnusableSecretError`, and any other error, with
-   * words for people, while it cannot be read for a reason of ours.
+   * Undefined: no such secret. Throws `UnusableSecretError`, or another error with a message for
+   * people while the service cannot read it.
    */
   read(name: string): Promise<string | undefined>
 }
 
-/** There is a secret, and it cannot be used; the message says why, and nothing of its value. */
+/** The secret exists and is unusable; the message says why, without its value. */
 export class UnusableSecretError extends Error {
   override name = 'UnusableSecretError'
 }
 
-/** Which hosts repositories may be cloned from. */
+/** Hosts that repositories may be cloned from. */
 export interface GitHosts {
-  /** Why a URL can be refused without asking anybody; undefined when only looking it up will tell. */
+  /** Returns why a URL is refused; undefined: it may be allowed, subject to its addresses. */
   refusal(url: URL): string | undefined
   /**
-   * The addresses of the URL's host that may be dialled. Throws a `WorkerError` when there are
-   * none, and any other error, with words for people, while nobody can tell.
+   * Returns the allowed addresses of the URL's host. Throws a `WorkerError` if there are none, and
+   * another error, with a message for people, while the lookup fails.
    */
   addresses(url: URL): Promise<string[]>
 }
 
-/** A live task as it was when it was looked at: whoever takes it on names this claim, and is the only one to. */
+/** A live task with the claim it had when read: an instance can take it over only by that claim. */
 export interface SeenTask {
   taskId: string
-  /** 0: nobody has claimed it yet. */
+  /** 0: never claimed. */
   claim: number
 }
 
 // ---------------------------------------------------------------- other instances
 
 export interface OrphanedTask extends SeenTask {
-  /** The one that has died. */
+  /** Instance that has died. */
   instance: string
-  /** Its worker is out of reach with the host, which had its time to come back. */
+  /** The worker ran on the instance's host, which has not come back in time. */
   isLost: boolean
 }
 
-/** The instances of the service that share a store, and with it the tasks. */
+/** The instances of a deployment, which share the tasks. */
 export interface Cluster {
-  /** Says that this instance lives. False: it has been silent for so long that others may have taken its tasks. */
+  /** Stores a heartbeat. False: the last one had expired, and others may have claimed our tasks. */
   beat(): Promise<boolean>
-  /** Others know that this one lives; false once its last beat is too long ago. Asks nobody. */
+  /** Returns whether the last heartbeat is still valid, without a query. */
   isMember(): boolean
-  /** Tasks that this instance has claimed and not ended. */
+  /** Returns the live tasks that this instance has claimed. */
   ours(): Promise<SeenTask[]>
-  /**
-   * Running tasks of instances that have died, some of them: there may be many, and others to take their share. Asked
-   * again, also for what others have not taken.
-   */
+  /** Returns a random share of the running tasks of dead instances; call it again for the rest. */
   orphans(): Promise<OrphanedTask[]>
-  /** Tasks of ours that someone wants ended. */
+  /** Returns tasks of this instance whose cancel is requested. */
   cancelRequests(): Promise<string[]>
-  /** Others may take over at once what this instance leaves behind. */
+  /** Lets others take over the tasks of this instance at once. */
   leave(): Promise<void>
 }
 
-/** Messages between instances. One may get lost: they only make things quicker. */
+/** Messages between instances. They may get lost: polling finds the same, later. */
 export interface Hints {
-  /** Says that tasks wait. */
+  /** Announces that tasks wait. */
   tasksWait(): void
-  /** Says that someone wants the task ended. */
+  /** Announces that a task's cancel is requested. */
   cancelRequested(taskId: string): void
 }
 
 // ---------------------------------------------------------------- store
 
 export interface NewTask extends TaskRequest {
-  /** With the defaults of the worker files laid under. */
+  /** The request's config, merged with the defaults of the worker files. */
   workerConfig: WorkerConfig
   timeoutSeconds: number
   priority: number
   traceparent: string | null
-  /** Of the request as given: tells a repeated request from another one under the same id. */
+  /** Digest of the request: tells a repetition from another request with the same id. */
   digest: string
   workerName: string
   createdAt: number
 }
 
-/** What a claim tells beyond the task itself. */
 export interface ClaimedTask extends Task {
   cancelRequested: boolean
-  /** Set where its sealed parameters cannot be read: it has none of them, and can only be ended. */
+  /** Set if the sealed parameters are unreadable: the task lacks them and can only be ended. */
   damage?: DamagedTaskError
 }
 
 /**
- * What is sealed of a stored task is damaged. `task` is the rest of it, with nothing sealed, so
- * that the task can still be noted as waiting, or ended. The secrets that its log may hold are
- * unknown: the log must not be kept.
+ * The sealed columns of a stored task are damaged. `task` has the others, so that it can still be
+ * ended. The secrets in its log are unknown: the log must not be stored.
  */
 export class DamagedTaskError extends Error {
   override name = 'DamagedTaskError'
@@ -277,21 +267,21 @@ export interface TaskFilter {
 export interface NewDelivery {
   webhookId: string
   origin: string
-  /** The instance that commits makes the first attempt itself until then; null leaves it to any. */
+  /** Lease of the committing instance for the first attempt; null: any instance may attempt it. */
   leaseUntil: number | null
 }
 
 export interface WorkerOwner {
   status: TaskStatus
   finishedAt: number | null
-  /** The worker stays for a look inside. */
+  /** The worker is kept for inspection. */
   kept: boolean
-  /** The task waits for what is ours to mend. */
+  /** The task waits for the service. */
   isHindered: boolean
 }
 
 export interface TaskStore {
-  /** Durable when it resolves. False: the id is taken. */
+  /** Durable once it resolves. False: the id is taken. */
   insert(task: NewTask): Promise<boolean>
   digestOf(taskId: string): Promise<{ digest: string; status: TaskStatus } | undefined>
   /** Throws `DamagedTaskError`. */
@@ -300,70 +290,68 @@ export interface TaskStore {
   list(filter: TaskFilter): Promise<TaskSummary[]>
   log(taskId: string): Promise<LogTail | undefined>
   /**
-   * Claims up to `limit` waiting tasks, the first by `queuePosition`, and returns them in that
-   * order; with `runningMax`, no more than that many tasks run on all instances. A claim whose
-   * answer is lost is found by `Cluster.ours`.
+   * Claims up to `limit` waiting tasks in the order of `queuePosition`; with `runningMax`, at most
+   * that many tasks run on all instances. A claim whose reply is lost is found by `Cluster.ours`.
    */
   claimNext(options: {
     at: number
     limit: number
     runningMax?: number | undefined
   }): Promise<ClaimedTask[]>
-  /** Makes a task wait again that `claimNext` has given out and nothing was done for. */
+  /** Returns a task that was claimed by `claimNext`, and not begun, to the queue. */
   putBack(task: Pick<Task, 'taskId' | 'claim'>): Promise<void>
   /** Counts waiting tasks of all instances, up to `max`. */
   countQueued(max: number): Promise<number>
   /**
-   * Takes a live task that is still at the claim `seen`, or was taken by this very call before:
-   * raises its claim, moves `queued` to `provisioning`. Without `seen`: one that nobody has
-   * claimed. Undefined: it is final, gone, or someone else's. Safe to repeat.
+   * Claims a live task whose claim is still `seen` (default: 0, never claimed): raises the claim
+   * and moves `queued` to `provisioning`. Undefined: the task is final, gone or another instance's.
+   * Safe to repeat.
    */
   claim(taskId: string, at: number, seen?: number): Promise<ClaimedTask | undefined>
-  /** Keeps, sealed, what must not show in the task's log, until the task ends. */
+  /** Stores the values to mask in the task's log, sealed, until the task ends. */
   keepSecretValues(task: Task, values: readonly string[]): Promise<void>
   /**
-   * Notes what hinders the task, in a sentence, while this claim holds and it has not ended; null: nothing any more. `claim`,
-   * `markRunning` and `finish` note null by themselves.
+   * Stores what a live task waits for, in a sentence, if the claim still holds. Null: nothing;
+   * `claim`, `markRunning` and `finish` store null, too.
    */
   noteWaiting(task: Pick<Task, 'taskId' | 'claim'>, waitingFor: string | null): Promise<void>
-  /** False: the claim is not ours any more, or the task is final. */
+  /** False: another instance has claimed the task, or it is final. */
   markRunning(task: Task, startedAt: number): Promise<boolean>
   /**
-   * Sets the outcome once, with log and delivery, in one transaction, and forgets the secrets that are not
-   * needed any more. False: someone else was first. Safe to repeat.
+   * Commits outcome, log and delivery in one transaction, and deletes secrets no longer needed.
+   * False: the task was final or claimed by another instance. Safe to repeat.
    */
   finish(
     task: Task,
     end: {
       outcome: Outcome
       log: LogTail
-      /** Bytes of the log, our last line included, before anything was masked or cut. */
+      /** Length of the log with our last line, before it was masked and cut. */
       logBytes: number
       delivery: NewDelivery | undefined
       finishedAt: number
       keepWorker: boolean
     },
   ): Promise<boolean>
-  /** Notes that someone wants the task ended. Undefined: it is final already, or unknown. */
+  /** Stores a request to cancel the task. Undefined: it is final or unknown. */
   requestCancel(taskId: string, at: number): Promise<TaskSummary | undefined>
-  /** Of all instances. */
+  /** Counts live tasks of all instances. */
   countLive(): Promise<Array<{ status: TaskStatus; count: number; oldestCreatedAt: number }>>
   /**
-   * Live tasks that are for this instance to take up at its start, in the order they came: those
-   * that it had claimed, and waiting ones that someone wants ended.
+   * Returns the live tasks that this instance resumes at its start, oldest first: those that it had
+   * claimed, and waiting ones whose cancel is requested.
    */
   live(): Promise<LiveTask[]>
-  /** What is remembered about the task a worker says it is for. */
   workerOwner(taskId: string): Promise<WorkerOwner | undefined>
-  /** Finished tasks of this instance whose worker is still to be terminated. */
+  /** Returns ended tasks of this instance whose worker is still to be terminated. */
   workersToTerminate(): Promise<Array<{ taskId: string; workerName: string }>>
   workerTerminated(taskId: string): Promise<void>
   /**
-   * Tasks that ended before `at` and whose worker nobody has noted as gone. With `instance`, only those of its host, and
-   * of hosts that are forgotten.
+   * Returns tasks that ended before `at` without a `workerTerminated`. With `instance`, only those
+   * of its host and of unknown hosts.
    */
   workersRemembered(at: number, instance?: string): Promise<string[]>
-  /** Removes finished tasks with their logs, never one whose delivery is pending. Returns how many. */
+  /** Removes ended tasks with their logs, unless the delivery is pending. Returns how many. */
   removeFinishedBefore(at: number): Promise<number>
   /** Throws `store_unavailable` when the store cannot be read. */
   check(): Promise<void>
@@ -378,30 +366,30 @@ export interface CallbackPayload {
   logs: StoredLog
 }
 
-/** A log that is read when it is needed: attempts that wait hold none of it. Each `read` gives the same. */
+/** A log that is read only when sent, so that waiting attempts do not hold it. */
 export interface StoredLog {
-  /** Tells large ones from others. */
+  /** Length of the log. */
   bytes: number
   read(): Promise<LogTail>
 }
 
-/** What an attempt sends, and where. */
+/** Target and content of an attempt. */
 export interface DeliveryContent {
   url: string
   token: string | null
   traceparent: string | null
   payload: CallbackPayload
   facts: CallbackFacts
-  /** The receiver refused the whole log as too large: this is its end. */
+  /** The receiver rejected the whole log as too large: only its end is sent. */
   isCut: boolean
 }
 
-/** How the task ended, for those who look at headers. */
+/** Facts about the task's end, sent as headers. */
 export interface CallbackFacts {
   status: TaskStatus
   reason: Reason | null
   exitCode: number | null
-  /** Time from the task's start to its end; null: it never started. */
+  /** Time from start to end; null: the task never started. */
   durationMs: number | null
 }
 
@@ -411,15 +399,15 @@ export interface DueDelivery {
   origin: string
   /** Attempts made before this one. */
   attempts: number
-  /** How many of them a person asked for. */
+  /** Number of them that were requested by hand. */
   manualAttempts: number
-  /** A person asked for this one: the schedule goes on as if it had not been made. */
+  /** Requested by hand: the schedule continues as if it had not been made. */
   manual: boolean
-  /** When the schedule goes on after an attempt by hand; null where it has ended. */
+  /** When the schedule continues after an attempt by hand; null: it has ended. */
   resumeAt: number | null
   /** An earlier attempt succeeded. */
   deliveredBefore: boolean
-  /** Until then, in epoch ms, nobody else makes an attempt. */
+  /** End of the lease, in epoch ms. */
   leaseUntil: number
 }
 
@@ -429,7 +417,7 @@ export interface AttemptRecord {
   durationMs: number
   statusCode: number | null
   error: string | null
-  /** A person asked for it. */
+  /** Requested by hand. */
   manual: boolean
 }
 
@@ -442,8 +430,8 @@ export interface DeliveryState {
 
 export interface DeliveryStore {
   /**
-   * Takes the oldest due delivery, of an origin that is not in `exceptOrigins`, and is in `onlyOrigins` if those are given; it
-   * is ours until `leaseUntil`.
+   * Leases the oldest due delivery until `leaseUntil`. Its origin is not in `exceptOrigins`, and in
+   * `onlyOrigins` if given.
    */
   takeDue(options: {
     now: number
@@ -451,44 +439,44 @@ export interface DeliveryStore {
     exceptOrigins: readonly string[]
     onlyOrigins?: readonly string[] | undefined
   }): Promise<DueDelivery | undefined>
-  /** When the next delivery becomes due, in epoch ms. */
+  /** Returns when the next delivery is due, in epoch ms. */
   nextDueAt(): Promise<number | undefined>
   content(taskId: string): Promise<DeliveryContent | undefined>
   recordAttempt(
     taskId: string,
     attempt: AttemptRecord,
     next: { status: Exclude<CallbackStatus, 'none'>; nextAttemptAt: number | null },
-    /** Nothing is recorded when that lease is not held any more. */
+    /** Nothing is recorded if this lease is lost. */
     leaseUntil?: number,
   ): Promise<void>
-  /** Moves all that is due in the future by as much as the clock was set back or forth. */
+  /** Moves all future due times, after the clock was set. */
   shiftDue(byMs: number): Promise<void>
   /**
-   * Bounds what a clock set back while nobody ran would put off: a delivery whose last attempt, or
-   * whose task's end, lies more than `toleranceMs` ahead of `now` is due no later than
-   * `longestDelaysMs[attempts made]` from now, and at once where there is none. Safe to repeat.
+   * Corrects due times after the clock was set back while no instance ran: a delivery whose last
+   * attempt, or task's end, is more than `toleranceMs` in the future is due within
+   * `longestDelaysMs[attempts made]`, or at once if there is no such delay. Safe to repeat.
    */
   boundDue(options: {
     now: number
     toleranceMs: number
     longestDelaysMs: readonly number[]
   }): Promise<void>
-  /** Gives a delivery back without an attempt made, if that lease is still held. */
+  /** Ends the lease without an attempt, if it is still held. */
   release(taskId: string, leaseUntil?: number): Promise<void>
   /**
-   * Makes an attempt due now that leaves the schedule as it is. `in_flight`: an attempt is under way. Undefined: there is no
-   * delivery. Safe to repeat.
+   * Makes an extra attempt due now, without a change of the schedule. `in_flight`: an attempt is
+   * under way. Undefined: no delivery. Safe to repeat.
    */
   redeliver(taskId: string, now: number): Promise<'queued' | 'in_flight' | undefined>
   state(taskId: string): Promise<DeliveryState | undefined>
 }
 
 export interface CallbackSender {
-  /** One attempt. Never throws for what a receiver or a network does. */
+  /** Makes one attempt. Failures of receiver or network are results, not errors. */
   send(
     request: Omit<DeliveryContent, 'isCut'> & {
       webhookId: string
-      /** Of this attempt, in unix seconds. */
+      /** Time of this attempt, in unix seconds. */
       timestamp: number
     },
     signal: AbortSignal,
@@ -498,10 +486,10 @@ export interface CallbackSender {
 
 export interface AttemptResult {
   statusCode: number | null
-  /** Coarse, for people: what went wrong without a port scanner's detail. */
+  /** Failure for people, too coarse to scan ports with. */
   error: string | null
-  /** What the receiver asked for, in ms. */
+  /** `Retry-After` of the receiver, in ms. */
   retryAfterMs: number | null
-  /** No further attempt makes sense: the address may not be called. */
+  /** The address may not be called: no further attempt is made. */
   blocked?: boolean
 }

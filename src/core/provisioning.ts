@@ -15,7 +15,7 @@ export interface ProvisioningOptions {
   provisioningTimeoutMs: number
 }
 
-/** Gets tasks their workers. */
+/** Provisions the workers of tasks. */
 export class Provisioning {
   readonly #options: ProvisioningOptions
 
@@ -23,10 +23,7 @@ export class Provisioning {
     this.#options = options
   }
 
-  /**
-   * The task's worker, if there is one: another task's worker of the same name is none of this one. One that tells no task is
-   * this one's, and lost.
-   */
+  /** Returns the task's worker: by name, unless its task id is known and another one. */
   async find({
     taskId,
     workerName,
@@ -36,47 +33,48 @@ export class Provisioning {
   }
 
   /**
-   * Gets the task a worker, or the one that an earlier attempt has begun. Idempotent. Throws a `WorkerError` where the task
-   * is to end, and the reason of the one of `ends` that aborts; any other error is a trouble of ours.
+   * Provisions a worker, or finds the one that an earlier attempt has made. Idempotent. Throws a
+   * `WorkerError` that ends the task, the reason of the signal of `ends` that aborts, or an error
+   * of the service, after which the caller retries.
    */
   async attempt(
     task: ClaimedTask,
     ends: readonly AbortSignal[],
-    mayBeBegun: boolean,
+    mayExist: boolean,
   ): Promise<Worker> {
     const { store, backend, setup, membership, provisioningTimeoutMs } = this.#options
     using deadline = new Deadline(provisioningTimeoutMs, ends)
     const { signal } = deadline
-    let isSure = true
-    const sure = async () => {
-      isSure = false
-      await membership?.sure(signal)
-      isSure = true
+    let isConfirmed = true
+    const confirm = async () => {
+      isConfirmed = false
+      await membership?.confirmed(signal)
+      isConfirmed = true
     }
     try {
-      const looking = setup.specFor(task)
-      const { spec, secretValues } = await until(looking, signal).catch(async (err: unknown) => {
-        // What a worker needs may be gone, and the worker there all the same.
-        const begun = mayBeBegun ? await this.find(task) : undefined
-        if (!begun) throw err
-        return { spec: begun, secretValues: [] }
+      const setUp = setup.specFor(task)
+      const { spec, secretValues } = await until(setUp, signal).catch(async (err: unknown) => {
+        // A worker made before needs no spec: a secret of it may be gone by now.
+        const existing = mayExist ? await this.find(task) : undefined
+        if (!existing) throw err
+        return { spec: existing, secretValues: [] }
       })
       if (!('environment' in spec)) return spec
       if (secretValues.length > 0) {
-        // Before the worker can print one. A worker of an earlier claim may know older values.
+        // Stored before the worker can print one. An earlier worker may have older values.
         const known = [...new Set([...task.secretValues, ...secretValues])]
         await store.keepSecretValues(task, known)
         task.secretValues = known
       }
-      await sure()
-      return await backend.provision(spec, signal, sure)
+      await confirm()
+      return await backend.provision(spec, signal, confirm)
     } catch (err) {
-      if (!isSure) {
-        const message = 'The database does not answer: no task may begin meanwhile'
+      if (!isConfirmed) {
+        const message = 'The database is unavailable: no task starts until it responds'
         throw new TaskRunnerError('store_unavailable', message, { cause: err })
       }
       if (!(err instanceof DOMException && err.name === 'TimeoutError')) throw err
-      // Time in which workers were unavailable does not count.
+      // While workers are unavailable, this throws instead: the task waits.
       await backend.check()
       const seconds = provisioningTimeoutMs / 1000
       const message = `The worker was not ready within ${seconds} seconds`

@@ -4,21 +4,21 @@ import { isFinal } from './task.ts'
 export interface ReaperOptions {
   store: TaskStore
   backend: WorkerBackend
-  /** Workers kept by `terminate_on_completion=false` end after this. */
+  /** Time that workers with `terminate_on_completion=false` are kept. */
   keptWorkerMs: number
-  /** Workers in Provisioning for longer than this are stuck. */
+  /** Workers that are in Provisioning for longer are stuck. */
   provisioningTimeoutMs: number
   retentionMs: number
-  /** Whose workers alone can be seen here; undefined: all. */
+  /** The only instance whose workers this one can list; undefined: it can list all. */
   instance?: string | undefined
   intervalMs: number
-  /** So many workers were found that no task knew. */
+  /** Called with the number of workers found without a task. */
   onLeaked?: (workers: number) => void
   now: () => number
   log: Logger
 }
 
-/** Compares what exists with what is remembered, and ends what should not be there. */
+/** Compares workers with the store, and terminates workers that are left over. */
 export class Reaper {
   readonly #options: ReaperOptions
   #lastLeaked: number | undefined
@@ -30,7 +30,7 @@ export class Reaper {
     this.#options = options
   }
 
-  /** Calls `sweep` now, and every `intervalMs` from then on. */
+  /** Calls `sweep` now and every `intervalMs`. */
   start(sweep: () => Promise<unknown> = () => this.sweep()): void {
     const turn = () => {
       this.#sweep = sweep().catch((err: unknown) =>
@@ -47,7 +47,7 @@ export class Reaper {
     await this.#sweep
   }
 
-  /** Of workers and of tasks. Returns the number of leaked workers found. Safe to repeat. */
+  /** Sweeps workers and tasks. Returns the number of leaked workers found. Safe to repeat. */
   async sweep(): Promise<number> {
     const leaked = await this.sweepWorkers()
     await this.sweepTasks()
@@ -58,7 +58,7 @@ export class Reaper {
   async sweepTasks(): Promise<void> {
     const { store, retentionMs, now, log } = this.#options
     let removed = 0
-    // A batch at a time, until none is left: there may be more in a minute than one batch holds.
+    // Batch by batch: more tasks may expire between two sweeps than one batch holds.
     for (let batch = -1; batch !== 0; removed += batch) {
       batch = await store.removeFinishedBefore(now() - retentionMs)
     }
@@ -66,8 +66,8 @@ export class Reaper {
   }
 
   /**
-   * Ends workers that no task knows (leaks), that outlived their task, were kept long enough, or are stuck in
-   * Provisioning. Returns the number of leaked workers found. Safe to repeat.
+   * Terminates workers without a task (leaks), workers of ended tasks unless they are still kept,
+   * and workers stuck in Provisioning. Returns the number of leaks. Safe to repeat.
    */
   async sweepWorkers(): Promise<number> {
     const { store, backend, keptWorkerMs, now, log } = this.#options
@@ -79,12 +79,12 @@ export class Reaper {
       if (!owner && worker.mayBeForeign) continue
       if (owner && !isFinal(owner.status)) continue
       if (owner?.kept && (owner.finishedAt ?? 0) + keptWorkerMs > now()) continue
-      // One that was just finished is being told about and terminated by its run.
+      // The run of a task that has just ended delivers its callback, then terminates the worker.
       if (owner && !owner.kept && (owner.finishedAt ?? 0) + this.#options.intervalMs > now())
         continue
       if (!owner) leaked += 1
       log.warn({ worker: worker.name, taskId: worker.taskId }, 'terminating a worker left behind')
-      await this.#end(worker)
+      await this.#terminate(worker)
     }
     this.#options.onLeaked?.(leaked)
     const level = leaked > 0 ? 'warn' : leaked === this.#lastLeaked ? 'debug' : 'info'
@@ -94,22 +94,19 @@ export class Reaper {
     return leaked
   }
 
-  /** Whoever removed a worker may have been killed before it was noted, and its task would stay past its retention. */
+  /** Notes workers that a crashed process removed but did not note: else their tasks stay. */
   async #noteGone(workers: readonly Worker[]): Promise<void> {
     const { store, retentionMs, instance, now } = this.#options
-    const there = new Set(workers.map(({ taskId }) => taskId))
+    const present = new Set(workers.map(({ taskId }) => taskId))
     for (const taskId of await store.workersRemembered(now() - retentionMs, instance)) {
-      if (!there.has(taskId)) await store.workerTerminated(taskId)
+      if (!present.has(taskId)) await store.workerTerminated(taskId)
     }
   }
 
-  /**
-   * Ends workers stuck in Provisioning, at once instead of at the next sweep; never those whose task waits for what is ours to
-   * mend. Never rejects.
-   */
+  /** Terminates stuck workers, unless their task waits for the service. Never rejects. */
   cleanUpStuck(): Promise<void> {
     const { log, provisioningTimeoutMs } = this.#options
-    // Many tasks may fail at the same moment for the same want.
+    // Many tasks may fail at the same moment, for the same cause.
     this.#cleanupOfStuck ??= this.cleanup(provisioningTimeoutMs, { exceptHindered: true })
       .then(
         (workers) => {
@@ -124,8 +121,8 @@ export class Reaper {
   }
 
   /**
-   * Ends workers that have been in Provisioning for longer than `olderThanMs`. Returns their names. `exceptHindered`: leaves
-   * those alone whose task waits for what is ours to mend.
+   * Terminates workers that have been in Provisioning for longer than `olderThanMs`, and returns
+   * their names. `exceptHindered`: not if their task waits for the service.
    */
   async cleanup(
     olderThanMs: number,
@@ -139,19 +136,19 @@ export class Reaper {
       const owner = await store.workerOwner(worker.taskId)
       if (worker.mayBeForeign && !owner) continue
       if (exceptHindered && owner?.isHindered) continue
-      if (await this.#end(worker)) ended.push(worker.name)
+      if (await this.#terminate(worker)) ended.push(worker.name)
     }
     return ended
   }
 
-  /** False: it could not be ended, which must not keep the others. */
-  async #end(worker: Worker): Promise<boolean> {
+  /** False: terminating it failed, which is logged, so that the sweep goes on. */
+  async #terminate(worker: Worker): Promise<boolean> {
     try {
       await worker.terminate()
       await this.#options.store.workerTerminated(worker.taskId)
       return true
     } catch (err) {
-      this.#options.log.error({ err, worker: worker.name }, 'a worker could not be terminated')
+      this.#options.log.error({ err, worker: worker.name }, 'terminating a worker failed')
       return false
     }
   }

@@ -3,19 +3,16 @@ import { setTimeout as pause } from 'node:timers/promises'
 export interface Retries<E> {
   /** Ends the pauses. */
   signal: AbortSignal
-  /** The first pause. Each one is twice as long as the one before, `toMs` at most. */
+  /** First pause. Each further one is twice as long, at most `toMs`. */
   fromMs: number
   toMs: number
-  /** Whether the failure may be another one, or none, the next time. */
+  /** Returns whether a retry may succeed. */
   isWorthIt: (err: unknown) => err is E
   /** Called before each pause. */
   onRetry?: (err: E) => void
 }
 
-/**
- * Repeats a step until it succeeds. Throws a failure that is not worth a retry, and the reason of
- * the signal once that has aborted.
- */
+/** Repeats a step until it succeeds. Throws a failure not worth a retry, or the signal's reason. */
 export async function retrying<T, E>(step: () => Promise<T>, retries: Retries<E>): Promise<T> {
   const { signal, fromMs, toMs, isWorthIt, onRetry } = retries
   for (let waitMs = fromMs; ; waitMs = Math.min(waitMs * 2, toMs)) {

@@ -1,6 +1,6 @@
 /**
- * Looks at what may have changed since the last time. Who asks while a look at the same thing is under way shares the next one
- * with all who ask until then: no answer is older than its question, and a crowd costs two looks.
+ * Shares lookups by name. Calls during a lookup share the next one, so that no result is older than
+ * its call, and any number of concurrent calls costs two lookups.
  */
 export class SharedLook<Found> {
   readonly #look: (name: string) => Promise<Found>
@@ -11,7 +11,7 @@ export class SharedLook<Found> {
     this.#look = look
   }
 
-  /** Throws what the look throws. */
+  /** Looks the name up. Throws whatever the lookup throws. */
   at(name: string): Promise<Found> {
     const next = this.#next.get(name)
     if (next) return next
@@ -27,8 +27,8 @@ export class SharedLook<Found> {
   }
 
   #begin(name: string): Promise<Found> {
-    const look = this.#look(name).finally(() => this.#underWay.delete(name))
-    this.#underWay.set(name, look)
-    return look
+    const lookup = this.#look(name).finally(() => this.#underWay.delete(name))
+    this.#underWay.set(name, lookup)
+    return lookup
   }
 }

@@ -1,12 +1,12 @@
-/** Shares things that are costly to make, each under its key, for as long as somebody holds it. */
+/** Caches objects that are costly to make, by key, for as long as they are referenced. */
 export class Shared<Thing extends object> {
   readonly #things = new Map<string, WeakRef<Thing>>()
   readonly #collected = new FinalizationRegistry<string>((key) => {
-    // Another one may have been made under the same key.
+    // A new object may have been made under the key.
     if (this.#things.get(key)?.deref() === undefined) this.#things.delete(key)
   })
 
-  /** Returns what somebody holds under the key, or makes it. */
+  /** Returns the cached object, or makes it. */
   get(key: string, make: () => Thing): Thing {
     const known = this.#things.get(key)?.deref()
     if (known) return known

@@ -1,11 +1,11 @@
-/** Counts the tasks that run on this instance at a time. Those that come back go before new ones. */
+/** Limits the tasks that run on this instance. Tasks that retake a slot go before new ones. */
 export class Slots {
   readonly #limit: number
   readonly #onFree: () => void
   readonly #returning: Array<() => void> = []
   #taken = 0
 
-  /** `onFree` is called when a new task may have a slot. */
+  /** `onFree` is called when a slot is free for a new task. */
   constructor(limit: number, onFree: () => void) {
     this.#limit = limit
     this.#onFree = onFree
@@ -16,12 +16,12 @@ export class Slots {
     return Math.max(0, this.#limit - this.#taken)
   }
 
-  /** Takes the slots that are free, `max` at most. */
+  /** Takes free slots, at most `max`. */
   takeFree(max: number): Slot[] {
     return Array.from({ length: Math.min(this.free, max) }, () => this.take())
   }
 
-  /** Takes a slot, whatever the limit: for a task that runs already. */
+  /** Takes a slot even when none is free: for a task that runs already. */
   take(): Slot {
     this.#taken += 1
     let isHeld = true
@@ -29,17 +29,17 @@ export class Slots {
       if (!isHeld) return
       isHeld = false
       this.#taken -= 1
-      this.#handOn()
+      this.#assignFree()
     }
     const retake = async (signal: AbortSignal) => {
-      await this.#turn(signal)
+      await this.#takeWhenFree(signal)
       isHeld = true
     }
     return { release, retake }
   }
 
   /** Takes a slot as soon as one is free. Rejects when `signal` aborts. */
-  async #turn(signal: AbortSignal): Promise<void> {
+  async #takeWhenFree(signal: AbortSignal): Promise<void> {
     signal.throwIfAborted()
     if (this.free > 0 && this.#returning.length === 0) {
       this.#taken += 1
@@ -55,7 +55,7 @@ export class Slots {
     await turn.promise.finally(() => signal.removeEventListener('abort', onAbort))
   }
 
-  #handOn(): void {
+  #assignFree(): void {
     while (this.free > 0) {
       const next = this.#returning.shift()
       if (!next) break
@@ -68,8 +68,8 @@ export class Slots {
 
 /** A place among the tasks that run at a time. */
 export interface Slot {
-  /** Gives the place to others. Idempotent. */
+  /** Frees the slot for other tasks. Idempotent. */
   release(): void
-  /** Takes a place again after `release`, before any task that has had none. Rejects when `signal` aborts. */
+  /** Takes a slot again, before any new task. Rejects when `signal` aborts. */
   retake(signal: AbortSignal): Promise<void>
 }

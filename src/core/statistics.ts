@@ -1,6 +1,6 @@
 import type { FinalStatus, Reason } from './task.ts'
 
-/** In seconds; null where nothing was measured. */
+/** Durations in seconds; null: no tasks. */
 export interface Durations {
   mean: number | null
   max: number | null
@@ -8,29 +8,29 @@ export interface Durations {
 
 /** Tasks that ended within a span of time. */
 export interface EndedTasks extends Record<FinalStatus, number> {
-  /** Of those that did not succeed. */
+  /** Reasons of the tasks that did not succeed. */
   reasons: Array<{ reason: Reason; count: number }>
-  /** From accepted to claimed. */
+  /** Time from accepted to claimed. */
   queueWait: Durations
-  /** From the end of a task to its first callback attempt. */
+  /** Time from a task's end to its first callback attempt. */
   callbackDelay: Durations
 }
 
 export interface StatisticsStore {
-  /** Of tasks that ended from `from` on and before `to`, in epoch ms. Takes longer the more there are. */
+  /** Reads the tasks that ended in [`from`, `to`), in epoch ms. Cost grows with their number. */
   ended(from: number, to: number): Promise<EndedTasks>
 }
 
-/** The begin of a span, in epoch ms, and what ended in it. */
+/** Tasks that ended in the span that begins at `at`, in epoch ms. */
 export type Bucket = EndedTasks & { at: number }
 
-/** A span that is over by this much changes hardly any more: only late callbacks are still to come. */
+/** Age at which a past span is final but for late callbacks. */
 const SETTLED_MS = 60_000
 const FRESH_MS = 2_000
 
 /**
- * What ended lately, span by span. Each span is a question of its own, so that a day of many tasks does not hold up
- * whoever else asks the store, and is asked for once when it is over.
+ * Counts ended tasks span by span, one query each, so that no long query blocks the store. Past
+ * spans are cached.
  */
 export class Statistics {
   readonly #store: StatisticsStore
@@ -42,7 +42,7 @@ export class Statistics {
     this.#now = now
   }
 
-  /** The last `count` spans of `bucketMs`, the one under way included, oldest first. */
+  /** Returns the last `count` spans of `bucketMs`, oldest first, the current one included. */
   async last(count: number, bucketMs: number): Promise<Bucket[]> {
     const end = (Math.floor(this.#now() / bucketMs) + 1) * bucketMs
     const buckets: Bucket[] = []
@@ -53,7 +53,7 @@ export class Statistics {
     return buckets
   }
 
-  /** Many may look at the same time: they share one question. */
+  /** Concurrent calls share one query. */
   #ended(at: number, bucketMs: number, count: number): Promise<EndedTasks> {
     const key = `${at} ${bucketMs}`
     const known = this.#known.get(key)

@@ -13,7 +13,7 @@ export type Submitted = { isNew: true } | { isNew: false; status: TaskStatus }
 
 export interface SubmissionContext {
   traceparent?: string | null
-  /** Why the callback URL is refused, where only the route knows. */
+  /** Why the route refuses the callback URL. */
   callbackRefusal?: string | undefined
 }
 
@@ -22,15 +22,15 @@ export interface SubmissionOptions {
   defaultTimeoutSeconds: number
   /** Keys the digest of requests, which covers tokens. */
   digestKey: Buffer
-  /** Why an address may not be called, as far as that can be told before calling it. */
+  /** Returns why a URL may not be called, as far as is known without a DNS lookup. */
   callbackUrlRefusal: (url: string) => string | undefined
-  /** Why no worker could be given the task files as they are now. */
+  /** Returns why workers cannot get the task files in their present state. */
   taskFilesProblem: () => Promise<string | undefined>
   now: () => number
   log: Logger
 }
 
-/** Takes tasks in: what `submit` has resolved for is on disk. */
+/** Accepts tasks. A task is on disk once `submit` resolves. */
 export class Submissions {
   readonly #store: TaskStore
   readonly #queue: TaskQueue
@@ -55,13 +55,13 @@ export class Submissions {
     return this.#draining
   }
 
-  /** Takes in nothing more. */
+  /** Rejects new tasks from now on. */
   drain(): void {
     this.#draining = true
   }
 
   /**
-   * Repeating the same request is safe: it starts nothing and tells the task's status.
+   * Accepts a task. Safe to repeat: the same request returns the task's status.
    * Throws `task_id_conflict`, `task_file_not_found`, `invalid_request`, `queue_full`, `draining`,
    * `defaults_file_broken`, `store_unavailable`, `workers_unavailable`.
    */
@@ -70,8 +70,8 @@ export class Submissions {
     try {
       return await this.#submitNew(request, digest, context)
     } catch (err) {
-      // What was accepted before stays so, whatever hinders a new task. Asked only now: most are new, and each look at the
-      // store waits for the commit that is under way.
+      // A task accepted before stays accepted. Looked up only now: most requests are new, and a
+      // lookup waits for the commit under way.
       const known = await this.#known(request.taskId, digest)
       if (known) return known
       throw err
@@ -88,7 +88,7 @@ export class Submissions {
         retryAfterSeconds: RETRY_AFTER_SECONDS,
       })
     }
-    // Those on their way to the queue count as well: many may be at this point at once.
+    // Tasks being accepted count, too: many requests may be at this point at once.
     if (this.#queue.length + this.#arriving >= this.#options.queuedMax) {
       throw new TaskRunnerError('queue_full', `${this.#queue.length} tasks are waiting already`, {
         retryAfterSeconds: RETRY_AFTER_SECONDS,
@@ -114,7 +114,7 @@ export class Submissions {
     const { taskId, taskFileName } = request
     const { isThere, defaults } = await this.#files.look(taskFileName)
     const workerConfig = mergeWorkerConfigs(defaults, request.workerConfig)
-    // What a repository holds is known on the worker.
+    // Only the worker can see the files of a repository.
     if (!isThere && !locateInRepository(taskFileName, workerConfig.gitConfigs)) {
       throw new TaskRunnerError('task_file_not_found', `There is no task file "${taskFileName}"`)
     }
@@ -154,7 +154,7 @@ export class Submissions {
     return { isNew: false, status: known.status }
   }
 
-  /** Keyed, since it covers tokens: a stolen database gives nothing to guess against. */
+  /** Keyed: the digest covers tokens, and a stolen database must not allow guessing them. */
   #digest(request: TaskRequest): string {
     return createHmac('sha256', this.#options.digestKey)
       .update(JSON.stringify(sorted(request)))
@@ -162,7 +162,7 @@ export class Submissions {
   }
 }
 
-/** The same value with the keys of all its objects in order. */
+/** Returns the value with the keys of all its objects sorted. */
 function sorted(value: unknown): unknown {
   if (Array.isArray(value)) return value.map(sorted)
   if (value === null || typeof value !== 'object') return value

@@ -23,22 +23,22 @@ export const TASK_FILE_EXTENSIONS = ['.py', '.sh', '.js', '.mjs', '.cjs', '.ts']
 const LISTED_MAX = 1_000
 const WARNINGS_MAX = 20
 const DEFAULTS_BYTES_MAX = 1_000_000
-/** Files that every probe of readiness may look at. */
-const LOOKED_AT_MAX = 1_000
+/** Maximum files checked by each readiness probe. */
+const CHECKED_MAX = 1_000
 const UNREADABLE_KNOWN_MS = 60_000
 
-/** The tasks folder: which files may run, and the worker defaults that lie beside them. */
+/** The tasks folder: the files that may run, and the worker defaults beside them. */
 export class TaskFiles {
   readonly #folder: string
   readonly #parseDefaults: (content: Buffer) => WorkerConfig
-  readonly #looks = new SharedLook(async (name) => {
+  readonly #lookups = new SharedLook(async (name) => {
     const defaults = this.defaultsFor(name)
-    // Awaited second: that a file cannot be read says more than what is wrong with its defaults.
+    // Awaited second: an unreadable task file is reported rather than its broken defaults.
     defaults.catch(() => {})
     const isThere = await this.has(name)
     return { isThere, defaults: await defaults }
   })
-  readonly #warnings = new SharedLook(() => this.#lookForWarnings())
+  readonly #warnings = new SharedLook(() => this.#findWarnings())
   #unreadable: { files: readonly LeftOut[]; until: number } | undefined
 
   constructor(folder: string, parseDefaults: (content: Buffer) => WorkerConfig) {
@@ -46,19 +46,19 @@ export class TaskFiles {
     this.#parseDefaults = parseDefaults
   }
 
-  /** What `has` and `defaultsFor` tell, at a price that many who ask at once share. Throws what they throw. */
+  /** Returns, and throws, what `has` and `defaultsFor` do; concurrent calls share the work. */
   look(name: string): Promise<{ isThere: boolean; defaults: WorkerConfig }> {
-    return this.#looks.at(name)
+    return this.#lookups.at(name)
   }
 
   /**
-   * Whether `name` is a file of the folder. Throws `invalid_request` when a link leads out of the folder,
-   * `task_file_not_found` when we may not look, and `UnavailableError` when the folder cannot be read.
+   * Returns whether `name` is a file of the folder. Throws `invalid_request` for a link out of it,
+   * `task_file_not_found` for an unreadable file, `UnavailableError` for an unreadable folder.
    */
   async has(name: string): Promise<boolean> {
     try {
       const isThere = await this.#has(name)
-      // Without the folder, nothing is known of the file.
+      // If the folder is unreadable, the file may exist.
       if (!isThere) await this.check()
       return isThere
     } catch (err) {
@@ -73,7 +73,7 @@ export class TaskFiles {
   }
 
   async #has(name: string): Promise<boolean> {
-    // Nearly all are plain files of the folder itself, where no link can lead out.
+    // Fast path: a plain file directly in the folder is behind no link.
     const isPlain = !name.includes('/') && !NOT_COPIED.includes(name)
     if (isPlain && (await lstat(join(this.#folder, name)).catch(ignoreMissing))?.isFile())
       return true
@@ -89,8 +89,8 @@ export class TaskFiles {
   }
 
   /**
-   * `default_worker.json`, overlaid with `<task name>_worker.json`; read anew each time, so that edits
-   * take effect at once. Throws `defaults_file_broken`, naming the file.
+   * Reads `default_worker.json`, overlaid with `<task name>_worker.json`. Not cached, so that edits
+   * take effect at once. Throws `defaults_file_broken`, which names the file.
    */
   async defaultsFor(taskFileName: string): Promise<WorkerConfig> {
     const own = taskFileName.replace(/\.[^.]+$/, '_worker.json')
@@ -101,7 +101,7 @@ export class TaskFiles {
     return mergeWorkerConfigs(common, specific)
   }
 
-  /** The files that may run, by name: the first of them, where there are very many. */
+  /** Lists the files that may run, sorted, at most `LISTED_MAX`. */
   async list(): Promise<string[]> {
     const { entries } = await listTasks(this.#folder)
     const named = entries
@@ -109,11 +109,11 @@ export class TaskFiles {
       .map(({ path }) => path)
       .filter((path) => TASK_FILE_EXTENSIONS.some((ending) => path.endsWith(ending)))
       .slice(0, LISTED_MAX)
-    // Links may lead nowhere, or out of the folder.
+    // A link may lead nowhere, or out of the folder.
     const canRun = await Promise.all(
       named.map(async (name) => {
-        const mayRead = access(join(this.#folder, name), constants.R_OK)
-        return mayRead.then(() => this.has(name)).catch(() => false)
+        const readable = access(join(this.#folder, name), constants.R_OK)
+        return readable.then(() => this.has(name)).catch(() => false)
       }),
     )
     return named.filter((_, index) => canRun[index])
@@ -124,14 +124,14 @@ export class TaskFiles {
     return assertTasksFolder(this.#folder)
   }
 
-  /** A sentence for each defaults file that is broken, and for each file that workers get no copy of. */
+  /** Returns a sentence for each broken defaults file and each file that workers get no copy of. */
   warnings(): Promise<string[]> {
     return this.#warnings.at('')
   }
 
-  async #lookForWarnings(): Promise<string[]> {
+  async #findWarnings(): Promise<string[]> {
     const { entries, leftOut } = await listTasks(this.#folder)
-    const left = [...leftOut, ...(await this.#unreadableOnce(entries))]
+    const left = [...leftOut, ...(await this.#findUnreadable(entries))]
     const files = [...entries.filter(({ kind }) => kind !== 'folder'), ...leftOut]
     const broken = await this.#brokenDefaults(files.map(({ path }) => path))
     return [
@@ -140,19 +140,19 @@ export class TaskFiles {
     ]
   }
 
-  /** Looks at each file, unless there are many and that was done a moment ago: this is asked by every probe. */
-  async #unreadableOnce(entries: readonly TasksEntry[]): Promise<readonly LeftOut[]> {
+  /** Finds unreadable files. Every probe calls this, so the result for many files is cached. */
+  async #findUnreadable(entries: readonly TasksEntry[]): Promise<readonly LeftOut[]> {
     if (this.#unreadable && this.#unreadable.until > performance.now()) {
       return this.#unreadable.files
     }
     const root = await realpath(this.#folder)
     const found = await Promise.all(
       entries.map(({ path, kind }) =>
-        mayRead(join(root, path), kind, root).catch((err: unknown) => leftOutFor(path, err)),
+        tryRead(join(root, path), kind, root).catch((err: unknown) => leftOutFor(path, err)),
       ),
     )
     const files = found.filter((one) => one !== undefined)
-    const isLong = entries.length > LOOKED_AT_MAX
+    const isLong = entries.length > CHECKED_MAX
     this.#unreadable = isLong
       ? { files, until: performance.now() + UNREADABLE_KNOWN_MS }
       : undefined
@@ -184,7 +184,7 @@ export class TaskFiles {
     }
   }
 
-  /** Undefined: there is no such file. Throws what is wrong with it, or `UnavailableError`. */
+  /** Undefined: no such file. Throws `UnavailableError`, or why the file is unusable. */
   async #read(name: string): Promise<Buffer | undefined> {
     const file = await open(join(this.#folder, name), READ).catch(async (err: unknown) => {
       const code = codeOf(err)
@@ -206,13 +206,13 @@ export class TaskFiles {
   }
 }
 
-/** A mounted ConfigMap keeps its files in `..<time>`, and has a link to each beside that. */
+/** Returns whether a path is in the `..<time>` folder that the links of a ConfigMap lead to. */
 function isBehindMount(path: string): boolean {
   return path.split('/').some((part) => part.startsWith('..'))
 }
 
-/** Throws when an entry of the tasks folder is not for us to read. */
-async function mayRead(path: string, kind: TasksEntry['kind'], root: string): Promise<undefined> {
+/** Throws when an entry of the tasks folder cannot be read. */
+async function tryRead(path: string, kind: TasksEntry['kind'], root: string): Promise<undefined> {
   const real = kind === 'link' ? await linkedTo(path, root) : path
   if (kind !== 'folder' && real !== undefined) await access(real, constants.R_OK)
 }

@@ -1,43 +1,42 @@
 import type { ClaimedTask, Hints, Logger, TaskStore } from './ports.ts'
 import { type Slot, Slots } from './slots.ts'
 
-/** Maximum tasks claimed at once, so that instances that hear of many tasks share them. */
+/** Maximum tasks per claim, so that instances share a burst of tasks. */
 const CLAIMED_AT_ONCE = 16
-/** Pause between looks at the table: a hint of what happens in between may get lost. */
-const LOOK_MS = 1_000
-/** Pause between counts of what waits, where other instances take tasks in as well. */
+/** Interval of polling the table, since a hint may get lost. */
+const POLL_MS = 1_000
+/** Interval of counting waiting tasks, if other instances accept tasks, too. */
 const COUNT_MS = 2_000
 
 export interface TaskQueueOptions {
   store: Pick<TaskStore, 'claimNext' | 'putBack' | 'countQueued'>
-  /** Tells the other instances. Undefined: nobody else works on these tasks. */
+  /** Notifies the other instances. Undefined: this is the only one. */
   hints?: Hints | undefined
-  /** Maximum tasks that run at a time on this instance. */
+  /** Maximum running tasks on this instance. */
   concurrency: number
-  /** Maximum tasks that run at a time on all instances. */
+  /** Maximum running tasks on all instances. */
   runningMax?: number | undefined
-  /** Tasks that wait at the start. */
+  /** Number of waiting tasks at the start. */
   length: number
-  /** Maximum tasks that wait; what is beyond is not counted. */
+  /** Maximum waiting tasks; counting stops there. */
   queuedMax: number
   now: () => number
   log: Logger
 }
 
 /**
- * The queue as this instance sees it. The queue itself is the table of tasks: what waits is a row
- * with status `queued`. While there is room, this claims the next ones, woken by what is heard and
- * by a look each second, and it counts the slots of all tasks that run here.
+ * Claims waiting tasks while this instance has free slots. The queue itself is the table of tasks:
+ * a waiting task is a row with status `queued`. Hints from other instances and a timer wake it.
  */
 export class TaskQueue {
   readonly #options: TaskQueueOptions
   readonly #slots: Slots
   #length: number
   #isHeld = false
-  /** The last claim got less than there was room for, and nothing has been heard since. */
+  /** The last claim got fewer tasks than there were free slots, and no hint has come since. */
   #isDrained = false
-  /** Tasks were added here since others were last told. */
-  #isUntold = false
+  /** Tasks were added here since the last hint to others. */
+  #hasNews = false
   #wake = Promise.withResolvers<void>()
   #isWorking = false
   #claiming: Promise<void> = Promise.resolve()
@@ -51,44 +50,44 @@ export class TaskQueue {
     })
   }
 
-  /** Tasks that wait, on all instances. */
+  /** Number of waiting tasks of the deployment. */
   get length(): number {
     return this.#length
   }
 
-  /** Notes that a task was stored here, and looks for what can be claimed. */
+  /** Counts a task that was stored, and looks for tasks to claim. */
   added(): void {
     this.#length += 1
-    this.#isUntold = true
+    this.#hasNews = true
     this.look()
   }
 
-  /** Notes that a waiting task was ended here. */
+  /** Counts a waiting task that was cancelled. */
   removed(): void {
     this.#length = Math.max(0, this.#length - 1)
   }
 
-  /** Looks for waiting tasks, if there is room. */
+  /** Claims waiting tasks as far as slots are free. */
   look(): void {
     this.#isDrained = false
     this.#wake.resolve()
   }
 
-  /** Takes a slot, whatever the limit: for a task that runs already. */
+  /** Takes a slot even when none is free: for a task that runs already. */
   takeSlot(): Slot {
     return this.#slots.take()
   }
 
-  /** Calls `run` with each task claimed, which holds its slot until it is released. */
+  /** Calls `run` with each claimed task, which holds its slot until released. */
   start(run: (task: ClaimedTask, slot: Slot) => void): void {
     this.#isWorking = true
-    this.#claiming = this.#claimWhileThereIsRoom(run)
-    this.#timers.push(setInterval(() => this.look(), LOOK_MS))
+    this.#claiming = this.#claimIntoFreeSlots(run)
+    this.#timers.push(setInterval(() => this.look(), POLL_MS))
     if (!this.#options.hints) return
     this.#timers.push(setInterval(() => this.#count(), COUNT_MS))
   }
 
-  /** Claims nothing until `goOn`: workers are unavailable. Idempotent, as that is. */
+  /** Pauses claiming until `goOn`: workers are unavailable. Both are idempotent. */
   hold(): void {
     this.#isHeld = true
   }
@@ -98,7 +97,7 @@ export class TaskQueue {
     this.look()
   }
 
-  /** Claims no more. Idempotent. */
+  /** Stops claiming. Idempotent. */
   async stop(): Promise<void> {
     this.#isWorking = false
     for (const timer of this.#timers.splice(0)) clearInterval(timer)
@@ -106,7 +105,7 @@ export class TaskQueue {
     await this.#claiming
   }
 
-  /** Never rejects: what fails is tried again at the next count. */
+  /** Never rejects: a failed count is retried at the next one. */
   async #count(): Promise<void> {
     const { store, queuedMax, log } = this.#options
     try {
@@ -116,7 +115,7 @@ export class TaskQueue {
     }
   }
 
-  async #claimWhileThereIsRoom(run: (task: ClaimedTask, slot: Slot) => void): Promise<void> {
+  async #claimIntoFreeSlots(run: (task: ClaimedTask, slot: Slot) => void): Promise<void> {
     while (this.#isWorking) {
       this.#wake = Promise.withResolvers()
       const slots = this.#isHeld ? [] : this.#slots.takeFree(CLAIMED_AT_ONCE)
@@ -132,15 +131,15 @@ export class TaskQueue {
         }
         if (isFull) continue
       }
-      if (this.#isUntold && !this.#isDrained) this.#options.hints?.tasksWait()
-      this.#isUntold = false
-      // Where a limit holds for all instances, the end of any task makes room.
+      if (this.#hasNews && !this.#isDrained) this.#options.hints?.tasksWait()
+      this.#hasNews = false
+      // With a limit for the deployment, any task's end on any instance may allow a claim.
       if (this.#options.runningMax !== undefined) this.#isDrained = false
       await this.#wake.promise
     }
   }
 
-  /** Never rejects: what fails is tried again at the next look. */
+  /** Never rejects: a failed claim is retried at the next poll. */
   async #claim(limit: number): Promise<ClaimedTask[]> {
     const { store, runningMax, now, log } = this.#options
     try {
@@ -149,7 +148,7 @@ export class TaskQueue {
         this.#length = Math.max(0, this.#length - tasks.length)
         return tasks
       }
-      // Stopped meanwhile: others need not wait for this instance to come back.
+      // Stopped meanwhile: other instances can run them at once.
       for (const task of tasks) await store.putBack(task)
     } catch (err) {
       log.warn({ err }, 'claiming waiting tasks failed, trying again')

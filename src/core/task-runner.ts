@@ -35,62 +35,57 @@ import type { TaskQueue } from './task-queue.ts'
 import type { WorkerSetup } from './worker-setup.ts'
 
 export const LOG_BYTES_KEPT = 5 * 1024 * 1024
-/** A log up to this size is held for the first attempt: most need no second look into the store. */
+/** Maximum size of a log kept in memory for the first attempt, which then reads no store. */
 const HELD_LOG_BYTES = 64 * 1024
 const PAUSES = { retryMs: 500, retryMaxMs: 15_000 }
 const HOPELESS_MS = 600_000
-/** How long the log of a task that has ended is asked for, should its worker not give it. */
-const LOG_PATIENCE_MS = 5_000
+/** Time limit for reading the log of an ended task, retries included. */
+const LOG_TIMEOUT_MS = 5_000
 
 export interface TaskRunnerOptions {
   store: TaskStore
   queue: TaskQueue
   backend: WorkerBackend
   callbacks: CallbackDispatcher
-  /** Undefined: nobody else works on these tasks. */
+  /** Undefined: this is the only instance. */
   cluster?: Cluster | undefined
-  /** Tells the other instances of a cluster. */
+  /** Notifies the other instances. */
   hints?: Hints | undefined
   provisioningTimeoutMs: number
   setup: WorkerSetup
-  /** A worker could not be had: what hinders it may hold up others that wait, too. Never rejects. */
+  /** Called after a task got no worker: the cause may block other tasks, too. Never rejects. */
   onProvisioningFailed: () => Promise<void>
-  /** Knows what must not show in the task's log. */
+  /** Returns the masker of the secrets that the task's log must not show. */
   maskerFor: (task: Task) => Masker
-  /** How long a task may fail at a step that others pass. Default: ten minutes. */
+  /** Maximum time that a task may fail at a step which other tasks pass. Default: ten minutes. */
   hopelessMs?: number
   now: () => number
   log: Logger
 }
 
-/** A run under way on this instance. */
+/** A task that this instance runs. */
 interface Run {
-  /** Undefined until it is ours. */
+  /** Undefined until the task is claimed. */
   claim: number | undefined
-  /** Someone wants the task ended. */
+  /** Aborted once the task's cancel is requested. */
   cancel: AbortController
-  /** It is not ours any more, or we shut down: nothing is decided, and the worker goes on without us. */
-  letGo: AbortController
+  /** Aborted when another instance has the task, or at shutdown: its worker goes on without us. */
+  release: AbortController
   done: Promise<void>
-  /** What hinders the task at the moment, in a sentence. */
+  /** What the task waits for, in a sentence. */
   waitingFor: string | null
-}
-
-interface Ending {
-  worker: Worker | undefined
-  run: Run | undefined
-  keepWorker: boolean
 }
 
 interface Committed {
   delivery: NewDelivery | undefined
-  /** Undefined: there is nothing to send, or it is large, and is read again when its turn comes. */
+  /** Undefined: no callback, or a log so large that the attempt reads it from the store. */
   content: DeliveryContent | undefined
 }
 
 /**
- * One task's life: take it, get it a worker, see it through, keep its log, commit the outcome, tell the
- * caller, end the worker. Whatever a crash interrupts, `start` of the next process takes up again.
+ * Runs tasks: claims one, provisions its worker or attaches to it, awaits its exit, takes its log,
+ * commits the outcome, delivers the callback and releases the slot and the worker. After a crash,
+ * `start` of the next process resumes each task at the step that was interrupted.
  */
 export class TaskRunner {
   readonly #store: TaskStore
@@ -100,8 +95,8 @@ export class TaskRunner {
   readonly #options: TaskRunnerOptions
   readonly #log: Logger
   readonly #runs = new Map<string, Run>()
-  /** What goes on after a run's slot was given back: deliveries, terminations. */
-  readonly #afterwards = new Set<Promise<void>>()
+  /** Work that needs no slot: deliveries, terminations. */
+  readonly #backgroundWork = new Set<Promise<void>>()
   readonly #closing = new AbortController()
   readonly #membership: Membership | undefined
   readonly #availability: Availability
@@ -115,37 +110,41 @@ export class TaskRunner {
     this.#backend = options.backend
     this.#callbacks = options.callbacks
     this.#log = options.log
-    this.#membership = options.cluster && this.#memberOf(options.cluster)
+    this.#membership = options.cluster && this.#membershipOf(options.cluster)
     const { now, log, hopelessMs = HOPELESS_MS } = options
     this.#availability = new Availability({
-      ...{ ...PAUSES, log },
+      ...PAUSES,
+      log,
       check: () => this.#backend.check(),
       onChange: (isAvailable) => (isAvailable ? this.#queue.goOn() : this.#queue.hold()),
     })
     this.#patience = new Patience({
-      ...{ ...PAUSES, hopelessMs, now, log },
+      ...PAUSES,
       availability: this.#availability,
+      hopelessMs,
+      now,
+      log,
     })
     this.#provisioning = new Provisioning({ ...options, membership: this.#membership })
   }
 
-  /** What hinders a task that has not ended, as far as this instance knows, in a sentence. */
+  /** Returns what a live task waits for, as far as this instance knows, in a sentence. */
   waitingFor({ taskId, status }: Pick<Task, 'taskId' | 'status'>): string | undefined {
     const own = this.#runs.get(taskId)?.waitingFor
     return own ?? (status === 'queued' ? this.#availability.problem : undefined)
   }
 
-  /** What hinders tasks of this instance, a sentence each. */
+  /** Returns what tasks of this instance wait for, a sentence each. */
   hindrances(): string[] {
     const sentences = [...this.#runs.values()].flatMap(({ waitingFor }) => waitingFor ?? [])
     const { problem } = this.#availability
     return [...new Set(problem === undefined ? sentences : [problem, ...sentences])]
   }
 
-  /** Takes up what an earlier process left, then new work. */
+  /** Resumes the tasks of an earlier process, then claims new ones. */
   async start(): Promise<void> {
     await this.#options.cluster?.beat()
-    const [live, leftWorkers] = await Promise.all([
+    const [live, workersLeft] = await Promise.all([
       this.#store.live(),
       this.#store.workersToTerminate(),
     ])
@@ -154,45 +153,45 @@ export class TaskRunner {
       else this.#resume(task)
     }
     this.#queue.start((task, slot) =>
-      this.#inSlot(task.taskId, slot, (run) => this.#seeTaskThrough(task, run, slot)),
+      this.#runInSlot(task.taskId, slot, (run) => this.#carryOut(task, run, slot)),
     )
     this.#membership?.start()
-    for (const left of leftWorkers) this.#background(this.#terminate(left))
-    if (live.length > 0) this.#log.info({ tasks: live.length }, 'took up unfinished tasks')
+    for (const task of workersLeft) this.#background(this.#terminate(task))
+    if (live.length > 0) this.#log.info({ tasks: live.length }, 'resumed unfinished tasks')
   }
 
-  /** Stops taking work and lets go of running tasks: their workers go on, and are found again at the next start. */
+  /** Stops claiming and releases running tasks: their workers go on, and `start` finds them. */
   async close(): Promise<void> {
     const stopped = this.#queue.stop()
     this.#closing.abort()
     this.#availability.close()
     this.#membership?.stop()
-    for (const run of this.#runs.values()) run.letGo.abort()
+    for (const run of this.#runs.values()) run.release.abort()
     await Promise.all([...this.#runs.values()].map((run) => run.done))
     await stopped
-    // Before the rest: others need not wait for receivers that we wait for.
+    // First: other instances need not wait for our deliveries to end.
     await this.#membership?.leave()
-    await Promise.all(this.#afterwards)
+    await Promise.all(this.#backgroundWork)
   }
 
-  /** Ends a task in whatever state it is. Idempotent; final tasks stay as they are. */
+  /** Ends a task, whatever its status. Idempotent; a final task stays as it is. */
   async cancel(taskId: string): Promise<Task> {
     const task = await this.#store.requestCancel(taskId, this.#options.now())
     if (task?.status === 'queued') {
-      const full = await this.#known(taskId)
-      const isEnded = full && (await this.#settle({ ...full, claim: task.claim }, CANCELLED))
+      const full = await this.#get(taskId)
+      const isEnded = full && (await this.#finish({ ...full, claim: task.claim }, CANCELLED))
       if (isEnded) this.#queue.removed()
     }
-    // A run that claimed the task meanwhile reads the request with its claim, or hears it here or elsewhere.
-    this.hearCancel(taskId)
+    // A run that has claimed the task meanwhile gets the request with its claim, or by these calls.
+    this.cancelRun(taskId)
     if (task && task.status !== 'queued') this.#options.hints?.cancelRequested(taskId)
-    const now = await this.#known(taskId)
-    if (!now) throw new TaskRunnerError('task_not_found', `There is no task "${taskId}"`)
-    return now
+    const current = await this.#get(taskId)
+    if (!current) throw new TaskRunnerError('task_not_found', `There is no task "${taskId}"`)
+    return current
   }
 
-  /** The task, also where its parameters are damaged. */
-  async #known(taskId: string): Promise<Task | undefined> {
+  /** Returns the task, also one whose parameters are damaged. */
+  async #get(taskId: string): Promise<Task | undefined> {
     try {
       return await this.#store.get(taskId)
     } catch (err) {
@@ -201,31 +200,37 @@ export class TaskRunner {
     }
   }
 
-  /** Someone wants the task ended. Nothing happens unless it runs here. */
-  hearCancel(taskId: string): void {
+  /** Cancels the task if this instance runs it. */
+  cancelRun(taskId: string): void {
     this.#runs.get(taskId)?.cancel.abort()
   }
 
-  /** Takes on a task that runs already, whatever the limit; it counts against it. */
+  /** Resumes a running task. It takes a slot even when none is free. */
   #resume(seen: SeenTask): void {
     if (this.#closing.signal.aborted || this.#runs.has(seen.taskId)) return
     const slot = this.#queue.takeSlot()
-    this.#inSlot(seen.taskId, slot, (run) => this.#takeOn(seen, run, slot))
+    this.#runInSlot(seen.taskId, slot, async (run) => {
+      const onFailure = async (err: unknown) => {
+        if (err instanceof StoreFullError) await this.#freeSpaceOf(seen.taskId)
+      }
+      const task = await this.#claim(seen, run, { onFailure })
+      if (task) await this.#carryOut(task, run, slot)
+    })
   }
 
-  /** Runs the task, and gives its slot back. `work` never rejects. */
-  #inSlot(taskId: string, slot: Slot, work: (run: Run) => Promise<void>): void {
-    void this.#once(taskId, work).finally(() => slot.release())
+  /** Runs the task, then releases its slot. `work` never rejects. */
+  #runInSlot(taskId: string, slot: Slot, work: (run: Run) => Promise<void>): void {
+    void this.#runExclusively(taskId, work).finally(() => slot.release())
   }
 
-  /** Does nothing when the task is in hand already. `work` never rejects. */
-  async #once(taskId: string, work: (run: Run) => Promise<void>): Promise<void> {
+  /** Does nothing if this instance runs the task already. `work` never rejects. */
+  async #runExclusively(taskId: string, work: (run: Run) => Promise<void>): Promise<void> {
     if (this.#runs.has(taskId)) return
     const done = Promise.withResolvers<void>()
     const run: Run = {
       claim: undefined,
       cancel: new AbortController(),
-      letGo: new AbortController(),
+      release: new AbortController(),
       done: done.promise,
       waitingFor: null,
     }
@@ -235,25 +240,32 @@ export class TaskRunner {
     done.resolve()
   }
 
-  /** Claims a task that runs already, and sees it through. Never rejects. */
-  async #takeOn({ taskId, claim }: SeenTask, run: Run, slot: Slot): Promise<void> {
+  /**
+   * Claims a task that was claimed before. Retries until the store replies: if a reply were lost,
+   * this instance would hold the claim and not run the task. Never rejects.
+   */
+  #claim(
+    { taskId, claim }: SeenTask,
+    run: Run,
+    options: { onFailure?: (err: unknown) => Promise<void> } = {},
+  ): Promise<ClaimedTask | undefined> {
     const claiming = () => this.#store.claim(taskId, this.#options.now(), claim)
-    const task = await this.#repeat('claiming a task', claiming, {
-      signal: run.letGo.signal,
-      onFailure: async (err) => {
-        if (err instanceof StoreFullError) await this.#freeSpaceOf(taskId)
-      },
-    })
-    if (task) await this.#seeTaskThrough(task, run, slot)
+    return this.#repeat('claiming a task', claiming, { ...options, signal: run.release.signal })
   }
 
-  /** Sees a claimed task through, from its worker to its outcome. Never rejects. */
-  async #seeTaskThrough(task: ClaimedTask, run: Run, slot: Slot): Promise<void> {
-    const letGo = run.letGo.signal
+  /** Frees the space of the worker that an earlier process left: it may have filled the disk. */
+  async #freeSpaceOf(taskId: string): Promise<void> {
+    const task = await this.#store.get(taskId)
+    const worker = task && (await this.#provisioning.find(task))
+    await worker?.freeSpace?.()
+  }
+
+  /** Carries out a claimed task, from its worker to its outcome. Never rejects. */
+  async #carryOut(task: ClaimedTask, run: Run, slot: Slot): Promise<void> {
     run.claim = task.claim
     if (task.damage) {
-      // No waiting mends that, and nobody can know what the worker was given.
-      await this.#settle(task, failure('internal_error', task.damage.message))
+      // Retrying cannot repair it, and the secrets that the worker got are unknown.
+      await this.#finish(task, failure('internal_error', task.damage.message))
       return
     }
     if (task.cancelRequested) run.cancel.abort()
@@ -265,27 +277,67 @@ export class TaskRunner {
       if (!worker) {
         outcome = cancelled.aborted
           ? CANCELLED
-          : failure('worker_lost', 'The worker vanished while the service was away')
+          : failure('worker_lost', 'The worker vanished while the service was down')
       } else {
         const startedAt = task.startedAt ?? this.#options.now()
         task.startedAt = startedAt
-        // Together: a short task ends before the disk has taken down that it began.
-        const seeing = this.#seeThrough(worker, { ...task, startedAt }, run)
-        const marking = this.#markRunning(task, startedAt, { run, worker })
-        outcome = await seeing.finally(() => marking)
+        // At once: a short task ends before the store has committed its start.
+        const exit = this.#awaitExit(worker, { ...task, startedAt }, run)
+        const marked = this.#markRunning(task, startedAt, { run, worker })
+        outcome = await exit.finally(() => marked)
       }
     } catch (err) {
-      if (letGo.aborted) return this.#leave(task)
+      if (run.release.signal.aborted) return this.#release(task)
       outcome = cancelled.aborted ? CANCELLED : this.#failureOf(err, task)
-      const isForWantOfWorker = !worker && !['cancelled', 'startup_failed'].includes(outcome.reason)
-      if (isForWantOfWorker) this.#background(this.#options.onProvisioningFailed())
+      const gotNoWorker = !worker && !['cancelled', 'startup_failed'].includes(outcome.reason)
+      if (gotNoWorker) this.#background(this.#options.onProvisioningFailed())
     }
-    // Let go: nothing is decided, and the worker goes on without us.
-    if (outcome === undefined) return this.#leave(task)
-    await this.#settle(task, outcome, { worker, run })
+    if (outcome === undefined) return this.#release(task)
+    await this.#finish(task, outcome, { worker, run })
   }
 
-  /** Never rejects. Lets go of the run when the task is not ours any more. */
+  /** Undefined: the task has no worker any more. Throws the `WorkerError` that ends the task. */
+  async #attachOrProvision(task: ClaimedTask, run: Run, slot: Slot): Promise<Worker | undefined> {
+    const { taskId } = task
+    const [released, cancelled] = [run.release.signal, run.cancel.signal]
+    const onWaiting = (waitingFor: string | null) => this.#noteWaiting(task, run, waitingFor)
+    if (task.status === 'running' || cancelled.aborted) {
+      const options = { taskId, ends: [released], wake: cancelled, onWaiting }
+      return this.#patience.repeat('finding its worker', options, async () => {
+        try {
+          return await this.#provisioning.find(task)
+        } catch (err) {
+          // The cancel takes effect at once; the worker is terminated later.
+          if (cancelled.aborted) return undefined
+          throw err
+        }
+      })
+    }
+    const options = { taskId, ends: [released, cancelled], slot, onWaiting }
+    // An earlier attempt may have made the worker before it crashed or failed.
+    let mayExist = task.claim > 1
+    const worker = await this.#patience.repeat('getting a worker', options, () => {
+      const attempt = this.#provisioning.attempt(task, [released, cancelled], mayExist)
+      mayExist = true
+      return attempt
+    })
+    this.#availability.passed()
+    return worker
+  }
+
+  /** Stores what the task waits for, so that every instance can report it. */
+  #noteWaiting(task: ClaimedTask, run: Run, waitingFor: string | null): void {
+    if (run.waitingFor === waitingFor) return
+    const masked = waitingFor === null ? null : this.#masked(waitingFor, task)
+    run.waitingFor = masked
+    this.#background(
+      this.#store.noteWaiting(task, masked).catch((err: unknown) => {
+        this.#log.debug({ err, taskId: task.taskId }, 'storing what a task waits for failed')
+      }),
+    )
+  }
+
+  /** Releases the run if another instance has claimed the task. Never rejects. */
   async #markRunning(
     task: ClaimedTask,
     startedAt: number,
@@ -293,137 +345,98 @@ export class TaskRunner {
   ): Promise<void> {
     const marking = () => this.#store.markRunning(task, startedAt)
     const isOurs = await this.#repeat('marking a task running', marking, {
-      signal: run.letGo.signal,
-      // It may have ended meanwhile, and have filled the disk.
+      signal: run.release.signal,
+      // The task may have ended already, after it filled the disk.
       onFailure: async (err) => {
         if (err instanceof StoreFullError) await worker.freeSpace?.()
       },
     })
-    if (isOurs === false) run.letGo.abort()
+    if (isOurs === false) run.release.abort()
     const { taskId, workerName } = task
     if (isOurs) this.#log.info({ taskId, ...traceOf(task), worker: workerName }, 'task running')
   }
 
-  /** The worker of an earlier process may have filled the disk, and ended. */
-  async #freeSpaceOf(taskId: string): Promise<void> {
-    const task = await this.#store.get(taskId)
-    const worker = task && (await this.#provisioning.find(task))
-    await worker?.freeSpace?.()
-  }
-
-  /**
-   * Somebody else has the task, unless we shut down. Where that one has ended it, a worker that we made too late, or that
-   * only we can reach, is nobody's.
-   */
-  #leave(task: Pick<Task, 'taskId' | 'workerName'>): void {
-    const { taskId } = task
-    if (this.#closing.signal.aborted) return
-    this.#log.warn({ taskId }, 'the task was taken over by another instance')
-    this.#background(
-      this.#repeat('leaving a task', async () => {
-        const owner = await this.#store.workerOwner(taskId)
-        if (owner && (!isFinal(owner.status) || owner.kept)) return
-        const worker = await this.#provisioning.find(task)
-        await worker?.terminate()
-      }),
-    )
-  }
-
-  /** Undefined: there is no worker of the task any more. Throws the `WorkerError` that ends the task. */
-  async #attachOrProvision(task: ClaimedTask, run: Run, slot: Slot): Promise<Worker | undefined> {
-    const { taskId } = task
-    const [letGo, cancelled] = [run.letGo.signal, run.cancel.signal]
-    const onWaiting = (waitingFor: string | null) => this.#noteWaiting(task, run, waitingFor)
-    if (task.status === 'running' || cancelled.aborted) {
-      const hindered = { taskId, ends: [letGo], wake: cancelled, onWaiting }
-      return this.#patience.repeat('finding its worker', hindered, async () => {
-        try {
-          return await this.#provisioning.find(task)
-        } catch (err) {
-          // The caller's word counts, whatever hinders us; the worker is terminated in any case.
-          if (cancelled.aborted) return undefined
-          throw err
-        }
-      })
-    }
-    const hindered = { taskId, ends: [letGo, cancelled], slot, onWaiting }
-    // An earlier attempt may have begun one, before a crash or a trouble cut it short.
-    let mayBeBegun = task.claim > 1
-    const worker = await this.#patience.repeat('getting a worker', hindered, () => {
-      const attempt = this.#provisioning.attempt(task, [letGo, cancelled], mayBeBegun)
-      mayBeBegun = true
-      return attempt
-    })
-    this.#availability.passed()
-    return worker
-  }
-
-  /** Tells on every instance what hinders the task. */
-  #noteWaiting(task: ClaimedTask, run: Run, waitingFor: string | null): void {
-    if (run.waitingFor === waitingFor) return
-    const words = waitingFor === null ? null : this.#masked(waitingFor, task)
-    run.waitingFor = words
-    this.#background(
-      this.#store.noteWaiting(task, words).catch((err: unknown) => {
-        this.#log.debug({ err, taskId: task.taskId }, 'what a task waits for could not be stored')
-      }),
-    )
-  }
-
-  /** Waits for the task's exit, a cancel, or its time limit. Undefined: we are shutting down. */
-  async #seeThrough(
+  /** Waits for the task's exit, its cancel or its time limit. Undefined: the run is released. */
+  async #awaitExit(
     worker: Worker,
     task: ClaimedTask & { startedAt: number },
     run: Run,
   ): Promise<Outcome | undefined> {
-    const hindered = {
+    const options = {
       taskId: task.taskId,
-      ends: [run.letGo.signal],
+      ends: [run.release.signal],
       wake: run.cancel.signal,
       onWaiting: (waitingFor: string | null) => this.#noteWaiting(task, run, waitingFor),
     }
     const limitMs = task.timeoutSeconds * 1000
-    return this.#patience.repeat('watching its worker', hindered, async () => {
-      // Never more than the limit, should the clock have been set back meanwhile.
+    return this.#patience.repeat('watching its worker', options, async () => {
+      // Never more than the limit, even if the clock was set back.
       const leftMs = Math.min(task.startedAt + limitMs - this.#options.now(), limitMs)
-      return this.#watch(worker, task, { run, leftMs: Math.max(0, leftMs) })
+      return this.#awaitExitOnce(worker, task, { run, leftMs: Math.max(0, leftMs) })
     })
   }
 
-  async #watch(
+  async #awaitExitOnce(
     worker: Worker,
     task: ClaimedTask,
     { run, leftMs }: { run: Run; leftMs: number },
   ): Promise<Outcome | undefined> {
-    const [letGo, cancelled] = [run.letGo.signal, run.cancel.signal]
-    using deadline = new Deadline(leftMs, [letGo, cancelled])
+    const [released, cancelled] = [run.release.signal, run.cancel.signal]
+    using deadline = new Deadline(leftMs, [released, cancelled])
     try {
       return this.#outcomeOf(await worker.completion(deadline.signal), task)
     } catch (err) {
       if (!deadline.signal.aborted) throw err
-      if (letGo.aborted) return undefined
-      await this.#membership?.sure(letGo)
+      if (released.aborted) return undefined
+      await this.#membership?.confirmed(released)
       if (cancelled.aborted) {
-        // The caller's word counts, whatever hinders us; the worker is terminated in any case.
-        await worker.stop().catch((stopping: unknown) => {
-          this.#log.error({ err: stopping, taskId: task.taskId }, 'stopping a task failed')
+        // The cancel takes effect at once; the worker is terminated later.
+        await worker.stop().catch((stopErr: unknown) => {
+          this.#log.error({ err: stopErr, taskId: task.taskId }, 'stopping a task failed')
         })
         return CANCELLED
       }
-      // It may have ended in time, with nobody here to see it.
+      // The task may have ended in time, while this instance was down.
       if ((await worker.hasEnded?.()) || (await worker.status()) === 'Completed') {
-        return this.#outcomeOf(await worker.completion(letGo), task)
+        return this.#outcomeOf(await worker.completion(released), task)
       }
       await worker.stop()
       return failure('timed_out', `Ran longer than its limit of ${task.timeoutSeconds} seconds`)
     }
   }
 
+  /** Returns success for an observed exit code 0, and for nothing else. */
+  #outcomeOf(completion: Completion, task: Task): Outcome {
+    const succeeded = completion.reason === 'completed' && completion.exitCode === 0
+    // The message may quote other programs.
+    const message = this.#masked(completion.message ?? '', task) || null
+    return { ...completion, message, status: succeeded ? 'succeeded' : 'failed' }
+  }
+
+  /** Returns the outcome of a task that ends without a completion. */
+  #failureOf(err: unknown, task: Task): Outcome {
+    if (err instanceof WorkerError) {
+      return failure(err.reason, this.#masked(err.message, task))
+    }
+    // A bug: no step throws anything else.
+    this.#log.error({ err, taskId: task.taskId }, 'running a task failed')
+    return failure('internal_error', 'The service could not run the task; its own log says why')
+  }
+
+  /** Fails a task whose worker is lost together with the host of a dead instance. */
+  async #failOrphan(orphan: OrphanedTask, run: Run): Promise<void> {
+    const task = await this.#claim(orphan, run)
+    if (!task) return
+    run.claim = task.claim
+    const message = `The host of instance ${orphan.instance} has not come back, and the worker ran there`
+    await this.#finish(task, failure('worker_lost', message))
+  }
+
   /**
-   * The end of a run: take the log, commit outcome + log + delivery, and the slot is free. Then make the
-   * first attempt and end the worker whatever it gave. False: someone else was first.
+   * Takes the log and commits it with outcome and delivery. After that the slot is free: the first
+   * attempt, then the worker's termination go on in the background. False: the task was final.
    */
-  async #settle(
+  async #finish(
     task: Task,
     outcome: Outcome,
     { worker, run }: { worker?: Worker | undefined; run?: Run | undefined } = {},
@@ -433,49 +446,48 @@ export class TaskRunner {
       !task.terminateOnCompletion && worker !== undefined && outcome.status !== 'cancelled'
     const committed = await this.#commit(task, outcome, { worker, run, keepWorker })
     if (!committed) {
-      if (worker) this.#leave(task)
+      if (worker) this.#release(task)
       return false
     }
     const { status, reason, exitCode } = outcome
     this.#log.info({ taskId, ...traceOf(task), status, reason, exitCode }, 'task finished')
     const { delivery, content } = committed
-    const telling = delivery && this.#callbacks.attemptNow(taskId, delivery, content)
+    const firstAttempt = delivery && this.#callbacks.attemptNow(taskId, delivery, content)
     this.#background(
-      Promise.resolve(telling).then(async () => {
+      Promise.resolve(firstAttempt).then(async () => {
         if (!keepWorker && task.claim > 0) await this.#terminate(task, worker)
       }),
     )
     return true
   }
 
-  /** Undefined: it is somebody else's task. On its own, so that nothing that comes later holds a large log. */
+  /** Undefined: the task is not ours, or final. Apart, so that no delivery holds a large log. */
   async #commit(
     task: Task,
     outcome: Outcome,
-    { worker, run, keepWorker }: Ending,
+    {
+      worker,
+      run,
+      keepWorker,
+    }: { worker?: Worker | undefined; run?: Run | undefined; keepWorker: boolean },
   ): Promise<Committed | undefined> {
     const { callbackUrl } = task
-    const { log, rawBytes } = await this.#logOf(task, outcome, worker)
+    const { log, rawBytes } = await this.#takeLog(task, outcome, worker)
     const delivery = callbackUrl === null ? undefined : this.#callbacks.prepare(callbackUrl)
     const finishedAt = this.#options.now()
-    const committing = () =>
-      this.#store.finish(task, {
-        outcome,
-        log,
-        logBytes: rawBytes,
-        delivery,
-        finishedAt,
-        keepWorker,
-      })
-    const committed = await this.#repeat('committing an outcome', committing, {
+    const end = { outcome, log, logBytes: rawBytes, delivery, finishedAt, keepWorker }
+    const committing = () => this.#store.finish(task, end)
+    const isCommitted = await this.#repeat('committing an outcome', committing, {
       onFailure: async (err) => {
         if (run) run.waitingFor = wordsOf(err)
-        // Its own files may be what fills the disk.
+        // The worker's own files may have filled the disk.
         if (err instanceof StoreFullError) await worker?.freeSpace?.()
       },
     })
-    if (!committed && delivery) this.#callbacks.abandon(delivery)
-    if (!committed) return undefined
+    if (!isCommitted) {
+      if (delivery) this.#callbacks.abandon(delivery)
+      return undefined
+    }
     const isLarge = log.content.length > HELD_LOG_BYTES
     if (callbackUrl === null || isLarge) return { delivery, content: undefined }
     const { callbackUrlToken: token, traceparent, taskFileName: taskName, taskId } = task
@@ -488,31 +500,44 @@ export class TaskRunner {
     }
   }
 
-  /** The log as it is kept and sent. */
-  async #logOf(task: Task, outcome: Outcome, worker: Worker | undefined): Promise<TakenLog> {
-    const taken = worker ? await this.#takeLog(worker, task, outcome.exitCode !== null) : NO_LOG
+  /** Returns the log as it is stored and sent. */
+  async #takeLog(task: Task, outcome: Outcome, worker: Worker | undefined): Promise<TakenLog> {
+    const taken = worker ? await this.#readLog(worker, task, outcome.exitCode !== null) : NO_LOG
     const mask = (text: string) => this.#masked(text, task)
     return withLastLine(taken, outcome, { mask, maxBytes: LOG_BYTES_KEPT })
   }
 
-  async #takeLog(worker: Worker, task: Task, hasEnded: boolean): Promise<TakenLog> {
+  async #readLog(worker: Worker, task: Task, hasEnded: boolean): Promise<TakenLog> {
     const reading = () =>
       maskedTail(worker, this.#options.maskerFor(task), LOG_BYTES_KEPT, hasEnded)
-    using deadline = new Deadline(LOG_PATIENCE_MS, [this.#closing.signal])
-    const taken = await this.#repeat('reading a log', reading, deadline)
-    // The outcome is worth more than the log.
-    return taken ?? UNREADABLE_LOG
+    using deadline = new Deadline(LOG_TIMEOUT_MS, [this.#closing.signal])
+    // An unreadable log must not hold up the outcome.
+    return (await this.#repeat('reading a log', reading, deadline)) ?? UNREADABLE_LOG
   }
 
-  /** Success is an observed exit code 0, and nothing else. */
-  #outcomeOf(completion: Completion, task: Task): Outcome {
-    const succeeded = completion.reason === 'completed' && completion.exitCode === 0
-    // It may hold words of other programs.
-    const message = this.#masked(completion.message ?? '', task) || null
-    return { ...completion, message, status: succeeded ? 'succeeded' : 'failed' }
+  #masked(text: string, task: Task): string {
+    return this.#options.maskerFor(task).mask(Buffer.from(text)).toString()
   }
 
-  /** Terminates a worker, again and again until it is gone or we are shutting down. */
+  /**
+   * Stops work on a task that another instance has claimed, or at shutdown. If that instance has
+   * ended the task, it may not know or reach our worker, which is terminated here.
+   */
+  #release(task: Pick<Task, 'taskId' | 'workerName'>): void {
+    const { taskId } = task
+    if (this.#closing.signal.aborted) return
+    this.#log.warn({ taskId }, 'the task was taken over by another instance')
+    this.#background(
+      this.#repeat('releasing a task', async () => {
+        const owner = await this.#store.workerOwner(taskId)
+        if (owner && (!isFinal(owner.status) || owner.kept)) return
+        const worker = await this.#provisioning.find(task)
+        await worker?.terminate()
+      }),
+    )
+  }
+
+  /** Terminates a worker. Retries until it is gone or the service shuts down. */
   async #terminate(task: Pick<Task, 'taskId' | 'workerName'>, known?: Worker): Promise<void> {
     await this.#repeat('terminating a worker', async () => {
       const worker = known ?? (await this.#provisioning.find(task))
@@ -521,35 +546,8 @@ export class TaskRunner {
     })
   }
 
-  #masked(words: string, task: Task): string {
-    return this.#options.maskerFor(task).mask(Buffer.from(words)).toString()
-  }
-
-  /** What ends a task that has no completion. */
-  #failureOf(err: unknown, task: Task): Outcome {
-    if (err instanceof WorkerError) {
-      return failure(err.reason, this.#masked(err.message, task))
-    }
-    // No step throws anything else: a contradiction of ours.
-    this.#log.error({ err, taskId: task.taskId }, 'running a task failed')
-    return failure('internal_error', 'The service could not run the task; its own log says why')
-  }
-
-  /**
-   * Ends a task whose worker is out of reach with the host of the instance that has died. Claimed until it is answered:
-   * a claim that got through unheard would leave the task ours, with nobody to look after it.
-   */
-  async #giveUp(orphan: OrphanedTask, run: Run): Promise<void> {
-    const claiming = () => this.#store.claim(orphan.taskId, this.#options.now(), orphan.claim)
-    const task = await this.#repeat('claiming a task', claiming, { signal: run.letGo.signal })
-    if (!task) return
-    run.claim = task.claim
-    const message = `The host of instance ${orphan.instance} has not come back, and the worker ran there`
-    await this.#settle(task, failure('worker_lost', message))
-  }
-
-  /** What is done here on behalf of all instances. */
-  #memberOf(cluster: Cluster): Membership {
+  /** Returns a membership that can resume, release, fail and cancel this runner's tasks. */
+  #membershipOf(cluster: Cluster): Membership {
     const runs = this.#runs
     return new Membership(
       cluster,
@@ -558,21 +556,22 @@ export class TaskRunner {
           new Map(
             [...runs].flatMap(([id, { claim }]) => (claim === undefined ? [] : [[id, claim]])),
           ),
-        letGo: (taskId, claim) => {
+        release: (taskId, claim) => {
           const run = runs.get(taskId)
-          if (run?.claim === claim) run.letGo.abort()
+          if (run?.claim === claim) run.release.abort()
         },
         resume: (task) => this.#resume(task),
-        giveUp: (orphan) => {
-          this.#background(this.#once(orphan.taskId, (run) => this.#giveUp(orphan, run)))
+        fail: (orphan) => {
+          const work = (run: Run) => this.#failOrphan(orphan, run)
+          this.#background(this.#runExclusively(orphan.taskId, work))
         },
-        cancel: (taskId) => this.hearCancel(taskId),
+        cancel: (taskId) => this.cancelRun(taskId),
       },
       this.#log,
     )
   }
 
-  /** Repeats an idempotent step until it succeeds. Undefined: `signal`, or the service's end, has cut that short. */
+  /** Repeats an idempotent step until it succeeds. Undefined: `signal` or the shutdown ended it. */
   #repeat<T>(
     what: string,
     step: () => Promise<T>,
@@ -585,9 +584,9 @@ export class TaskRunner {
   #background(work: Promise<unknown>): void {
     const tracked = work.then(
       () => {},
-      (err: unknown) => this.#log.error({ err }, 'work after a run failed'),
+      (err: unknown) => this.#log.error({ err }, 'background work of a task failed'),
     )
-    this.#afterwards.add(tracked)
-    void tracked.then(() => this.#afterwards.delete(tracked))
+    this.#backgroundWork.add(tracked)
+    void tracked.then(() => this.#backgroundWork.delete(tracked))
   }
 }

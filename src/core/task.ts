@@ -3,11 +3,13 @@
  * - task: one accepted request to run a task file, known by its `taskId`.
  * - task file: a script in the tasks folder.
  * - backend: the kind of place a task runs on. worker: one such place, made for one task.
- * - queue: the tasks with status `queued`. slot: a place among the tasks that run at a time on an
- *   instance; a task that waits for something gives it to others.
- * - claim: a number that rises when an instance takes the task; every later write names it, so that
- *   an instance that was thought dead changes nothing when it wakes up (a fencing token).
- * - callback: what the caller asked for. delivery: sending it, over one or more attempts.
+ * - instance: one process of the service. deployment: all instances that share a database.
+ * - queue: the tasks with status `queued`. slot: the right to run a task on an instance, which has
+ *   a limited number; a task that waits for the service releases its slot.
+ * - claim: a number that rises when an instance claims the task (a fencing token). Every later
+ *   write names it, so that an instance considered dead changes nothing when it resumes.
+ * - callback: the request that reports the outcome. delivery: sending it, over one or more
+ *   attempts. lease: one instance's right to attempt a delivery, until a time.
  *
  * States and moves
  *
@@ -15,7 +17,7 @@
  *      |            |
  *      +------------+------------------> failed | cancelled
  *
- * The final status is set once, by compare-and-set; whoever comes second changes nothing.
+ * The final status is set once, by compare-and-set; a second attempt changes nothing.
  */
 import { createHash } from 'node:crypto'
 import type { WorkerConfig } from './worker-config.ts'
@@ -55,11 +57,11 @@ export type Reason = (typeof REASONS)[number]
 export const CALLBACK_STATUSES = ['none', 'pending', 'delivered', 'given_up'] as const
 export type CallbackStatus = (typeof CALLBACK_STATUSES)[number]
 
-/** What the caller asked for, validated and free of wire spelling. */
+/** A validated request, in the domain's spelling. */
 export interface TaskRequest {
   taskId: string
   taskFileName: string
-  /** As given in the request, without the defaults of the worker files. */
+  /** The request's own, without the defaults of the worker files. */
   workerConfig: WorkerConfig
   callbackUrl: string | null
   callbackUrlToken: string | null
@@ -69,7 +71,7 @@ export interface TaskRequest {
   priority?: number | undefined
 }
 
-/** A task as lists show it: nothing in here is secret. */
+/** A task as lists show it, without secrets. */
 export interface TaskSummary {
   /** Rises with each accepted task; the cursor of lists. */
   seq: number
@@ -77,7 +79,7 @@ export interface TaskSummary {
   taskFileName: string
   status: TaskStatus
   reason: Reason | null
-  /** A sentence for people that goes with the reason. */
+  /** The reason in a sentence for people. */
   message: string | null
   exitCode: number | null
   signal: string | null
@@ -86,46 +88,40 @@ export interface TaskSummary {
   timeoutSeconds: number
   priority: number
   claim: number
-  /** The instance that claimed it last. */
+  /** Instance that claimed it last. */
   instance: string | null
-  /** Of the caller's trace (W3C Trace Context). */
+  /** The client's trace (W3C Trace Context). */
   traceparent: string | null
   createdAt: number
-  /** When a worker was first asked for. */
+  /** When it was first claimed. */
   claimedAt: number | null
   startedAt: number | null
   finishedAt: number | null
-  /**
-   * What a live task waits for, as a sentence for people: a trouble of the service, its machine or
-   * its engine.
-   */
+  /** Fault of the service, its machine or engine that a live task waits for, in a sentence. */
   waitingFor: string | null
   callbackStatus: CallbackStatus
-  /** Bytes the task logged in all, also where only the tail of them was kept. */
+  /** Length of the whole log; only its end may be stored. */
   logBytes: number | null
 }
 
-/** A task whole, with what is sealed at rest. */
+/** A task with the fields that are sealed at rest. */
 export interface Task extends TaskSummary {
   workerConfig: WorkerConfig
   callbackUrl: string | null
   callbackUrlToken: string | null
-  /** Values of the named secrets that its worker was given; none once it has ended. */
+  /** Values of the named secrets that its worker got; empty once the task has ended. */
   secretValues: readonly string[]
 }
 
-/** For log lines: the trace that the caller's own belongs to. */
+/** Returns the client's trace id, for log lines. */
 export function traceOf({ traceparent }: Pick<TaskSummary, 'traceparent'>): { traceId?: string } {
   return traceparent === null ? {} : { traceId: traceparent.split('-')[1] ?? '' }
 }
 
-/**
- * Waiting that a step of priority is worth, so that nobody waits for ever. The store's index of
- * waiting tasks holds it as well.
- */
+/** Waiting time that one priority level is worth, so nothing starves. Also in the store's index. */
 export const PRIORITY_STEP_MS = 60_000
 
-/** Returns a waiting task's place in the queue, in ms: the lowest goes first. It ages by itself. */
+/** Returns a waiting task's sort key in the queue, in ms; the lowest goes first. */
 export function queuePosition(task: { createdAt: number; priority: number }): number {
   return task.createdAt - task.priority * PRIORITY_STEP_MS
 }
@@ -144,9 +140,9 @@ export function isFinal(status: TaskStatus): status is FinalStatus {
 }
 
 /**
- * The worker's name comes from the task id alone, so that provisioning twice finds the first worker.
- * A DNS label: `task-<slug>-<hash>`, 48 characters at most (Kubernetes allows 63, and adds suffixes). Two ids share a name only
- * by a collision of 80 bits, and what is found under a name is compared with the task id all the same.
+ * Returns the worker's name, which depends on the task id alone, so that provisioning twice finds
+ * the first worker. A DNS label of at most 48 characters (Kubernetes allows 63, and adds suffixes).
+ * The hash has 80 bits; a worker found by name is compared with the task id all the same.
  */
 export function workerNameFor(taskId: string): string {
   const slug = taskId
@@ -158,7 +154,7 @@ export function workerNameFor(taskId: string): string {
   return slug === '' ? `task-${hash}` : `task-${slug}-${hash}`
 }
 
-/** Whether `workerNameFor`, of this release or of those before, can have made the name. */
+/** Returns whether `workerNameFor`, of this or an earlier release, may have made the name. */
 export function isWorkerName(name: string): boolean {
   return /^task-(?:[a-z0-9-]{1,22}-)?[0-9a-f]{12,20}$/.test(name)
 }

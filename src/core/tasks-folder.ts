@@ -1,4 +1,4 @@
-/** What workers get of the tasks folder, what is left out, and whose trouble it is when something cannot be read. */
+/** Which entries of the tasks folder workers get, and whose fault it is if one cannot be read. */
 import type { Dirent } from 'node:fs'
 import {
   access,
@@ -16,41 +16,41 @@ import { WorkerError } from './ports.ts'
 
 /** Folders that workers get no copy of. */
 export const NOT_COPIED: readonly string[] = ['.git', '__pycache__']
-/** Installed packages are many files that tasks only read: local workers get a link, images bring their own. */
+/** Folders of installed packages. Local workers get a link to them; images have their own. */
 export const LINKED: readonly string[] = ['node_modules', '.venv']
 
-/** Flags to open what should be a file: opening a FIFO must not wait for its writer. */
+/** Flags for opening a file; opening a FIFO must not wait for its writer. */
 export const READ = constants.O_RDONLY | constants.O_NONBLOCK
 
 const NOTES_MAX = 10
-/** Editors and git replace a file in two steps: one that went away so recently may be about to come back. */
+/** Time in which a missing file may come back: editors and git replace a file in two steps. */
 const SETTLED_MS = 1_000
 
-/** Something that users expect in a copy of the tasks folder, and why it is not there. */
+/** An entry that is left out of copies of the tasks folder, and why. */
 export interface LeftOut {
   path: string
   why: string
 }
 
-/** An entry of the tasks folder, by its path in there. Links are not followed. */
+/** An entry of the tasks folder; `path` is relative to it. Links are not followed. */
 export interface TasksEntry {
   path: string
   kind: 'file' | 'folder' | 'link'
 }
 
 /**
- * Kinds of errors when something in the tasks folder is read. `gone`: it was removed, or leads nowhere. `refused`: it cannot be
- * read as it is. `ours`: the process or the machine has no more descriptors or memory. Any other error is of the disk.
+ * Faults by error code of reading an entry. `gone`: removed, or a link to nothing. `refused`: not
+ * readable as it is. `ours`: out of descriptors or memory. Any other error is the disk's.
  */
 export const READ_FAULTS: Readonly<Record<string, 'gone' | 'refused' | 'ours'>> = {
   ENOENT: 'gone',
   ENOTDIR: 'gone',
   ENAMETOOLONG: 'gone',
-  // Something else has taken its place.
+  // A folder has taken its place.
   EISDIR: 'gone',
   EACCES: 'refused',
   EPERM: 'refused',
-  // A link that leads to itself.
+  // A cycle of links.
   ELOOP: 'refused',
   // A socket.
   ENXIO: 'refused',
@@ -59,7 +59,7 @@ export const READ_FAULTS: Readonly<Record<string, 'gone' | 'refused' | 'ours'>> 
   ENOMEM: 'ours',
 }
 
-/** Returns the code of a failed system call. Throws what is no such failure. */
+/** Returns the code of a failed system call. Throws any other error. */
 export function codeOf(err: unknown): string {
   if (err instanceof Error && 'syscall' in err && 'code' in err) return String(err.code)
   throw err
@@ -70,8 +70,8 @@ export function tasksFolderUnavailable(err: unknown): UnavailableError {
 }
 
 /**
- * Judges a failure to read what is at `path` in the tasks folder. Undefined: it is gone, which is nothing to tell of while
- * somebody works in there. Throws `UnavailableError` for a trouble of ours.
+ * Returns how a failure to read an entry is reported. Undefined: it is gone, as happens while
+ * somebody edits the folder. Throws `UnavailableError` if the fault is `ours`.
  */
 export function leftOutFor(path: string, err: unknown): LeftOut | undefined {
   const why = codeOf(err)
@@ -79,43 +79,43 @@ export function leftOutFor(path: string, err: unknown): LeftOut | undefined {
   return READ_FAULTS[why] === 'gone' ? undefined : { path, why }
 }
 
-/** True of a name as Node has decoded it. */
+/** Returns whether a file name was UTF-8: Node replaces other bytes by U+FFFD. */
 export function isUtf8(name: string): boolean {
   return !name.includes('\uFFFD')
 }
 
-/** Judges an entry that lies at `path` in the tasks folder. Undefined: it can be looked at. */
+/** Returns why an entry is left out by its name or kind. Undefined: it is not. */
 export function oddEntry(path: string, entry: Dirent): LeftOut | undefined {
   if (!isUtf8(entry.name)) return { path, why: 'its name is not UTF-8' }
   const isUsual = entry.isFile() || entry.isDirectory() || entry.isSymbolicLink()
   return isUsual ? undefined : { path, why: 'neither a file nor a folder' }
 }
 
-/** Both are absolute paths. */
+/** Returns whether `path` is `root` or below it; both are absolute. */
 export function isInside(root: string, path: string): boolean {
   return path === root || path.startsWith(root + sep)
 }
 
-/** Returns where a link in the tasks folder leads; `root` is the folder's real path. Undefined: out of the folder. */
+/** Returns a link's target; `root` is the folder's real path. Undefined: it is outside. */
 export async function linkedTo(link: string, root: string): Promise<string | undefined> {
   try {
     const real = await realpath(link)
     return isInside(root, real) ? real : undefined
   } catch (err) {
-    // What is outside is not for us to tell of.
+    // Of a target outside the folder, the error must not be reported.
     if (isInside(root, resolve(dirname(link), await readlink(link)))) throw err
     return undefined
   }
 }
 
-/** Returns a line for each that is left out, such as `dump.sql (EACCES)`, and one for those beyond `max`. */
+/** Returns lines such as `dump.sql (EACCES)`, at most `max`, and the number of any further ones. */
 export function leftOutLines(all: readonly LeftOut[], max: number): string[] {
-  // Names may hold line ends, and what moves a terminal's cursor.
+  // A name may contain line ends and terminal escapes.
   const lines = all.slice(0, max).map(({ path, why }) => `${path.replace(/\p{C}/gu, '?')} (${why})`)
   return all.length > max ? [...lines, `${all.length - max} more`] : lines
 }
 
-/** Returns notes for a task's log. */
+/** Returns the lines for a task's log. */
 export function leftOutNotes(all: readonly LeftOut[]): string[] {
   return leftOutLines(all, NOTES_MAX).map(
     (line) => `Left out of the copy of the tasks folder: ${line}`,
@@ -133,8 +133,8 @@ export async function assertTasksFolder(folder: string): Promise<void> {
 }
 
 /**
- * Throws a `WorkerError` when a task file is not there or is not for us to read, `UnavailableError` when the whole folder
- * cannot be read, and another error when the file may be readable in a moment.
+ * Throws a `WorkerError` when the task file is missing or unreadable, `UnavailableError` when the
+ * whole folder is unreadable, and another error when a retry may succeed.
  */
 export async function assertTaskFile(folder: string, name: string): Promise<void> {
   const path = join(folder, name)
@@ -154,8 +154,8 @@ export async function assertTaskFile(folder: string, name: string): Promise<void
 }
 
 /**
- * Returns why a task file cannot be had, as an error. `code`: of the failure to open it; empty when it is no plain file.
- * `changedAt`: when files last came or went in its folder, in epoch ms.
+ * Returns the error for an unreadable task file. `code`: why opening it failed; empty if it is no
+ * plain file. `changedAt`: when files were last added to its folder or removed, in epoch ms.
  */
 export function taskFileError(name: string, code: string, changedAt: number): Error {
   const words = code === '' ? 'is not a plain file' : `cannot be read (${code})`
@@ -178,8 +178,8 @@ export function taskFileError(name: string, code: string, changedAt: number): Er
 }
 
 /**
- * Lists what is in the folder but for what workers never get, sorted by path. Whether a file can be opened is not known yet.
- * Throws `UnavailableError` when the folder itself cannot be read.
+ * Lists the entries that copies contain, sorted by path, without opening them. Throws
+ * `UnavailableError` when the folder itself cannot be read.
  */
 export async function listTasks(
   folder: string,

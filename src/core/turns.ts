@@ -1,13 +1,12 @@
 import { setImmediate } from 'node:timers/promises'
 
-let line: Promise<void> = Promise.resolve()
+let queue: Promise<void> = Promise.resolve()
 
 /**
- * Waits for a free turn of the event loop. Long work takes one before each of its pieces. A turn
- * goes to one caller, so that requests wait for one piece at most, however much long work is under
- * way.
+ * Waits for a turn of the event loop that no other caller has. Long work waits for one before each
+ * piece, so that requests wait for at most one piece, however much work is under way.
  */
 export function turn(): Promise<void> {
-  line = line.then(() => setImmediate())
-  return line
+  queue = queue.then(() => setImmediate())
+  return queue
 }

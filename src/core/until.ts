@@ -1,6 +1,6 @@
-/** The promise's outcome, or a rejection with the signal's reason as soon as that aborts. */
+/** Settles as the promise does, or rejects with the signal's reason as soon as that aborts. */
 export async function until<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
-  // When the abort comes first, nobody waits for the promise any more.
+  // After an abort, nobody awaits the promise: its rejection must not be unhandled.
   promise.catch(() => {})
   signal.throwIfAborted()
   const aborted = Promise.withResolvers<never>()

@@ -2,27 +2,26 @@ const NONE = 0
 const NODES_A_TURN = 32 * 1024
 
 /**
- * Finds values in a text in one pass, however many they are and however often they begin (Aho and
- * Corasick, "Efficient string matching", 1975). The values form a trie, whose nodes stand for the
- * beginnings of values. After each byte of the text, the search is at the node of the longest
- * beginning that the text ends with.
+ * Finds any number of values in a text in one pass (Aho and Corasick, "Efficient string matching",
+ * 1975). The values form a trie: each node is a prefix of a value. After each byte of the text, the
+ * search is at the node of the longest prefix that the text ends with.
  *
- * Node 0 is the root. A node's first child is the node after it, unless that was taken; other
- * children are in a table of 256 nodes. Few nodes have a table, so that a value costs 18 bytes for
- * each of its own.
+ * Node 0 is the root. A node's first child is the next node, unless that was taken; its other
+ * children are in a table of 256 nodes. Few nodes have a table, so a value costs about 18 bytes per
+ * byte.
  */
 export class ValueSearch {
   readonly longestValue: number
-  /** Byte of the child that is the next node, plus one. 0: there is no such child. */
+  /** Byte of the child that is the next node, plus one. 0: the next node is no child. */
   readonly #nextByte: Uint16Array
-  /** Number of the node's table, plus one. 0: it has none. */
+  /** Index of the node's table, plus one. 0: no table. */
   readonly #table: Int32Array
   #tables: Int32Array = new Int32Array(256)
   #tableCount = 1
-  /** Node of the longest other beginning that the node's own beginning ends with. */
+  /** Node of the longest proper suffix that is a prefix, too (the failure link). */
   readonly #shorter: Int32Array
   readonly #depth: Int32Array
-  /** Length of the longest value that ends at the node. 0: none does. */
+  /** Length of the longest value that ends at the node; 0: none. */
   readonly #found: Int32Array
   #nodeCount = 1
   readonly #building: Generator<void, void>
@@ -39,15 +38,15 @@ export class ValueSearch {
     this.#building = this.#build(values)
   }
 
-  /** Builds a piece of the trie. Returns false once it is whole. */
-  buildOn(): boolean {
+  /** Builds a part of the trie. Returns false once it is complete. */
+  buildNext(): boolean {
     return !this.#building.next().done
   }
 
   /**
-   * Reads on in a text from a node (at first 0, the root), and returns the node after its last
-   * byte. `onFound` is called with the first index of each value and the index after its last; of
-   * values that end at one byte, with the longest.
+   * Searches a piece of text from a node (first: 0, the root), and returns the node after its last
+   * byte. Calls `onFound` with the start and end of each value; if several end at a byte, of the
+   * longest.
    */
   read(node: number, text: Buffer, onFound: (from: number, to: number) => void): number {
     const found = this.#found
@@ -60,22 +59,16 @@ export class ValueSearch {
     return at
   }
 
-  /**
-   * Returns how many bytes at the end of the text may be the beginning of a value whose rest is
-   * still to come.
-   */
+  /** Returns how many bytes at the end of the text may be the prefix of a value. */
   openBytes(node: number): number {
     let at = node
-    // A whole value that nothing continues is over.
+    // A node without children is a complete value.
     while (at !== 0 && this.#nextByte[at] === 0 && this.#table[at] === 0)
       at = this.#shorter[at] ?? 0
     return this.#depth[at] ?? 0
   }
 
-  /**
-   * Falls back to shorter beginnings until one goes on with the byte. The root always has a table:
-   * there the search begins anew.
-   */
+  /** Falls back to shorter prefixes until one continues with the byte; the root has a table. */
   #step(node: number, byte: number): number {
     for (let at = node; ; at = this.#shorter[at] ?? 0) {
       if (this.#nextByte[at] === byte + 1) return at + 1
@@ -86,7 +79,7 @@ export class ValueSearch {
     }
   }
 
-  /** Returns the node's child; the root is nobody's, so that its number means none. */
+  /** Returns the node's child; 0, the root, means none. */
   #child(node: number, byte: number): number {
     if (this.#nextByte[node] === byte + 1) return node + 1
     const table = this.#table[node] ?? 0
@@ -101,7 +94,7 @@ export class ValueSearch {
       nextStop = this.#nodeCount + NODES_A_TURN
       yield
     }
-    // In order of depth, since a node falls back to one that is nearer to the root.
+    // In order of depth: failure links lead to nodes nearer to the root.
     const order = new Int32Array(this.#nodeCount)
     let known = 1
     for (let index = 0; index < known; index += 1) {
@@ -138,7 +131,7 @@ export class ValueSearch {
     return child
   }
 
-  /** Returns the number of the node's table, and makes the table if it is not there. */
+  /** Returns the index of the node's table, which it creates if needed. */
   #tableOf(node: number): number {
     const known = this.#table[node] ?? 0
     if (known !== 0) return known - 1

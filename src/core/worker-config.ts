@@ -1,10 +1,10 @@
-/** What kind of worker a task wants. Optional fields are absent, never null: the wire's nulls end in src/wire/. */
+/** The worker that a task requests. Unset fields are absent; src/wire/ drops the wire's nulls. */
 export interface WorkerConfig {
   workerImage?: string
   workerSize?: string
   /** Passed to the task as they are. */
   envVariables?: Record<string, string>
-  /** As requests name them: see `secretReference`. */
+  /** References such as `NAME:VARIABLE`; see `secretReference`. */
   personalSecrets?: string[]
   sharedSecrets?: string[]
   gitConfigs?: GitConfig[]
@@ -15,12 +15,12 @@ export interface WorkerConfig {
     password?: string
     /** Name of the secret that is the password. */
     secretName?: string
-    /** Name of a secret of the cluster. */
+    /** Name of a Kubernetes secret. */
     pullSecretName?: string
   }
   logLevel?: string
   modulesLogLevel?: string
-  /** Wire names of fields that were set but have no effect in this service; noted in the task's log. */
+  /** Wire names of fields that have no effect in this service; the task's log lists them. */
   withoutEffect?: string[]
 }
 
@@ -36,8 +36,8 @@ export interface GitConfig {
 }
 
 /**
- * What `NAME` or `NAME:VARIABLE` means: the secret's name, and the variable that it becomes. Without one, that is the
- * name with `_` for other characters than letters and digits.
+ * Parses `NAME` or `NAME:VARIABLE`: a secret's name and its environment variable. Default: the name
+ * with `_` for all characters but letters and digits.
  */
 export function secretReference(reference: string): { name: string; variable: string } {
   const at = reference.lastIndexOf(':')
@@ -46,14 +46,14 @@ export function secretReference(reference: string): { name: string; variable: st
   return { name: reference, variable }
 }
 
-/** Returns where a repository goes, below the worker's home: `/home/ubuntu` on the workers of Practicus AI. */
+/** Returns a repository's folder below the worker's home (`/home/ubuntu` in Practicus AI). */
 export function directoryOf({ remoteUrl, localPath }: GitConfig): string {
   if (localPath === undefined) return `projects/${repositoryName(remoteUrl)}`
   const parts = localPath.replace(/^(~|\/home\/ubuntu)\/+/, '').split('/')
   return parts.filter((part) => part !== '' && part !== '.').join('/')
 }
 
-/** `repo` of `https://host/group/repo.git`; empty when the URL has no path. */
+/** Returns `repo` of `https://host/group/repo.git`; empty if the URL has no path. */
 export function repositoryName(remoteUrl: string): string {
   const path = decodeURIComponent(new URL(remoteUrl).pathname)
   return path
@@ -62,7 +62,7 @@ export function repositoryName(remoteUrl: string): string {
     .replace(/^.*\//, '')
 }
 
-/** Lays `over` on `under`: fields of `over` win, `envVariables` merge name by name. */
+/** Merges two configs: fields of `over` win; `envVariables` are merged by name. */
 export function mergeWorkerConfigs(under: WorkerConfig, over: WorkerConfig): WorkerConfig {
   const merged: WorkerConfig = { ...under, ...over }
   if (under.envVariables && over.envVariables) {
@@ -74,7 +74,7 @@ export function mergeWorkerConfigs(under: WorkerConfig, over: WorkerConfig): Wor
   return merged
 }
 
-/** The variables a task is given besides those of its worker: its own names, then what the request sets. */
+/** Returns a task's own environment variables and those of its request. */
 export function taskEnvironment(task: {
   taskId: string
   taskFileName: string
@@ -83,7 +83,7 @@ export function taskEnvironment(task: {
   traceparent?: string | null
 }): Record<string, string> {
   const { workerConfig } = task
-  // The Practicus SDK reads its own names in a task.
+  // In a task, the Practicus SDK reads the PRT_ names.
   const underBothNames = (name: string, value: string | undefined) =>
     value === undefined ? {} : { [name]: value, [`PRT_${name}`]: value }
   return {

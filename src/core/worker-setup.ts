@@ -1,4 +1,4 @@
-/** What a worker is given for its task: environment, secrets, repositories. */
+/** Setup of a task's worker: environment, secrets, repositories. */
 import { type FieldError, InvalidRequestError, UnavailableError } from './errors.ts'
 import {
   type GitHosts,
@@ -21,7 +21,7 @@ import {
 } from './worker-config.ts'
 import type { WorkerSizes } from './worker-sizes.ts'
 
-/** Taken by GitHub, GitLab, Gitea and Azure DevOps beside a token, whatever its owner's name is. */
+/** Username that GitHub, GitLab, Gitea and Azure DevOps accept with any owner's token. */
 const USERNAME_DEFAULT = 'x-access-token'
 
 export interface WorkerSetupOptions {
@@ -41,8 +41,8 @@ export class WorkerSetup {
   }
 
   /**
-   * Throws `invalid_request` that names each secret that is not there, and each host that may not
-   * be asked, and `workers_unavailable` while a secret cannot be read for a reason of ours.
+   * Throws `invalid_request`, which names each missing secret and each host that is not allowed,
+   * and `workers_unavailable` while the service cannot read a secret.
    */
   async check(config: WorkerConfig): Promise<void> {
     const { secrets, gitHosts } = this.#options
@@ -67,9 +67,9 @@ export class WorkerSetup {
   }
 
   /**
-   * The worker's spec, with secrets and addresses as they are now, and the values that must not
-   * show in its log. Throws a `WorkerError` with `startup_failed` when a secret has gone or a host
-   * may not be asked, and any other error while a secret cannot be read or a host not be looked up.
+   * Returns the worker's spec with current secrets and addresses, and the values to mask in its
+   * log. Throws a `WorkerError` with `startup_failed` when a secret has gone or a host is not
+   * allowed, and another error while the service cannot read a secret or look a host up.
    */
   async specFor(
     task: Pick<
@@ -85,7 +85,7 @@ export class WorkerSetup {
     const { workerConfig } = task
     const gitConfigs = workerConfig.gitConfigs ?? []
     const values = await this.#secretValues(workerConfig)
-    const given = (references: readonly string[] = []) =>
+    const variables = (references: readonly string[] = []) =>
       Object.fromEntries(
         references
           .map(secretReference)
@@ -102,8 +102,8 @@ export class WorkerSetup {
         ...(await this.#location(task.taskFileName, gitConfigs)),
         repositories,
         environment: {
-          ...given(workerConfig.sharedSecrets),
-          ...given(workerConfig.personalSecrets),
+          ...variables(workerConfig.sharedSecrets),
+          ...variables(workerConfig.personalSecrets),
           ...taskEnvironment(task),
         },
         startupScript: workerConfig.startupScript,
@@ -151,13 +151,13 @@ export class WorkerSetup {
       sparseFolders: config.sparseCheckoutFolders ?? [],
       addresses: await this.#options.gitHosts.addresses(url),
       credential: password === undefined ? undefined : { username, password },
-      // As in the Practicus SDK. A key opens more than the repository: it is never kept.
+      // As in the Practicus SDK. An ssh key is never kept: it may open other repositories, too.
       keepCredential:
         password !== undefined && url.protocol !== 'ssh:' && config.saveSecret !== false,
     }
   }
 
-  /** A file of the tasks folder, or else of a cloned repository. */
+  /** Returns where the task file is: in the tasks folder, or else in a cloned repository. */
   async #location(
     name: string,
     gitConfigs: readonly GitConfig[],
@@ -171,7 +171,7 @@ export class WorkerSetup {
   }
 }
 
-/** The repository that `<repository>/path/task.py` names, if one of these is called so. */
+/** Returns the repository and path that `<repository>/path/task.py` names, if it is configured. */
 export function locateInRepository(
   taskFileName: string,
   gitConfigs: readonly GitConfig[] = [],
@@ -196,7 +196,7 @@ function imageConfigOf(
   }
 }
 
-/** Percent-encoded as git itself does it when it stores credentials. */
+/** Percent-encodes as git does when it stores credentials. */
 export function encodedForGit(text: string): string {
   const bytes = [...Buffer.from(text)].map((byte) => {
     const character = String.fromCharCode(byte)
@@ -222,7 +222,7 @@ function namedSecrets(config: WorkerConfig): Array<{ path: string; name: string 
   ]
 }
 
-/** Secrets that would be the same variable: the task could not tell which it got. */
+/** Returns an error for each secret whose environment variable another secret has already. */
 function variableClashes(config: WorkerConfig): FieldError[] {
   const names = new Map<string, string>()
   const clashes = (field: string, references: readonly string[] = []) =>

@@ -1,11 +1,11 @@
 import type { WorkerResources } from './ports.ts'
 
-/** What the names of sizes mean, in the order of lists. */
+/** Resources by size name, in display order. */
 export type WorkerSizes = Readonly<Record<string, WorkerResources>>
 
 const GIBIBYTE = 2 ** 30
 
-/** Names of the Practicus SDK. */
+/** Sizes of the Practicus SDK. */
 export const DEFAULT_WORKER_SIZES: WorkerSizes = {
   'X-Small': { cpus: 0.5, memoryBytes: GIBIBYTE, gpus: 0 },
   Small: { cpus: 1, memoryBytes: 2 * GIBIBYTE, gpus: 0 },
@@ -15,7 +15,7 @@ export const DEFAULT_WORKER_SIZES: WorkerSizes = {
   '2X-Large': { cpus: 16, memoryBytes: 32 * GIBIBYTE, gpus: 0 },
 }
 
-/** The name in the table's spelling; undefined when it is in none. */
+/** Returns the name as the table spells it; undefined: unknown. */
 export function knownSize(name: string, sizes: WorkerSizes): string | undefined {
   return Object.keys(sizes).find((known) => known.toLowerCase() === name.toLowerCase())
 }
