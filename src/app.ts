@@ -49,11 +49,11 @@ import { backendRules, newWorkerSetup, openBackend } from './workers-from-config
 
 const BODY_BYTES_MAX = 4 * 1024 * 1024
 const PARAM_LENGTH_MAX = 4096
-/** To receive a request whole, and to answer it; following a log is exempt. */
+/** Timeout of receiving a request, and of its handler; following a log is exempt. */
 const REQUEST_TIMEOUT_MS = 30_000
-/** For requests under way when the service closes. */
+/** Grace period of requests under way at shutdown. */
 const CLOSE_GRACE_MS = 2_000
-/** Share of the time to stop that callback attempts get. The rest is for requests and the store. */
+/** Share of the shutdown time that callback attempts get; the rest is for requests and store. */
 const ATTEMPTS_SHARE = 0.9
 const CONNECTIONS_MAX = 10_000
 const SWEEP_MS = 60_000
@@ -69,32 +69,32 @@ export interface Ports {
 
 export interface AppOptions {
   config: Config
-  /** Of the tasks; default: the process's own. */
+  /** Umask of the tasks; default: the process's. */
   taskUmask?: number
-  /** Lets tests stand between the rules and the outside world, to fail or to die at a chosen moment. */
+  /** Lets tests wrap the ports, to fail or crash at a chosen moment. */
   wrapPorts?: (ports: Ports) => Ports
-  /** Called when a thread that the service depends on has ended by itself. Default: `endProcess`. */
+  /** Called when a thread of the service has died. Default: `endProcess`. */
   onThreadDeath?: (err: Error) => void
   now?: () => number
   random?: () => number
-  /** Listens here before any task is taken up: an address in use ends the start with nothing begun. */
+  /** Address to listen at before any task is resumed: if it is in use, nothing has begun. */
   listen?: { host: string; port: number }
 }
 
 export interface App {
-  /** Ready. Closing it releases everything; running local tasks go on. */
+  /** Ready server. Closing it releases everything; running tasks go on. */
   http: FastifyInstance
-  /** URL it listens at; undefined without `listen`. */
+  /** Its URL; undefined without `listen`. */
   address: string | undefined
   /**
-   * Takes no more tasks, lets go of those that run, and waits for callback attempts under way; requests are
-   * still answered, new tasks and `/health/ready` with 503. Closing does this as well. Idempotent.
+   * Stops claiming, releases running tasks and waits for callback attempts under way. Requests are
+   * still answered, new tasks and `/health/ready` with 503. Closing calls it, too. Idempotent.
    */
   stop(): Promise<void>
   reaper: Reaper
 }
 
-/** Wires everything and takes up unfinished work. Throws when the data folder cannot be used. */
+/** Wires the service and resumes unfinished tasks. Throws if the data folder is unusable. */
 export async function buildApp(options: AppOptions): Promise<App> {
   const { config, random = Math.random, onThreadDeath = endProcess } = options
   const http = Fastify({
@@ -114,11 +114,11 @@ export async function buildApp(options: AppOptions): Promise<App> {
     forceCloseConnections: 'idle',
     requestTimeout: REQUEST_TIMEOUT_MS,
     handlerTimeout: REQUEST_TIMEOUT_MS,
-    // Answered by the routes, in the API's own words.
+    // Routes answer with the API's own error body instead.
     return503OnClosing: false,
     frameworkErrors: answerError,
     clientErrorHandler: answerBrokenHttp,
-    // Refused by a hook of ours, with a body.
+    // A hook rejects requests without one, with the API's error body.
     http: { requireHostHeader: false },
   }).withTypeProvider<ZodTypeProvider>()
   http.server.maxConnections = CONNECTIONS_MAX
@@ -191,7 +191,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
     })
     const statistics = new Statistics(storage.statistics, now)
     const isHostBound = config.workerBackend === 'local'
-    /** The instance that alone can read the log of a task that runs. */
+    /** Returns the instance on whose host a task's worker runs, if it is another one. */
     const elsewhere = ({ instance }: Task) =>
       isHostBound && instance !== storage.instance ? (instance ?? undefined) : undefined
     const maskers = new Shared<Masker>()
@@ -207,7 +207,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
       hints: shared?.hints,
       concurrency: config.concurrency,
       runningMax: config.clusterConcurrency,
-      // Counted before any is taken in: from then on it is followed.
+      // Counted before any task is accepted; the queue counts from then on.
       length: await storage.tasks.countQueued(config.queuedMax),
       queuedMax: config.queuedMax,
       now,
@@ -254,23 +254,23 @@ export async function buildApp(options: AppOptions): Promise<App> {
     let isStopping = false
     const stop = async () => {
       isStopping = true
-      // What we take in still, others run.
+      // With other instances, we still accept tasks, and they run them.
       if (!shared) submissions.drain()
       const attemptsMs = config.shutdownGraceMs * ATTEMPTS_SHARE
       await Promise.all([runner.close(), callbacks.close(attemptsMs), reaper.close()])
     }
     http.addHook('onClose', stop)
     http.addHook('onSend', async (_request, reply) => {
-      // A client that keeps its connection would find it closed under its next request.
+      // Else the next request on a kept-alive connection would fail.
       if (isStopping) reply.header('connection', 'close')
     })
     http.addHook('preClose', async () => {
-      // A request that never ends must not keep the service from ending.
+      // A request that never ends must not block the shutdown.
       setTimeout(() => http.server.closeAllConnections(), CLOSE_GRACE_MS).unref()
     })
 
     http.setValidatorCompiler(({ schema }) => (data) => {
-      // Holds: every schema of ours is zod's.
+      // Safe: every schema is zod's.
       const result = (schema as z.ZodType).safeParse(data)
       if (result.success) return { value: result.data }
       return { error: new InvalidRequestError(fieldErrors(result.error)) }
@@ -333,7 +333,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
     })
     reaper.start(async () => {
       const leads = shared === undefined || (await shared.leads())
-      // Workers of this host can be reached from here alone.
+      // Local workers can be reached from their own host alone.
       if (leads || isHostBound) await reaper.sweepWorkers()
       if (leads) await reaper.sweepTasks()
     })
@@ -341,7 +341,7 @@ export async function buildApp(options: AppOptions): Promise<App> {
   }
 }
 
-/** A supervisor starts the service again, and every task is found again: without its thread no outcome could be. */
+/** Ends the process, which cannot work without the thread; a supervisor restarts it. */
 function endProcess({ message }: Error): never {
   process.stderr.write(`The service ends: ${message.replaceAll('\n', ' ')}\n`)
   process.exit(EXIT_CODE_OF_DEATH)
