@@ -1,7 +1,7 @@
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from 'prom-client'
 import type { DeliveryStore, TaskStore, WorkerBackend } from '../core/ports.ts'
 
-/** Buckets up to a day: a task may run for milliseconds or for hours. */
+/** Buckets up to a day: tasks may run for milliseconds or for hours. */
 const LONG_SECONDS = [0.01, 0.1, 1, 5, 15, 60, 300, 1_800, 3_600, 21_600, 86_400]
 const SHORT_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5]
 /** Maximum outcomes remembered before their first attempt, which another instance may make. */
@@ -13,7 +13,7 @@ const AWAITED_MAX = 10_000
  */
 export class Metrics {
   readonly #registry = new Registry()
-  /** End of tasks whose first attempt is still to come, in epoch ms. */
+  /** When tasks ended whose first callback attempt is still to come, in epoch ms. */
   readonly #finishedAt = new Map<string, number>()
 
   readonly #finished = this.#counter('tasks_finished_total', 'Tasks that ended', [

@@ -13,15 +13,15 @@ import type { Connection } from './connection.ts'
 import { prepared } from './prepared.ts'
 import { numberOrNull } from './task-row.ts'
 
-/** What a receiver gets of a log that was too large for it. */
+/** Bytes of the log that are sent after the receiver rejected the whole log as too large. */
 const CUT_LOG_BYTES = 64 * 1024
 
-/** Written out, not a parameter: only then does SQLite use the index of pending deliveries without planning anew. */
+/** A literal, so that prepared statements use the partial index of pending deliveries. */
 const PENDING = sql.lit('pending' as const)
 
 /**
- * The `DeliveryStore` of both databases. A delivery that is taken has its `next_attempt_at` moved to the end
- * of the lease: should nobody record an attempt, it becomes due again by itself.
+ * The `DeliveryStore` of both databases. Taking a delivery moves its `next_attempt_at` to the end
+ * of the lease, so it becomes due again if no attempt is recorded.
  */
 export class SqlDeliveryStore implements DeliveryStore {
   readonly #connection: Connection
@@ -60,9 +60,9 @@ export class SqlDeliveryStore implements DeliveryStore {
           delivered_at: sql<number>`coalesce(${p.deliveredAt}, delivered_at)`,
         })
         .where('task_id', '=', p.taskId)
-        // An attempt that outlived its lease comes second, and changes nothing.
+        // An attempt that outlived its lease may find a newer one recorded, and changes nothing.
         .where('attempts', '=', p.before)
-        // Where a lease is named it must be held still. (Postgres knows no type for a parameter that is only asked to be null.)
+        // A given lease must still be held. Postgres cannot infer the type in `$1 is null`.
         .where(
           sql`coalesce(${p.leaseUntil}, next_attempt_at, 0)`,
           '=',
@@ -102,7 +102,7 @@ export class SqlDeliveryStore implements DeliveryStore {
           .where('next_attempt_at', '<=', options.now)
           .orderBy('next_attempt_at')
           .limit(1)
-        return this.#connection.untaken(
+        return this.#connection.skipLocked(
           due
             .$if(exceptOrigins.length > 0, (query) =>
               query.where('origin', 'not in', exceptOrigins),
@@ -112,8 +112,8 @@ export class SqlDeliveryStore implements DeliveryStore {
             ),
         )
       })
-      .returning(['task_id', 'webhook_id', 'origin', 'attempts', 'manual_attempts', 'manual'])
-      .returning(['resume_at', 'delivered_at'])
+      .returning(['task_id', 'webhook_id', 'origin', 'attempts', 'manual_attempts'])
+      .returning(['manual', 'resume_at', 'delivered_at'])
       .executeTakeFirst()
     return (
       row && {
@@ -152,7 +152,6 @@ export class SqlDeliveryStore implements DeliveryStore {
     return { url, token, traceparent, payload, facts: factsOf(task), isCut }
   }
 
-  /** Whether the receiver has answered 413. */
   async #wasTooLarge(taskId: string): Promise<boolean> {
     const refused = await this.#db
       .selectFrom('delivery_attempts')
@@ -166,7 +165,7 @@ export class SqlDeliveryStore implements DeliveryStore {
 
   async #logOf(taskId: string, isCut: boolean): Promise<LogTail> {
     const log = await this.#tasks.log(taskId)
-    if (!log) throw new Error('The task and its log were removed meanwhile')
+    if (!log) throw new Error('The task and its log have been removed')
     return isCut ? { ...log, content: log.content.subarray(-CUT_LOG_BYTES) } : log
   }
 
@@ -182,7 +181,13 @@ export class SqlDeliveryStore implements DeliveryStore {
     const before = attempt.number - 1
     await this.#connection.atomically(
       this.#countAttempt({
-        ...{ taskId, status, nextAttemptAt, number: attempt.number, before, manual, deliveredAt },
+        taskId,
+        status,
+        nextAttemptAt,
+        number: attempt.number,
+        before,
+        manual,
+        deliveredAt,
         leaseUntil: leaseUntil ?? null,
       }),
       [
@@ -204,7 +209,7 @@ export class SqlDeliveryStore implements DeliveryStore {
         resume_at: eb('resume_at', '+', byMs),
       }))
       .where('status', '=', PENDING)
-      // The end of a lease is set anew with the attempt's outcome.
+      // The outcome of an attempt under way sets the next time itself.
       .where('leased', '=', 0)
       .execute()
   }
@@ -249,7 +254,7 @@ export class SqlDeliveryStore implements DeliveryStore {
           .case()
           .when('status', '!=', 'pending')
           .then(null)
-          // Asked for twice, it is one attempt.
+          // Two requests cause one attempt.
           .when('manual', '=', 1)
           .then(eb.ref('resume_at'))
           .else(eb.ref('next_attempt_at'))

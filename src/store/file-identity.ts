@@ -1,11 +1,9 @@
 import { stat } from 'node:fs/promises'
 
 /**
- * Returns what tells a file from its copies: its inode and the time it was made at. A copy, or a
- * restore into another file, has others; renaming the file or changing it in place keeps them.
- * Nothing of a file tells a snapshot of the whole volume from its original. A file system that
- * keeps no time of birth leaves the inode alone, and one that numbers its files anew at each mount
- * makes a file look like a copy.
+ * Returns an id that copies of a file do not share: its inode and creation time. It survives
+ * renames and changes in place. A snapshot of the whole volume shares it. On file systems without
+ * creation times it is the inode alone; if inodes change at each mount, every file looks copied.
  */
 export async function fileIdentity(path: string): Promise<string> {
   const { ino, birthtimeMs } = await stat(path, { bigint: true })

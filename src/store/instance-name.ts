@@ -5,15 +5,14 @@ import type { Logger } from '../core/ports.ts'
 import { fileIdentity } from './file-identity.ts'
 
 /**
- * Returns the name kept in the file, made once: an instance has the same after a restart,
- * whatever its host is called by then, since its workers are where its data folder is. The file
- * says which file it is, so that a copy of the folder, whose workers are elsewhere, takes a name of
- * its own (`fileIdentity` says how far a copy can be told). The caller holds the lock of the
- * folder.
+ * Returns the instance's name, which the file keeps across restarts and changes of the host name,
+ * because local workers belong to the data folder. The file also holds its own identity, so that a
+ * copy of the folder, which has no workers, gets a new name (`fileIdentity` has the limits). The
+ * caller holds the lock of the folder.
  */
 export async function keptInstanceName(path: string, log: Logger): Promise<string> {
   const content = await readFile(path, 'utf8').catch(ifMissing)
-  // The release before kept the name alone, or nothing when it was killed amid writing.
+  // The previous release stored only the name, or nothing if it was killed while writing.
   const [kept = '', identity = ''] = content.split('\n')
   if (identity !== '' && identity === (await fileIdentity(path))) return kept
   const isCopy = identity !== ''
@@ -21,7 +20,7 @@ export async function keptInstanceName(path: string, log: Logger): Promise<strin
   if (isCopy) {
     log.warn(
       { path, copiedFrom: kept, instance: name },
-      'the data folder is a copy of that of another instance: this one takes a name of its own',
+      'the data folder is a copy of the folder of another instance: this one gets a new name',
     )
   }
   await write(path, name)
@@ -32,10 +31,7 @@ export function newInstanceName(): string {
   return `${hostname()}-${randomUUID().slice(0, 8)}`
 }
 
-/**
- * Writes the file whole or not at all. A renamed file keeps its identity, so it is known
- * beforehand.
- */
+/** Writes the file atomically. Its identity is that of the draft, since a rename keeps it. */
 async function write(path: string, name: string): Promise<void> {
   const draft = `${path}.draft`
   const file = await open(draft, 'w', 0o600)

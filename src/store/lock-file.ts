@@ -1,8 +1,8 @@
 import { DatabaseSync } from 'node:sqlite'
 
 /**
- * Takes a lock that the system gives back however the process ends, which Node has for SQLite files alone. Throws when
- * another process holds it. Returns what gives it back.
+ * Takes a lock and returns a function that releases it. The system releases it however the process
+ * ends; Node has such locks only for SQLite files. Throws if another process holds it.
  */
 export async function lockFile(path: string): Promise<() => Promise<void>> {
   const file = new DatabaseSync(path, { timeout: 0 })

@@ -5,7 +5,7 @@ import type { TaskLogsTable } from './schema.ts'
 const compress = promisify(zstdCompress)
 const decompress = promisify(zstdDecompress)
 
-/** Below this a trip to the thread pool costs more than the bytes it saves. */
+/** Logs up to this size are not worth a trip to the thread pool. */
 const PLAIN_BYTES_MAX = 1024
 
 export async function encodeLog(

@@ -7,7 +7,7 @@ import * as redeliveries from './migrations/0005-redeliveries.ts'
 import * as oneQueue from './migrations/0006-one-queue.ts'
 import * as noLogCursors from './migrations/0007-no-log-cursors.ts'
 
-/** In their order. `types` are the database's own names for those types. */
+/** Returns the migrations in order. `types`: the database's names for these types. */
 export function migrations(types: {
   serial: string
   bytes: string

@@ -2,42 +2,43 @@ import { type RawBuilder, sql } from 'kysely'
 import type { Cluster, OrphanedTask, SeenTask } from '../core/ports.ts'
 import type { Connection } from './connection.ts'
 
-/** An instance that was silent for so long is dead: others take over what it left. */
+/** Time without a heartbeat after which an instance is dead, and others take over its tasks. */
 export const SILENT_MS = 15_000
 const CLOCK_TOLERANCE_MS = 1_000
 const ORPHANS_AT_ONCE = 100
-/** So many times an instance leaves to others what is more than its share; then whoever looks takes what is left. */
-const SHARED_LOOKS = 2
+/** Rounds in which an instance takes only its share of orphans; then it takes any that remain. */
+const SHARED_ROUNDS = 2
 const FORGOTTEN_AFTER_MS = 24 * 60 * 60 * 1000
-/** Written out, as the index of running tasks is. */
+/** Literals, as in the partial index of running tasks. */
 const RUNNING = sql<boolean>`tasks.status in ('provisioning', 'running')`
 const CLOCK: RawBuilder<number> = sql`(extract(epoch from clock_timestamp()) * 1000)::bigint`
 
 /**
- * Instances tell that they live by a row each, and judge each other by the database's clock alone. One that has not
- * been a member itself for as long as it takes to be declared dead declares nobody dead: after an outage of the
- * database all were silent. One that leaves says so.
+ * Each instance has a row for its heartbeat, which the others judge by the database's clock. An
+ * instance whose own membership is shorter than the time limit declares no other dead: after an
+ * outage of the database all heartbeats are old.
  */
 export class PostgresCluster implements Cluster {
   readonly #connection: Connection
   readonly #instance: string
   readonly #hostBound: boolean
   readonly #hostGraceMs: number
-  /** By our steady clock, when the last beat was sent, and the first of those without a gap. */
+  /** Time of the last heartbeat, on the steady clock and on the wall clock. */
   #lastBeat = Number.NEGATIVE_INFINITY
   #lastBeatAt = 0
+  /** Time of the first heartbeat since the last gap, on the steady clock. */
   #memberSince = Number.POSITIVE_INFINITY
   #clock = { database: 0, steady: 0 }
-  /** How often in a row orphans were found. */
-  #looks = 0
+  /** Rounds in a row that found orphans. */
+  #rounds = 0
 
   constructor(
     connection: Connection,
     options: {
       instance: string
-      /** Its workers can be reached from its host only. */
+      /** Whether its workers can be reached only from its host. */
       hostBound: boolean
-      /** How long the host of such an instance may be away before its tasks are lost: no less than the dead are silent. */
+      /** How long such a host may be away before its tasks are lost; at least `SILENT_MS`. */
       hostGraceMs: number
     },
   ) {
@@ -47,7 +48,7 @@ export class PostgresCluster implements Cluster {
     this.#hostGraceMs = Math.max(options.hostGraceMs, SILENT_MS)
   }
 
-  /** The database's time in epoch ms, as of the last beat: hosts need not agree on theirs. */
+  /** The database's time in epoch ms, extrapolated from the last heartbeat. */
   readonly now = (): number =>
     Math.round(this.#clock.database + performance.now() - this.#clock.steady)
 
@@ -63,7 +64,7 @@ export class PostgresCluster implements Cluster {
       .returning('beat_at')
       .executeTakeFirstOrThrow()
     const answeredAt = performance.now()
-    // Of an answer that was long on its way nobody knows when it was true.
+    // A slow answer does not tell when the database read its clock.
     if (this.#clock.database === 0 || answeredAt - sentAt < CLOCK_TOLERANCE_MS) {
       this.#clock = { database: Number(row.beat_at), steady: (sentAt + answeredAt) / 2 }
     }
@@ -75,7 +76,7 @@ export class PostgresCluster implements Cluster {
   }
 
   isMember(): boolean {
-    // While a machine is suspended its steady clock stands still.
+    // The steady clock stops while the machine is suspended.
     const silentMs = Math.max(performance.now() - this.#lastBeat, Date.now() - this.#lastBeatAt)
     return silentMs < SILENT_MS
   }
@@ -97,7 +98,7 @@ export class PostgresCluster implements Cluster {
       .where('instances.name', '!=', this.#instance)
       .where((eb) =>
         eb.or([
-          // Those that have left are not waited for.
+          // Left on its own.
           eb('beat_at', '=', 0),
           ...(memberMs < SILENT_MS
             ? []
@@ -107,11 +108,11 @@ export class PostgresCluster implements Cluster {
             : [eb.and([eb('host_bound', '=', 1), silentFor(this.#hostGraceMs)])]),
         ]),
       )
-      // Whoever else looks takes others first.
+      // Instances that look at the same time try different tasks first.
       .orderBy(sql`random()`)
       .limit(ORPHANS_AT_ONCE)
       .execute()
-    this.#looks = rows.length === 0 ? 0 : this.#looks + 1
+    this.#rounds = rows.length === 0 ? 0 : this.#rounds + 1
     if (rows.length === 0) {
       await db
         .deleteFrom('instances')
@@ -125,13 +126,13 @@ export class PostgresCluster implements Cluster {
       instance: row.instance ?? '',
       isLost: row.host_bound === 1,
     }))
-    if (orphans.length === 0 || this.#looks > SHARED_LOOKS) return orphans
-    // To give tasks up is no load.
+    if (orphans.length === 0 || this.#rounds > SHARED_ROUNDS) return orphans
+    // Lost tasks only have their outcome recorded, which is no load.
     const share = await this.#share()
     return orphans.filter(({ isLost }, index) => isLost || index < share)
   }
 
-  /** How many more tasks this instance may run until it has as many as all that live have on average. */
+  /** Returns how many tasks this instance lacks to run the average of all live instances. */
   async #share(): Promise<number> {
     const { db } = this.#connection
     const running = db.selectFrom('tasks').where(RUNNING)
@@ -158,7 +159,7 @@ export class PostgresCluster implements Cluster {
   }
 
   async leave(): Promise<void> {
-    // Its host may come back, and nobody else can go on.
+    // Other instances cannot reach its workers: its tasks wait until it is back.
     if (this.#hostBound) return
     await this.#connection.db
       .updateTable('instances')

@@ -6,18 +6,18 @@ import { until } from '../core/until.ts'
 const CHANNEL = 'task_runner'
 const LEADER_LOCK = 0x6c656164
 const RETRY_MS = 1_000
-/** Pause between looks whether the session lives: a server that vanished says nothing. */
+/** Time between probes: a server that vanished closes no connection. */
 const PROBE_MS = 10_000
-/** Time without a probe after which the server ends the session: a paused instance must not lead. */
+/** Time without a probe after which the server ends the session, so no paused instance leads. */
 const IDLE_SESSION_MS = 30_000
-/** Many tasks that come at once are told of once. */
-const TOLD_AFTER_MS = 10
-/** Time for the end of a connection that may be dead. */
-const FAREWELL_MS = 1_000
+/** Tasks accepted within this time share one hint. */
+const HINT_DEBOUNCE_MS = 10
+/** Time limit for closing a connection that may be dead. */
+const CLOSE_TIMEOUT_MS = 1_000
 
 /**
- * The session that an instance keeps open: in it the instance hears and sends hints, and holds the
- * lock of the one instance that does periodic work. It is opened again whenever it breaks.
+ * A session that stays open to send and receive hints, and to hold the lock of the leader, which
+ * does the periodic work. It is opened again whenever it breaks.
  */
 export class PostgresSession implements Hints {
   readonly #newClient: () => pg.Client
@@ -28,31 +28,31 @@ export class PostgresSession implements Hints {
   /** Settles with the statement under way: a client takes one at a time. */
   #statement: Promise<unknown> = Promise.resolve()
   #leads = false
-  #told: NodeJS.Timeout | undefined
-  #kept: Promise<void> = Promise.resolve()
+  #hint: NodeJS.Timeout | undefined
+  #running: Promise<void> = Promise.resolve()
 
   constructor(newClient: () => pg.Client, log: Logger) {
     this.#newClient = newClient
     this.#log = log
   }
 
-  /** Passes on what other instances say, from now on. */
+  /** Opens the session and passes the hints of other instances to `hear`. */
   listen(hear: Hints): void {
-    this.#kept = this.#keep(hear)
+    this.#running = this.#run(hear)
   }
 
   tasksWait(): void {
-    this.#told ??= setTimeout(() => {
-      this.#told = undefined
+    this.#hint ??= setTimeout(() => {
+      this.#hint = undefined
       this.#notify('')
-    }, TOLD_AFTER_MS)
+    }, HINT_DEBOUNCE_MS)
   }
 
   cancelRequested(taskId: string): void {
     this.#notify(taskId)
   }
 
-  /** Whether this instance is the one that does periodic work. It stays so until its session ends. */
+  /** Returns whether this instance is the leader, which it stays until its session ends. */
   async leads(): Promise<boolean> {
     const client = this.#client
     if (!client || this.#leads) return this.#leads
@@ -63,12 +63,12 @@ export class PostgresSession implements Hints {
   }
 
   async close(): Promise<void> {
-    clearTimeout(this.#told)
+    clearTimeout(this.#hint)
     this.#closing.abort()
-    await this.#kept
+    await this.#running
   }
 
-  async #keep(hear: Hints): Promise<void> {
+  async #run(hear: Hints): Promise<void> {
     const { signal } = this.#closing
     while (!signal.aborted) {
       const client = this.#newClient()
@@ -77,12 +77,12 @@ export class PostgresSession implements Hints {
       })
       this.#client = undefined
       this.#leads = false
-      await until(client.end(), AbortSignal.timeout(FAREWELL_MS)).catch(() => {})
+      await until(client.end(), AbortSignal.timeout(CLOSE_TIMEOUT_MS)).catch(() => {})
       await pause(RETRY_MS, undefined, { signal }).catch(() => {})
     }
   }
 
-  /** Throws when the session breaks, or on `close`. */
+  /** Uses the session until it breaks, or until `close`. Always throws. */
   async #use(client: pg.Client, hear: Hints): Promise<void> {
     const broken = new AbortController()
     client.on('end', () => broken.abort())
@@ -93,7 +93,7 @@ export class PostgresSession implements Hints {
     await client.connect()
     await client.query(`set idle_session_timeout = ${IDLE_SESSION_MS}; listen ${CHANNEL}`)
     this.#client = client
-    // While nobody listened there may have been something.
+    // Hints may have been missed while there was no session.
     hear.tasksWait()
     const signal = AbortSignal.any([this.#closing.signal, broken.signal])
     for (;;) {

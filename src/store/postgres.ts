@@ -18,25 +18,25 @@ const TYPES = { serial: 'bigserial primary key', bytes: 'bytea', hasSchemas: tru
 /** The advisory lock of `inTurn`. */
 const TURN_LOCK = 0x7461736b
 const CONNECT_TIMEOUT_MS = 5_000
-/** On the server. */
+/** Time limit of a statement on the server. */
 const STATEMENT_TIMEOUT_MS = 10_000
-/** Of an instance that was paused amid a transaction, and keeps its locks from others. */
+/** Time after which the server ends the transaction of a paused instance, which holds locks. */
 const IDLE_TIMEOUT_MS = 10_000
-/** Here, where a server that cannot be reached any more ends nothing. */
+/** Time limit of a statement on the client, for a server that has become unreachable. */
 const ANSWER_TIMEOUT_MS = 12_000
 
 /**
- * A server that shuts down may end a session in the very breath in which it opens it, before whoever asked the pool for it
- * can listen. Unheard that error would end the process; heard, it is told by the first statement.
+ * A server that shuts down may end a session before the pool adds its listener, and without one the
+ * `error` event would end the process. The next statement on the client reports the failure.
  */
-class HeardClient extends pg.Client {
+class SafeClient extends pg.Client {
   constructor(config?: string | pg.ClientConfig) {
     super(config)
     this.on('error', () => {})
   }
 }
 
-/** What every connection of ours to the database is made with. */
+/** Returns the options that all connections share. */
 function connectionOptions(url: string, instance: string) {
   return {
     connectionString: withDurableCommits(url),
@@ -44,31 +44,31 @@ function connectionOptions(url: string, instance: string) {
     connectionTimeoutMillis: CONNECT_TIMEOUT_MS,
     idle_in_transaction_session_timeout: IDLE_TIMEOUT_MS,
     keepAlive: true,
-    Client: HeardClient,
+    Client: SafeClient,
   }
 }
 
-/** Returns a connection of its own, not yet made, that breaks unheard. */
+/** Returns a client outside the pool, not yet connected. A break only emits `end`. */
 export function newClient(url: string, instance: string): pg.Client {
-  return new HeardClient({
+  return new SafeClient({
     ...connectionOptions(url, instance),
     query_timeout: ANSWER_TIMEOUT_MS,
   })
 }
 
-/** What is acknowledged is on disk, whatever the server's default. The URL's own options stay. */
+/** Adds `synchronous_commit=on` to the options in the URL, whatever the server's default. */
 function withDurableCommits(url: string): string {
   const parsed = new URL(url)
   const options = [parsed.searchParams.get('options'), '-c synchronous_commit=on']
   parsed.searchParams.set('options', options.filter((each) => each !== null).join(' '))
-  // Postgres takes no plus for a space.
+  // Postgres does not decode a plus sign as a space.
   parsed.search = parsed.search.replaceAll('+', '%20')
   return parsed.href
 }
 
 /**
- * Opens the database and brings its tables up to date, one instance at a time. Tables that a newer release has
- * added to are used as they are. Throws when the database cannot be reached.
+ * Opens the database and migrates its tables, one instance at a time. Migrations of a newer release
+ * are left alone. Throws if the database cannot be reached.
  */
 export async function openPostgres(
   url: string,
@@ -82,9 +82,9 @@ export async function openPostgres(
     statement_timeout: STATEMENT_TIMEOUT_MS,
     query_timeout: ANSWER_TIMEOUT_MS,
   })
-  // A connection that breaks while nobody uses it is taken out of the pool; the next statement opens another.
+  // The pool drops an idle connection that breaks; the next statement opens another.
   pool.on('error', () => {})
-  const db = new Kysely<Database>({ dialect: new PostgresDialect({ pool: telling(pool) }) })
+  const db = new Kysely<Database>({ dialect: new PostgresDialect({ pool: withStoreErrors(pool) }) })
   return {
     db,
     async atomically<Row>(first: Compilable<Row>, others: readonly Compilable[] = []) {
@@ -101,13 +101,13 @@ export async function openPostgres(
         await sql`select pg_advisory_xact_lock(${sql.lit(TURN_LOCK)})`.execute(transaction)
         return (await transaction.executeQuery(statement.compile())).rows
       }),
-    untaken: (rows) => rows.forUpdate().skipLocked(),
+    skipLocked: (rows) => rows.forUpdate().skipLocked(),
     identity: () => identityOf(db),
     close: () => db.destroy(),
   }
 }
 
-/** What the statement returned; undefined when it changed no row. */
+/** Returns the rows of the statement; undefined if it changed none. */
 async function changed<Row>(
   db: Kysely<Database>,
   statement: Compilable<Row>,
@@ -122,8 +122,7 @@ async function identityOf(db: Kysely<Database>): Promise<string> {
     id: string
   }>`select oid::text as id from pg_database where datname = current_database()`
   const [ofServer, ofDatabase] = await Promise.all([
-    // Every role may ask for it, unless its administrator or a server that is not quite Postgres
-    // says no.
+    // All roles may call it by default, but administrators and Postgres-compatible servers differ.
     system.execute(db).catch((err: unknown) => {
       if (isRefusal(err)) return { rows: [] }
       throw err
@@ -133,13 +132,13 @@ async function identityOf(db: Kysely<Database>): Promise<string> {
   return [...ofServer.rows, ...ofDatabase.rows].map(({ id }) => id).join(' ')
 }
 
-/** `feature_not_supported`, `insufficient_privilege`, `undefined_function`. */
+/** Matches `feature_not_supported`, `insufficient_privilege` and `undefined_function`. */
 function isRefusal(err: unknown): boolean {
   const cause = err instanceof Error ? err.cause : undefined
   return cause instanceof pg.DatabaseError && ['0A000', '42501', '42883'].includes(cause.code ?? '')
 }
 
-/** Without the time limits of every day: to build an index may take long. Kysely holds an advisory lock meanwhile. */
+/** Migrates under Kysely's advisory lock, without a statement timeout: an index may take long. */
 async function migrate(pool: pg.Pool): Promise<void> {
   pool.on('error', () => {})
   const db = new Kysely<unknown>({ dialect: new PostgresDialect({ pool }) })
@@ -155,9 +154,8 @@ async function migrate(pool: pg.Pool): Promise<void> {
 }
 
 /**
- * Waits until instances of the version before are silent, which kept what waits elsewhere: beside
- * ours they would leave it. Throws when they go on. One that was stopped just now may seem alive
- * for a while.
+ * Waits until instances of the previous version, which has another queue, are silent; a stopped one
+ * may seem alive for a while. Throws if they continue.
  */
 async function untilOldInstancesEnded(pool: pg.Pool): Promise<void> {
   const { rowCount: isOld } = await pool.query(
@@ -181,7 +179,7 @@ async function untilOldInstancesEnded(pool: pg.Pool): Promise<void> {
   )
 }
 
-/** Migrations of a newer release are no mistake: instances of two releases run side by side while they are exchanged. */
+/** Returns the applied migrations: during a rolling update a newer release may have added some. */
 async function applied(pool: pg.Pool): Promise<Record<string, { up: () => Promise<void> }>> {
   const { rows } = await pool.query("select to_regclass('kysely_migration') as name")
   if (rows[0]?.name === null) return {}
@@ -189,18 +187,18 @@ async function applied(pool: pg.Pool): Promise<Record<string, { up: () => Promis
   return Object.fromEntries(known.map(({ name }) => [name, { up: async () => {} }]))
 }
 
-/** Makes the pool's failures the store's: callers repeat what they need, HTTP clients are told to. */
-function telling(pool: pg.Pool): PostgresPool {
+/** Wraps the pool so that its failures become `store_unavailable` errors, which callers retry. */
+function withStoreErrors(pool: pg.Pool): PostgresPool {
   const connect = async () => {
     const client = await pool.connect().catch(unavailable)
     let isLost = false
     const query = (text: string, parameters: readonly unknown[]) =>
       client.query(text, [...parameters]).catch((err: unknown) => {
-        // A statement that was not answered leaves its connection unusable, too.
+        // A connection whose statement got no answer is unusable.
         isLost ||= !(err instanceof pg.DatabaseError)
         return unavailable(err)
       })
-    // Holds: what Kysely uses of it, which is not cursors.
+    // Safe: Kysely uses only these two, since nothing here uses cursors.
     return { query, release: () => client.release(isLost) } as unknown as PostgresPoolClient
   }
   return { connect, end: () => pool.end(), options: pool.options }

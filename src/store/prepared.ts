@@ -1,6 +1,6 @@
 import type { Compilable } from 'kysely'
 
-/** Stands for a parameter while the text is made. */
+/** Placeholder of a parameter while the statement is compiled. */
 class StandIn {
   readonly name: string
 
@@ -10,9 +10,9 @@ class StandIn {
 }
 
 /**
- * A statement whose text is made at its first use: for what every task writes, Kysely takes longer to make the text than SQLite to
- * run it. `build` must use each parameter as a value only; what depends on one belongs into the SQL. No value may
- * be undefined.
+ * Returns a statement that is compiled once, at its first use: Kysely takes longer to compile the
+ * statements of a task than SQLite to run them. `build` must use parameters only as values, without
+ * conditions on them. No value may be undefined.
  */
 export function prepared<Parameters extends object, Row>(
   build: (parameters: Parameters) => Compilable<Row>,
@@ -21,10 +21,10 @@ export function prepared<Parameters extends object, Row>(
   let text: ReturnType<Compilable<Row>['compile']> | undefined
   return (values) => ({
     compile() {
-      // Holds: `build` only hands them on to Kysely, which takes any value for a parameter.
+      // Safe: `build` only passes them to Kysely, which accepts any value as a parameter.
       text ??= build(new Proxy({}, names) as Parameters).compile()
       const parameters = text.parameters.map((parameter) =>
-        // Holds: `build` could ask for no other names.
+        // Safe: the type of `build` allows no other names.
         parameter instanceof StandIn ? values[parameter.name as keyof Parameters] : parameter,
       )
       return { ...text, parameters }

@@ -1,7 +1,7 @@
 import type { Generated } from 'kysely'
 import type { CallbackStatus, Reason, TaskStatus } from '../core/task.ts'
 
-/** Instants are epoch ms. Truth values are 0 and 1, which both databases have. */
+/** Instants are epoch ms. Booleans are 0 and 1, which both databases support. */
 export interface Database {
   tasks: TasksTable
   task_logs: TaskLogsTable
@@ -12,7 +12,7 @@ export interface Database {
 }
 
 export interface TasksTable {
-  /** In the order of acceptance. */
+  /** Order of acceptance. */
   seq: Generated<number>
   task_id: string
   task_file_name: string
@@ -22,14 +22,14 @@ export interface TasksTable {
   exit_code: number | null
   signal: string | null
   worker_name: string
-  /** `none`: never had one. `live`: to be terminated after the outcome. `kept`: for a look inside. `gone`. */
+  /** `live`: to be terminated after the outcome. `kept`: kept for debugging. `gone`: terminated. */
   worker_state: 'none' | 'live' | 'kept' | 'gone'
   terminate_on_completion: number
   timeout_seconds: number
   has_callback: number
   priority: Generated<number>
   claim: number
-  /** Who claimed it last. */
+  /** Instance that claimed it last. */
   instance: string | null
   traceparent: string | null
   cancel_requested_at: number | null
@@ -41,7 +41,7 @@ export interface TasksTable {
   digest: string
   /** Worker configuration, callback URL and token: JSON, encrypted. */
   sealed: Uint8Array
-  /** What a live task waits for, for people. */
+  /** Sentence for people that says what a live task waits for. */
   waiting_for: string | null
 }
 
@@ -58,14 +58,14 @@ export interface DeliveriesTable {
   origin: string
   status: Exclude<CallbackStatus, 'none'>
   attempts: number
-  /** How many of them a person asked for: they are none of the schedule. */
+  /** How many of the attempts were requested by people, in addition to the schedule. */
   manual_attempts: Generated<number>
-  /** A person has asked for the next attempt. */
+  /** Whether a person requested the next attempt. */
   manual: number
-  /** When the schedule goes on after that attempt; null where it has ended. */
+  /** When the schedule resumes after that attempt; null if it has ended. */
   resume_at: number | null
   delivered_at: number | null
-  /** While an attempt is under way: when its lease ends, and another may be made. */
+  /** While an attempt is under way: the end of its lease. */
   next_attempt_at: number | null
   leased: number
 }
@@ -83,13 +83,13 @@ export interface DeliveryAttemptsTable {
 /** Instances that share a Postgres. */
 export interface InstancesTable {
   name: string
-  /** Its workers can be reached from its host only. */
+  /** Whether its workers can be reached only from its host. */
   host_bound: number
-  /** By the database's clock; 0: it has left. */
+  /** Last heartbeat, by the database's clock; 0: the instance has left. */
   beat_at: number
 }
 
-/** What holds for the database as a whole. */
+/** Settings of the database as a whole. */
 export interface SettingsTable {
   name: string
   value: string

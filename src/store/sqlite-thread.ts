@@ -1,4 +1,4 @@
-/** The thread that owns the SQLite file. Batches that wait together share one commit, hence one wait for the disk. */
+/** The thread that owns the SQLite file. Batches that wait together share one commit. */
 import { DatabaseSync, type SQLInputValue, type StatementSync } from 'node:sqlite'
 import { workerData } from 'node:worker_threads'
 import { type Answer, type Call, failed } from '../threads/messages.ts'
@@ -7,7 +7,7 @@ import { serve } from '../threads/serving.ts'
 
 export interface Batch {
   statements: Array<{ sql: string; parameters: readonly unknown[] }>
-  /** When the first statement changes nothing, the batch is undone and answers with no results. */
+  /** If the first statement changes no row, the batch is rolled back and returns no results. */
   guarded: boolean
 }
 
@@ -18,11 +18,11 @@ export interface StatementResult {
 
 const STATEMENTS_CACHED_MAX = 200
 
-// Holds: store/sqlite.ts starts this thread with it.
+// Safe: store/sqlite.ts starts this thread with it.
 const { path } = workerData as { path: string }
 
 const db = new DatabaseSync(path, { timeout: 2_000 })
-// Exclusive from the first write on: no second process can work on the same tasks.
+// Locks the file from the first write on: no second process can work on the same tasks.
 db.exec('pragma locking_mode = exclusive')
 db.exec('pragma journal_mode = wal')
 db.exec('pragma synchronous = full')
@@ -54,22 +54,22 @@ function runAll(calls: Call<Batch>[]): void {
   else runTogether(calls)
 }
 
-/** One transaction for all; a batch of several statements in a savepoint, so that one that fails undoes only itself. */
+/** Runs the batches in one transaction. Savepoints roll back only the batch that failed. */
 function runTogether(calls: Call<Batch>[]): void {
   const answers: Answer[] = []
   try {
     db.exec('begin immediate')
     for (const { id, request: batch } of calls) {
       try {
-        // A statement that fails undoes itself.
-        const undoes = batch.statements.length > 1
-        if (undoes) db.exec('savepoint batch')
+        // A single statement that fails changes nothing.
+        const needsSavepoint = batch.statements.length > 1
+        if (needsSavepoint) db.exec('savepoint batch')
         const results = run(batch)
-        if (undoes && results.length === 0) db.exec('rollback to batch')
-        if (undoes) db.exec('release batch')
+        if (needsSavepoint && results.length === 0) db.exec('rollback to batch')
+        if (needsSavepoint) db.exec('release batch')
         answers.push({ id, value: results })
       } catch (err) {
-        // A full disk undoes the whole transaction, not the statement alone.
+        // A full disk rolls back the whole transaction.
         if (!db.isTransaction) throw err
         if (batch.statements.length > 1) db.exec('rollback to batch; release batch')
         answers.push(failed(id, err))
@@ -101,7 +101,7 @@ function run(batch: Batch): StatementResult[] {
       continue
     }
     const { statement, hasRows } = prepare(sql)
-    // Holds: kysely passes on what the stores give it, which is text, numbers, bytes and null.
+    // Safe: the stores use only text, numbers, bytes and null as parameters.
     const values = parameters as SQLInputValue[]
     if (hasRows) {
       const rows = statement.all(...values)

@@ -22,16 +22,16 @@ import type { Batch, StatementResult } from './sqlite-thread.ts'
 const TYPES = { serial: 'integer primary key autoincrement', bytes: 'blob', hasSchemas: false }
 
 /**
- * Opens the SQLite file, made when missing, and brings its tables up to date. The file is ours alone while
- * open: a second service on the same folder fails here. Throws when the file is damaged; it is never replaced.
- * `onThreadDeath` is called when the thread of the open database ends by itself: the store is gone for this process.
+ * Opens the SQLite file, creates it if missing, and migrates its tables. Throws if the file is
+ * damaged (it is never replaced) or another process has it open. `onThreadDeath` is called if the
+ * database's thread ends unexpectedly, after which the store cannot be used.
  */
 export async function openSqlite(
   path: string,
   onThreadDeath?: (err: Error) => void,
 ): Promise<Connection> {
   await mkdir(dirname(path), { recursive: true, mode: 0o700 })
-  // Made here for its mode, which SQLite gives to the files beside it as well.
+  // Created here to set its mode, which SQLite also gives to its other files.
   const file = await open(path, 'a', 0o600)
   await file.chmod(0o600)
   await file.close()
@@ -51,7 +51,7 @@ export async function openSqlite(
       provider: { getMigrations: async () => migrations(TYPES) },
     }).migrateToLatest()
     if (error) throw error
-    // Whoever held a lease is gone: the file is ours alone.
+    // The holder of any lease has ended: only one process opens the file.
     await db
       .updateTable('deliveries')
       .set({ leased: 0, next_attempt_at: 0 })
@@ -65,21 +65,21 @@ export async function openSqlite(
   }
   return {
     db,
-    // One statement at a time: there is nobody else.
+    // No other process uses the file, and statements run one at a time.
     inTurn: async (statement) => (await db.executeQuery(statement.compile())).rows,
     async atomically<Row>(first: Compilable<Row>, others: readonly Compilable[] = []) {
       const statements = [first, ...others].map((statement) => toStatement(statement.compile()))
       const [result] = await thread.run({ statements, guarded: true })
-      // Holds: kysely typed the row after the query it compiled.
+      // Safe: Kysely derives the row type from the query.
       return result?.rows as Row[] | undefined
     },
-    untaken: (rows) => rows,
+    skipLocked: (rows) => rows,
     identity: () => fileIdentity(path),
     close: () => db.destroy(),
   }
 }
 
-/** node:sqlite is synchronous, and a durable commit waits for the disk: both happen on a thread of their own. */
+/** Runs node:sqlite, which is synchronous and waits for the disk, on a thread of its own. */
 class SqliteThread {
   readonly ready: Promise<void>
   readonly #thread: ServiceThread<Batch>
@@ -95,7 +95,7 @@ class SqliteThread {
 
   async run(batch: Batch): Promise<StatementResult[]> {
     try {
-      // Holds: sqlite-thread.ts answers a batch with these.
+      // Safe: sqlite-thread.ts answers a batch with these.
       return (await this.#thread.call(batch)) as StatementResult[]
     } catch (err) {
       throw storeUnavailable(err)
@@ -107,7 +107,7 @@ class SqliteThread {
   }
 }
 
-/** Every statement is its own transaction, so any number may be under way at once. */
+/** Allows concurrent statements, since each is a transaction of its own. */
 class ThreadedAdapter extends SqliteAdapter {
   override get supportsMultipleConnections(): boolean {
     return true
@@ -131,7 +131,7 @@ class ThreadDriver implements Driver {
           guarded: false,
         })
         return {
-          // Holds: kysely typed the row after the query it compiled.
+          // Safe: Kysely derives the row type from the query.
           rows: (result?.rows ?? []) as R[],
           numAffectedRows: BigInt(result?.changes ?? 0),
         }
@@ -144,7 +144,7 @@ class ThreadDriver implements Driver {
 
   async releaseConnection(): Promise<void> {}
 
-  // Used by migrations alone, before anything else runs.
+  // Only migrations use transactions, before anything else runs.
   async beginTransaction(connection: DatabaseConnection): Promise<void> {
     await connection.executeQuery(rawQuery('begin immediate'))
   }

@@ -22,8 +22,11 @@ export class SqlStatistics implements StatisticsStore {
         'tasks.status',
         'tasks.reason',
         fn.countAll().as('tasks'),
-        ...[fn.count(wait).as('waits'), fn.sum(wait).as('waited'), fn.max(wait).as('longest_wait')],
-        ...[fn.count(delay).as('delays'), fn.sum(delay).as('delayed')],
+        fn.count(wait).as('waits'),
+        fn.sum(wait).as('waited'),
+        fn.max(wait).as('longest_wait'),
+        fn.count(delay).as('delays'),
+        fn.sum(delay).as('delayed'),
         fn.max(delay).as('longest_delay'),
       ])
       .where('tasks.finished_at', '>=', from)
@@ -49,7 +52,7 @@ export class SqlStatistics implements StatisticsStore {
   }
 }
 
-/** Databases hand out sums as numbers, bigints or text, and null where there was nothing. */
+/** Adds up values, which databases return as numbers, bigints, text or null. */
 function total(values: unknown[]): number {
   return values.reduce<number>((sum, value) => sum + Number(value ?? 0), 0)
 }
@@ -59,6 +62,6 @@ function durations(groups: Array<{ count: unknown; sum: unknown; max: unknown }>
   if (count === 0) return { mean: null, max: null }
   const ms = total(groups.map((group) => group.sum)) / count
   const longestMs = Math.max(...groups.map(({ max }) => Number(max ?? 0)))
-  // Clocks of several instances may disagree by a little.
+  // Clocks of instances may differ slightly.
   return { mean: Math.max(0, ms / 1000), max: Math.max(0, longestMs / 1000) }
 }

@@ -1,9 +1,9 @@
-/** Between a task's row and a task: the only place that knows both spellings. */
+/** Converts the row of a task to a task. */
 import type { Selectable } from 'kysely'
 import type { CallbackStatus, Task, TaskSummary } from '../core/task.ts'
 import type { TasksTable } from './schema.ts'
 
-/** What is encrypted in a row. */
+/** Fields that are encrypted in a row. */
 export type Sealed = Pick<
   Task,
   'workerConfig' | 'callbackUrl' | 'callbackUrlToken' | 'secretValues'
@@ -39,10 +39,9 @@ export type SummaryRow = Pick<
   (typeof SUMMARY_COLUMNS)[number] extends `tasks.${infer Name}` ? Name & keyof TasksTable : never
 > & { delivery_status?: Exclude<CallbackStatus, 'none'> | null }
 
-/** What a claim returns. */
 export type ClaimedRow = SummaryRow & { sealed: Uint8Array; cancel_requested_at: number | null }
 
-/** Values of variables and secrets have served: the log is masked by now. The token may be needed for a delivery on request. */
+/** Removes the secrets that an ended task needs no more: all but the token, for redeliveries. */
 export function withoutSpentSecrets(task: Task): Task {
   const { envVariables, imageConfig, ...config } = task.workerConfig
   const names = Object.keys(envVariables ?? {})
@@ -85,7 +84,7 @@ export function summaryFromRow(row: SummaryRow): TaskSummary {
   }
 }
 
-/** Postgres hands out bigint as text. */
+/** Converts a bigint, which Postgres returns as text. */
 export function numberOrNull(value: number | null): number | null {
   return value === null ? null : Number(value)
 }

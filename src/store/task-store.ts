@@ -23,7 +23,7 @@ import {
 } from './task-row.ts'
 import { taskWrites } from './task-writes.ts'
 
-/** Rows removed in one transaction: a long one would hold up everybody else's. */
+/** Maximum rows removed in one transaction: a long one would block others. */
 const REMOVED_AT_ONCE = 500
 const PENDING = sql.lit('pending' as const)
 
@@ -39,10 +39,10 @@ export class SqlTaskStore implements TaskStore {
   readonly #sealer: Seal
   readonly #instance: string
   readonly #isShared: boolean
-  /** Tasks whose outcome may have been committed, though it could not be told. */
+  /** Ids of tasks whose outcome may have been committed, though the answer was lost. */
   readonly #unanswered = new Set<string>()
 
-  /** `isShared`: other instances use the database, too, and what they have claimed is theirs. */
+  /** `isShared`: other instances use the database, too. */
   constructor(
     connection: Connection,
     sealer: Seal,
@@ -95,11 +95,12 @@ export class SqlTaskStore implements TaskStore {
     const { callbackStatus } = filter
     if (callbackStatus === 'none') query = query.where('tasks.has_callback', '=', 0)
     else if (callbackStatus === 'delivered') {
-      // By way of the tasks, whose order this follows: not so plain that the planner would start from the deliveries.
+      // The `coalesce` makes the planner start from the tasks, in whose order the list is.
       query = query
         .where('tasks.has_callback', '=', 1)
         .where((eb) => eb(eb.fn.coalesce('deliveries.status', PENDING), '=', callbackStatus))
-    } else if (callbackStatus) query = query.where('tasks.task_id', 'in', this.#of(callbackStatus))
+    } else if (callbackStatus)
+      query = query.where('tasks.task_id', 'in', this.#withCallback(callbackStatus))
     if (filter.before !== undefined) query = query.where('tasks.seq', '<', filter.before)
     return (await query.execute()).map(summaryFromRow)
   }
@@ -121,7 +122,7 @@ export class SqlTaskStore implements TaskStore {
         ? await this.#connection.atomically(this.#writes.claimNext(claim))
         : await this.#connection.inTurn(this.#writes.claimNextWithin({ ...claim, runningMax }))
     const tasks = (rows ?? []).map((row) => this.#claimed(row))
-    // Neither database returns changed rows in an order.
+    // Databases return changed rows in no particular order.
     return tasks.sort((a, b) => queuePosition(a) - queuePosition(b) || a.seq - b.seq)
   }
 
@@ -220,9 +221,9 @@ export class SqlTaskStore implements TaskStore {
     let isDone: boolean
     try {
       isDone = (await this.#connection.atomically(setOutcome, rows)) !== undefined
-      // Done before, perhaps, with its answer lost.
+      // An earlier call may have committed it before its answer was lost.
       if (!isDone && this.#unanswered.has(task.taskId))
-        isDone = await this.#hasEnded(task, delivery)
+        isDone = await this.#isCommitted(task, delivery)
     } catch (err) {
       this.#unanswered.add(task.taskId)
       throw err
@@ -231,8 +232,8 @@ export class SqlTaskStore implements TaskStore {
     return isDone
   }
 
-  /** Whether the outcome is that of this claim. Nobody has claimed a task that waited: there its delivery tells. */
-  async #hasEnded(task: Task, delivery: NewDelivery | undefined): Promise<boolean> {
+  /** Returns whether this call committed the outcome; for an unclaimed task, by its delivery. */
+  async #isCommitted(task: Task, delivery: NewDelivery | undefined): Promise<boolean> {
     const row = await this.#db
       .selectFrom('tasks')
       .leftJoin('deliveries', 'deliveries.task_id', 'tasks.task_id')
@@ -269,10 +270,10 @@ export class SqlTaskStore implements TaskStore {
     const live = this.#db.selectFrom('tasks').select(['task_id', 'status', 'claim', 'seq'])
     let claimed = live.where('status', 'in', ['provisioning', 'running'])
     if (this.#isShared) claimed = claimed.where('instance', '=', this.#instance)
-    const unwanted = live
+    const cancelled = live
       .where('status', '=', 'queued')
       .where('cancel_requested_at', 'is not', null)
-    const rows = await claimed.unionAll(unwanted).orderBy('seq').execute()
+    const rows = await claimed.unionAll(cancelled).orderBy('seq').execute()
     return rows.map(({ task_id: taskId, status, claim }) => ({ taskId, status, claim }))
   }
 
@@ -350,20 +351,20 @@ export class SqlTaskStore implements TaskStore {
     await this.#db.selectFrom('tasks').select('seq').limit(1).execute()
   }
 
-  /** Of the few tasks whose callback is in such a state. Written out, not a parameter: only then are partial indices used. */
-  #of(status: 'pending' | 'given_up') {
+  /** Selects the ids of tasks by callback status: a literal, so that partial indexes are used. */
+  #withCallback(status: 'pending' | 'given_up') {
     const deliveries = this.#db
       .selectFrom('deliveries')
       .select('task_id')
       .where('status', '=', sql.lit(status))
     if (status === 'given_up') return deliveries
-    // Also of tasks that have not ended: their delivery is still to be made.
+    // Live tasks have no row in `deliveries` yet.
     return deliveries.unionAll(
       this.#db
         .selectFrom('tasks as live')
         .select('live.task_id')
         .where('live.status', 'in', LIVE_STATUSES)
-        // As a sum: the index of the status is the one to use.
+        // The sum makes the planner use the index of the status.
         .where(sql<number>`live.has_callback + 0`, '=', 1),
     )
   }
@@ -384,7 +385,7 @@ export class SqlTaskStore implements TaskStore {
   #unsealed(row: SummaryRow & { sealed: Uint8Array }): Task {
     const summary = summaryFromRow(row)
     try {
-      // Holds: nobody else has the key. What was sealed before there were named secrets has none.
+      // Safe: only this service has the key. Older rows have no `secretValues`.
       const sealed = JSON.parse(this.#sealer.unseal(row.sealed, row.task_id)) as Sealed
       return { ...summary, ...sealed, secretValues: sealed.secretValues ?? [] }
     } catch (cause) {
@@ -400,7 +401,7 @@ const NOTHING_SEALED: Sealed = {
   secretValues: [],
 }
 
-/** Postgres takes no NUL, and a program's last words may hold one. */
+/** Removes NUL, which Postgres rejects and the output of a program may contain. */
 function withoutNul(text: string | null): string | null {
   return text?.replaceAll('\0', '') ?? null
 }

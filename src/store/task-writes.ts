@@ -6,13 +6,13 @@ import type { encodeLog } from './log-codec.ts'
 import { prepared } from './prepared.ts'
 import { SUMMARY_COLUMNS } from './task-row.ts'
 
-/** `queuePosition`, as the index of waiting tasks spells it. */
+/** `queuePosition` in SQL, as in the index of waiting tasks. */
 const POSITION = sql<number>`created_at - priority * ${sql.lit(PRIORITY_STEP_MS)}`
-/** Spelt out, not a parameter: only then are partial indices used. */
+/** A literal, so that the partial index is used. */
 const QUEUED = sql.lit('queued' as const)
 
-/** What every task writes on its way. */
-export const taskWrites = ({ db, untaken }: Connection) => ({
+/** Prepares the statements that every task runs. */
+export const taskWrites = ({ db, skipLocked }: Connection) => ({
   insert: prepared((p: NewTask & { sealed: Uint8Array; terminates: 0 | 1; hasCallback: 0 | 1 }) =>
     db
       .insertInto('tasks')
@@ -46,13 +46,13 @@ export const taskWrites = ({ db, untaken }: Connection) => ({
       .onConflict((conflict) => conflict.column('task_id').doNothing()),
   ),
 
-  claimNext: prepared((p: NextClaim) => claimNext({ db, untaken }, p, p.limit)),
+  claimNext: prepared((p: NextClaim) => claimNext({ db, skipLocked }, p, p.limit)),
 
-  /** Postgres alone. It counts what runs, and so must be the only one of its kind under way. */
+  /** Postgres only. Must run through `inTurn`, since it counts the running tasks. */
   claimNextWithin: prepared((p: NextClaim & { runningMax: number }) => {
     const running = sql`(select count(*) from tasks where status in ('provisioning', 'running'))`
     const room = sql<number>`greatest(0, least(${p.limit}::int, ${p.runningMax}::int - ${running}))`
-    return claimNext({ db, untaken }, p, room)
+    return claimNext({ db, skipLocked }, p, room)
   }),
 
   claim: prepared(
@@ -74,7 +74,7 @@ export const taskWrites = ({ db, untaken }: Connection) => ({
         .where((eb) =>
           eb.or([
             eb('claim', '=', p.seen),
-            // Done before, and the answer was lost.
+            // An earlier attempt made the claim, and its answer was lost.
             eb.and([eb('claim', '=', p.next), eb('instance', '=', p.instance)]),
           ]),
         )
@@ -96,7 +96,7 @@ export const taskWrites = ({ db, untaken }: Connection) => ({
         finishedAt: number
         logBytes: number
         sealed: Uint8Array
-        /** Null: as it is. */
+        /** Null: unchanged. */
         workerState: 'kept' | null
         taskId: string
         claim: number
@@ -161,7 +161,7 @@ interface NextClaim {
 }
 
 function claimNext(
-  { db, untaken }: Pick<Connection, 'db' | 'untaken'>,
+  { db, skipLocked }: Pick<Connection, 'db' | 'skipLocked'>,
   { at, instance }: NextClaim,
   limit: number | RawBuilder<number>,
 ) {
@@ -172,9 +172,9 @@ function claimNext(
     .orderBy(POSITION)
     .orderBy('seq')
     .limit(limit)
-  // As a common table expression, which Postgres runs once; a subquery that locks may run again.
+  // Postgres runs a common table expression once, but may repeat a subquery that locks.
   return db
-    .with('next', () => untaken(next))
+    .with('next', () => skipLocked(next))
     .updateTable('tasks')
     .set({
       claim: sql<number>`claim + 1`,

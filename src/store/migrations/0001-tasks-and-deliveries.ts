@@ -1,6 +1,6 @@
 import { type Kysely, sql } from 'kysely'
 
-/** `serial` and `bytes` are the dialect's own names for those types. */
+/** `types`: the dialect's names for these types. */
 export async function up(
   db: Kysely<unknown>,
   types: { serial: string; bytes: string },

@@ -1,8 +1,8 @@
 import { type Kysely, sql } from 'kysely'
 
-/** Only adds: the queries of the release before go on working beside it. */
+/** Only adds: queries of the previous release keep working. */
 export async function up(db: Kysely<unknown>): Promise<void> {
-  // One column a statement: SQLite takes no more.
+  // SQLite adds one column per statement.
   const addColumn = db.schema.alterTable('tasks')
   await addColumn
     .addColumn('priority', 'integer', (column) => column.notNull().defaultTo(0))

@@ -1,6 +1,6 @@
 import { type Kysely, sql } from 'kysely'
 
-/** Indices for what `list` filters by, where a million tasks have ended: without them, a page of few reads them all. */
+/** Indexes for the filters of `list`: without them, one page may read a million ended tasks. */
 export async function up(db: Kysely<unknown>): Promise<void> {
   await db.schema
     .createIndex('tasks_task_file_name_status')

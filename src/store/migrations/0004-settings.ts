@@ -1,6 +1,6 @@
 import type { Kysely } from 'kysely'
 
-/** Only adds: the queries of the release before go on working beside it. */
+/** Only adds: queries of the previous release keep working. */
 export async function up(db: Kysely<unknown>): Promise<void> {
   await db.schema
     .createTable('settings')
