@@ -236,7 +236,7 @@ describe.concurrent('before the task runs', () => {
       expect(end).toMatchObject({
         ...{ reason: 'unschedulable', exitCode: null },
         message: expect.stringMatching(
-          `^The node refused the worker before its task ran: ${reason}: .*Hint: try again`,
+          `^The node rejected the worker before its task ran: ${reason}: .*Hint: try again`,
         ),
       })
     },
@@ -473,7 +473,7 @@ describe('what the API server refuses', () => {
     const { reason, message } = await refusal(scripted(exits(0)))
     fake.admission.webhook = undefined
     expect(reason).toBe('startup_failed')
-    expect(message).toMatch(/The cluster refuses the pod: .*images must be signed.*Hint: ask/)
+    expect(message).toMatch(/The cluster rejected the pod: .*images must be signed.*Hint: ask/)
   })
 
   test('a webhook that refuses the Job', async () => {

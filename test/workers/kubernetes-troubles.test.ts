@@ -557,7 +557,7 @@ describe('a kubeconfig', () => {
       /^the kubeconfig cannot be read \((?!.*hunter2)/,
     )
     await writeFile(join(home, 'none'), 'apiVersion: v1\nkind: Config\n')
-    expect(() => loadKubeconfig(undefined)).toThrow(/names no cluster/)
+    expect(() => loadKubeconfig(undefined)).toThrow(/has no cluster/)
     await rm(home, { recursive: true })
   })
 })

@@ -8,15 +8,15 @@ import { UnavailableError } from '../../core/errors.ts'
 import { until } from '../../core/until.ts'
 import { ApiError, ApiUnavailableError, FAILURES, failureOf } from './failures.ts'
 
-/** Maximum milliseconds until an answer. What creates objects may wait for several webhooks. */
+/** Time limits of a call. Creating an object may take long, since webhooks are called. */
 const READ_TIMEOUT_MS = 10_000
 const WRITE_TIMEOUT_MS = 30_000
-/** Credentials are read anew so often: tokens of pods are rotated on disk. */
+/** Interval for reading the credentials again: the tokens of pods are rotated on disk. */
 const CREDENTIALS_MS = 30_000
-/** Towards the API server, as other controllers do (the defaults of client-go's rest config are 5 and 10). */
+/** Rate limit and burst of all calls; the defaults of client-go are 5 and 10. */
 const CALLS_PER_SECOND = 20
 const CALLS_AT_ONCE = 30
-/** Longest wait within one call for an API server that is busy. */
+/** Maximum total wait within one call for a busy API server. */
 const BUSY_MS_MAX = 8_000
 const RETRY_AFTER_MS_MAX = 30_000
 const METADATA_ONLY = 'application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1'
@@ -24,11 +24,11 @@ const METADATA_ONLY = 'application/json;as=PartialObjectMetadataList;g=meta.k8s.
 export interface ApiCall {
   query?: Record<string, string | number>
   body?: object
-  /** Few, and others wait for what it tells: it does not wait its turn. */
+  /** Whether the call is exempt from the rate limit: it is rare, and other work waits for it. */
   isUrgent?: boolean
-  /** Asks for the metadata of objects alone. */
+  /** Whether to request only the metadata of objects. */
   isMetadataOnly?: boolean
-  /** What the answer is to be, such as `JobList`. Default: any object. */
+  /** Expected kind of the answer, such as `JobList`. Default: any object. */
   answer?: string
   signal?: AbortSignal | undefined
 }
@@ -36,8 +36,8 @@ export interface ApiCall {
 type Method = 'GET' | 'POST' | 'DELETE'
 
 /**
- * Plain calls to the API server. Credentials are client-node's business; its calls are not used, since they drop
- * fields they do not know, and its streams end the process when a connection is cut.
+ * Client of the API server. It uses client-node only for credentials: that library's calls drop
+ * unknown fields, and its streams crash the process when a connection is cut.
  */
 export class KubernetesApi {
   readonly #load: () => KubeConfig
@@ -48,20 +48,20 @@ export class KubernetesApi {
   readonly #closed = new AbortController()
   #config: KubeConfig
   #pool: Pool | undefined
-  /** What the pool was made for. */
+  /** Server and TLS options of the pool. */
   #poolKey = ''
   #headers: Record<string, string> = {}
   #credentialsUntil = 0
   #tokens: number
   #refilledAt: number
 
-  /** `load` is called again when the credentials are refused: they may have been replaced. */
+  /** `load` is called again after a 401, since the credentials may have been replaced. */
   constructor(
     load: () => KubeConfig,
     options: {
       callsPerSecond?: number
       callsAtOnce?: number
-      /** Maximum milliseconds of a plain call. Default: 10 s, and 30 s for what creates objects. */
+      /** Maximum milliseconds of a call to `json`. Default: 10 s to read, 30 s to write. */
       callMs?: number
       now?: () => number
     } = {},
@@ -81,15 +81,15 @@ export class KubernetesApi {
   }
 
   /**
-   * Throws `ApiError`, `ApiUnavailableError`, or the reason of `signal`. Ends by itself. 429 is waited out as it asks for,
-   * as long as that is short.
+   * Makes one call, within a time limit; honours a short `retry-after` of a 429. Throws `ApiError`,
+   * `ApiUnavailableError`, or the reason of `signal`.
    */
   async json<T>(method: Method, path: string, call: ApiCall = {}): Promise<T> {
     const others = [this.#closed.signal, ...(call.signal ? [call.signal] : [])]
     let busyMs = 0
     let isNewToken = false
     for (;;) {
-      // Before the clock starts: in a rush the turn alone may take longer than a call.
+      // The time limit does not include the wait for a token.
       await this.#token(call)
       const callMs = this.#callMs ?? (method === 'GET' ? READ_TIMEOUT_MS : WRITE_TIMEOUT_MS)
       using deadline = new Deadline(callMs, others)
@@ -105,32 +105,32 @@ export class KubernetesApi {
         await pause(waitMs, undefined, call.signal && { signal: call.signal })
         continue
       }
-      const isRefused = statusCode === 401
-      if (isRefused) this.#reload()
-      if (!isRefused || isNewToken)
+      const isUnauthorized = statusCode === 401
+      if (isUnauthorized) this.#reload()
+      if (!isUnauthorized || isNewToken)
         throw failureOf(statusCode, text, statusCode === 429 ? waitMs : 0)
       isNewToken = true
     }
   }
 
-  /** Removes the very object, and no other of its name. That it is gone already is no failure. */
+  /** Removes the object with this uid. Does nothing if it is gone or was replaced. */
   async remove(path: string, uid: string): Promise<void> {
     try {
       await this.json('DELETE', path, {
         body: {
-          ...{ apiVersion: 'v1', kind: 'DeleteOptions' },
-          // The default of Jobs leaves their pods behind.
+          apiVersion: 'v1',
+          kind: 'DeleteOptions',
+          // The default for Jobs leaves their pods behind.
           propagationPolicy: 'Background',
           preconditions: { uid },
         },
       })
     } catch (err) {
-      // Gone, or another by now.
       if (!(err instanceof ApiError && FAILURES[err.kind] === 'lost')) throw err
     }
   }
 
-  /** An answer as it comes. Its reader has to expect that it is cut, or never begins. */
+  /** Returns an answer as a stream, which may be cut at any point. */
   async stream(path: string, call: ApiCall & { type: 'json' | 'text' }): Promise<Readable> {
     await this.#token(call)
     const response = await this.#request('GET', path, call)
@@ -146,7 +146,7 @@ export class KubernetesApi {
     throw failureOf(statusCode, text)
   }
 
-  /** Ends what is under way. */
+  /** Aborts all calls. */
   async close(): Promise<void> {
     this.#closed.abort(new UnavailableError('The Kubernetes backend is closed'))
     await this.#pool?.destroy()
@@ -160,7 +160,7 @@ export class KubernetesApi {
     const search = Object.entries(query).map(([name, value]) => [name, String(value)])
     try {
       const authenticated = this.#authenticated()
-      // It may ask an identity provider.
+      // Loading credentials may call an identity provider.
       const pool = await (signal ? until(authenticated, signal) : authenticated)
       return await pool.request({
         method,
@@ -204,12 +204,14 @@ export class KubernetesApi {
     const server = this.#config.getCurrentCluster()?.server ?? ''
     const poolKey = JSON.stringify([server, connect])
     if (this.#pool && poolKey === this.#poolKey) return this.#pool
-    // What is under way over the old one may end.
+    // Calls under way on the old pool may finish.
     void this.#pool?.close()
     this.#poolKey = poolKey
-    // Streams are silent for as long as tasks and clusters are.
+    // No timeouts: streams may be silent for long.
     this.#pool = new Pool(server, {
-      ...{ headersTimeout: 0, bodyTimeout: 0, allowH2: false },
+      headersTimeout: 0,
+      bodyTimeout: 0,
+      allowH2: false,
       connect: { ...connect, timeout: 10_000 },
     })
     return this.#pool
@@ -220,11 +222,11 @@ export class KubernetesApi {
     try {
       this.#config = this.#load()
     } catch {
-      // Half written, as may be: the next refusal is not far.
+      // The file may be half written; the next 401 reads it again.
     }
   }
 
-  /** A bucket of calls: many tasks at once must not overrun the API server. */
+  /** Waits for a token of the bucket that limits the rate of calls. */
   async #token({ signal, isUrgent }: ApiCall): Promise<void> {
     const now = this.#now()
     const refilled = ((now - this.#refilledAt) / 1000) * this.#callsPerSecond
@@ -259,23 +261,23 @@ function wordsOf(err: unknown): string {
   return code ?? (err instanceof Error ? err.message : String(err))
 }
 
-/** Throws where a proxy or another server has answered. */
+/** Parses an answer. Throws if it came from a proxy or another server. */
 function answerOf<T>(text: string, status: number, wanted: string | undefined): T {
   let parsed: { kind?: unknown; metadata?: unknown; items?: unknown } | null = null
   try {
     parsed = JSON.parse(text)
   } catch {
-    // Told below.
+    // Rejected below.
   }
   const isWanted = wanted === undefined ? true : parsed?.kind === wanted
   const isList = wanted?.endsWith('List') ?? false
   const isWhole = parsed?.metadata instanceof Object && (!isList || Array.isArray(parsed.items))
   if (!isWanted || !isWhole) throw garbage(status, wanted ?? 'an object')
-  // Holds as far as it was looked at; what is read of it is optional in its type.
+  // Safe: the kind was checked, and the fields of these types are optional.
   return parsed as T
 }
 
 function garbage(status: number, wanted: string): ApiUnavailableError {
-  const message = `The Kubernetes API answered with status ${status}, and not with ${wanted}: does a proxy answer in its place?`
+  const message = `The Kubernetes API answered with status ${status}, but not with ${wanted}: is there a proxy in front of it?`
   return new ApiUnavailableError('garbage', message)
 }

@@ -12,18 +12,18 @@ import { Reflector } from './reflector.ts'
 
 const RETRY_MS = 250
 const RETRY_MAX_MS = 30_000
-/** Watches may be late or dead: what waits wakes up so often. */
+/** Maximum wait for a change before asking the API: watches may be late or dead. */
 const LOOK_MS = 5_000
-/** How long an API that does not answer is waited for where the caller can come again. */
+/** Maximum time of retries while the API is unavailable, if the caller can retry itself. */
 const RIDE_MS = 5_000
 const LAST_PODS_MAX = 2_000
 const CONTROLLER_UID = 'batch.kubernetes.io/controller-uid'
 
 export interface ClusterViewOptions {
   namespace: string
-  /** Tells this service's workers from those of others. */
+  /** Id that distinguishes this service's workers from those of others. */
   deployment: string
-  /** Id of the version before, which services that share a key share. */
+  /** Id that earlier versions used; services that share a sealing key share it. */
   legacyInstance: string | undefined
   log: Logger
   lookMs?: number | undefined
@@ -33,30 +33,30 @@ export interface ClusterViewOptions {
 }
 
 export interface Persistence {
-  /** Is told of each failure. */
-  hindered?: (err: UnavailableError) => void
-  /** How long to go on. Default: until the signal aborts. */
+  /** Called after each failure. */
+  onFailure?: (err: UnavailableError) => void
+  /** Maximum milliseconds of retries. Default: until the signal aborts. */
   rideMs?: number
 }
 
 /**
- * Our Jobs and their pods as the API server tells of them, and who waits for their changes. Jobs are known by uid:
- * one that somebody makes under the same name is another.
+ * A watched copy of our Jobs and their pods. Jobs are known by uid, since a new Job may have the
+ * name of an old one.
  */
 export class ClusterView {
   readonly lookMs: number
   readonly rideMs: number
-  /** Selects workers that are ours, and those that may be. */
+  /** Selects our workers and those with the legacy id, which may be ours. */
   readonly labelSelector: string
   readonly #api: KubernetesApi
   readonly #options: ClusterViewOptions
   readonly #jobs: Reflector<V1Job>
   readonly #pods: Reflector<V1Pod>
-  /** By the uid of their Job. Of several the youngest. */
+  /** Youngest pod of each Job, by the Job's uid. */
   readonly #podOf = new Map<string, V1Pod>()
-  /** What was told last about pods that are gone, by the uid of their Job; of so many, or until that is forgotten. */
+  /** Last state of deleted pods, by the Job's uid; at most `LAST_PODS_MAX`. */
   readonly #lastPodOf = new Map<string, V1Pod>()
-  /** One type of event for each Job, its uid, and `any`. */
+  /** Emits an event named after the Job's uid, and `any`, for each change. */
   readonly #changes = new EventTarget()
 
   constructor(api: KubernetesApi, options: ClusterViewOptions) {
@@ -71,11 +71,12 @@ export class ClusterView {
       log: options.log,
       idleMs: options.watchIdleMs,
     }
-    // All who wait for room wait for any change.
+    // All tasks that wait for quota listen to `any`.
     setMaxListeners(0, this.#changes)
     this.#jobs = new Reflector(api, {
       ...common,
-      ...{ path: this.path('jobs'), answer: 'JobList' },
+      path: this.path('jobs'),
+      answer: 'JobList',
       onChange: (job) => this.#changed(job.metadata?.uid ?? ''),
       onDeleted: (job) => {
         this.#changed(job.metadata?.uid ?? '')
@@ -84,7 +85,8 @@ export class ClusterView {
     })
     this.#pods = new Reflector(api, {
       ...common,
-      ...{ path: this.path('pods'), answer: 'PodList' },
+      path: this.path('pods'),
+      answer: 'PodList',
       onChange: (pod) => {
         const known = this.#podOf.get(jobUidOf(pod))
         if (!known || known.metadata?.uid === pod.metadata?.uid || isYounger(pod, known)) {
@@ -92,7 +94,7 @@ export class ClusterView {
         }
         this.#changed(jobUidOf(pod))
       },
-      // How its task ended may be told in the same breath.
+      // The last state of the pod may say how its task ended.
       onDeleted: (pod) => {
         const uid = jobUidOf(pod)
         if (this.#podOf.get(uid)?.metadata?.uid === pod.metadata?.uid) this.#podOf.delete(uid)
@@ -109,7 +111,7 @@ export class ClusterView {
     return `${group}/namespaces/${this.#options.namespace}/${resource}`
   }
 
-  /** Settles when all is known that there is. Throws `UnavailableError` when that takes long. */
+  /** Waits for the first list. Throws `UnavailableError` if that takes longer than `rideMs`. */
   async synced(): Promise<void> {
     using deadline = new Deadline(this.rideMs, [])
     const both = Promise.all([this.#jobs.synced(), this.#pods.synced()])
@@ -127,13 +129,13 @@ export class ClusterView {
     await Promise.all([this.#jobs.stop(), this.#pods.stop()])
   }
 
-  /** Why nothing is heard of the cluster; undefined: it is. */
+  /** Message of the failure to watch the cluster; undefined while it is watched. */
   get problem(): string | undefined {
     return (this.#jobs.problem ?? this.#pods.problem)?.message
   }
 
-  /** Throws `UnavailableError` when nothing was heard of the cluster for a while. */
-  throwIfBlind(): void {
+  /** Throws `UnavailableError` if the cluster could not be watched for `rideMs`. */
+  throwIfUnwatched(): void {
     for (const { problem } of [this.#jobs, this.#pods]) {
       if (problem && performance.now() - problem.since >= this.rideMs) {
         throw new UnavailableError(`The cluster cannot be watched: ${problem.message}`)
@@ -141,16 +143,16 @@ export class ClusterView {
     }
   }
 
-  /** How long it is heard of without a break: kubelets that were cut off as we were have had that to report. */
-  get heardMs(): number {
+  /** Milliseconds since the last break of a watch: the time kubelets have had to report since. */
+  get watchedMs(): number {
     const now = performance.now()
-    const heard = [this.#jobs, this.#pods].map(({ problem, watchedSince }) =>
+    const durations = [this.#jobs, this.#pods].map(({ problem, watchedSince }) =>
       problem ? 0 : now - (watchedSince ?? now),
     )
-    return Math.min(...heard)
+    return Math.min(...durations)
   }
 
-  /** Those that are ours, and those that may be. */
+  /** Our Jobs, and those with the legacy id. */
   get jobs(): V1Job[] {
     return [...this.#jobs.objects.values()]
   }
@@ -167,7 +169,7 @@ export class ClusterView {
     return this.#podOf.get(jobUid)
   }
 
-  /** A pod that is gone. */
+  /** Returns the last state of the Job's deleted pod. */
   lastPod(jobUid: string): V1Pod | undefined {
     return this.#lastPodOf.get(jobUid)
   }
@@ -176,8 +178,8 @@ export class ClusterView {
     this.#lastPodOf.delete(jobUid)
   }
 
-  /** Asks, where the watches tell nothing: they may be late, and one later than the other. */
-  async look(
+  /** Reads a Job and its pod from the API, since watches may be late. */
+  async read(
     { name, uid }: { name: string; uid: string },
     signal: AbortSignal,
     options: Persistence = {},
@@ -198,7 +200,7 @@ export class ClusterView {
     return { job: job?.metadata?.uid === uid ? job : undefined, pod }
   }
 
-  /** One of ours, or one that may be, as the API server has it now. */
+  /** Reads a Job from the API, if it is ours or has the legacy id. */
   async namedJob(name: string, signal: AbortSignal): Promise<V1Job | undefined> {
     const job = await this.#jobNamed(name, signal)
     const owner = job?.metadata?.labels?.[LABELS.instance]
@@ -225,24 +227,25 @@ export class ClusterView {
   }
 
   /**
-   * Waits until something about the Job, or `any`, has changed, or a moment has passed: false then. Rejects when `signal` aborts.
+   * Waits for a change of the Job, or of `any` Job, and returns true; returns false after `lookMs`.
+   * Rejects when `signal` aborts.
    */
   async change(jobUid: string, signal: AbortSignal): Promise<boolean> {
     using deadline = new Deadline(this.lookMs, [signal])
     const changed = once(this.#changes, jobUid, { signal: deadline.signal })
-    const isNews = await changed.then(
+    const hasChanged = await changed.then(
       () => true,
       () => false,
     )
     signal.throwIfAborted()
-    return isNews
+    return hasChanged
   }
 
-  /** Repeats a step while the API is unavailable. Rejects when `signal` aborts, or with that after `rideMs`. */
+  /** Repeats a step while the API is unavailable, until `signal` aborts or `rideMs` is over. */
   async persistently<T>(
     step: () => Promise<T>,
     signal: AbortSignal,
-    { hindered, rideMs = Number.POSITIVE_INFINITY }: Persistence = {},
+    { onFailure, rideMs = Number.POSITIVE_INFINITY }: Persistence = {},
   ): Promise<T> {
     const began = performance.now()
     for (let waitMs = RETRY_MS; ; waitMs = Math.min(waitMs * 2, RETRY_MAX_MS)) {
@@ -251,7 +254,7 @@ export class ClusterView {
       } catch (err) {
         signal.throwIfAborted()
         if (!(err instanceof UnavailableError)) throw err
-        hindered?.(err)
+        onFailure?.(err)
         const retryAfterMs = err instanceof ApiUnavailableError ? err.retryAfterMs : 0
         const pauseMs = Math.max(waitMs * (0.5 + Math.random()), retryAfterMs)
         if (performance.now() + pauseMs - began >= rideMs) throw err

@@ -1,4 +1,4 @@
-/** The ways in which the Kubernetes API fails us, and what each means for a task. */
+/** Failures of the Kubernetes API, and what each means for a task. */
 import { UnavailableError } from '../../core/errors.ts'
 
 export type FailureKind =
@@ -6,41 +6,41 @@ export type FailureKind =
   | 'unreachable'
   /** The call's own time limit passed. */
   | 'timed_out'
-  /** The files or commands that the kubeconfig names for our credentials fail. */
+  /** A file or command that the kubeconfig names for credentials fails. */
   | 'credentials'
   /** 401. */
   | 'unauthorized'
   /** 429. */
   | 'busy'
-  /** 5xx, also where a webhook or etcd is down. */
+  /** 5xx, including failures of webhooks and etcd. */
   | 'server_error'
-  /** 403: a right is missing, or the API server has just started and does not know the rights yet. */
+  /** 403: a right is missing, or the API server is starting and has not loaded them yet. */
   | 'forbidden'
   /** 403: a quota of the namespace is used up. */
   | 'quota'
-  /** 403 or 404: the namespace is being removed, or is not there. */
+  /** 403 or 404: the namespace is being removed, or is missing. */
   | 'namespace'
-  /** A webhook, a policy, a pod security standard or a LimitRange refuses the object. */
+  /** A webhook, a policy, a pod security standard or a LimitRange rejects the object. */
   | 'admission'
-  /** 400, 413 and 422: the object itself is not valid. */
+  /** 400, 413 and 422: the object is invalid. */
   | 'invalid'
-  /** 404, with the name of the object that is not there. */
+  /** 404, with the name of the missing object. */
   | 'not_found'
   /** 409: the name is taken. */
   | 'already_exists'
-  /** 409: another object has the name by now. */
+  /** 409: another object has the name now. */
   | 'replaced'
-  /** 409 for any other reason, such as a quota that two calls change at once. */
+  /** 409 for another reason, such as two calls that change a quota at once. */
   | 'conflict'
-  /** 410: what a watch or a page continues from is forgotten. */
+  /** 410: the version that a watch or a page continues from is too old. */
   | 'expired'
-  /** An answer that is not the API server's: a page of a proxy, cut JSON, another object. */
+  /** An answer not from the API server, such as a proxy's page, or a truncated one. */
   | 'garbage'
   /** Any other status. */
   | 'other'
 
 /**
- * `ours`: no task could be served now, so that every task waits. `task`: what this task asked for cannot be had, or not
+ * `ours`: every task would fail now, so all wait. `task`: this task's request cannot be met, or not
  * yet. `lost`: the object is proven gone.
  */
 export const FAILURES = {
@@ -64,7 +64,7 @@ export const FAILURES = {
   other: 'ours',
 } as const satisfies Record<FailureKind, 'ours' | 'task' | 'lost'>
 
-/** The API server refused for a reason that concerns this one object. The message is its own (meta/v1 Status). */
+/** The API server rejected a call about one object, with its own message (meta/v1 Status). */
 export class ApiError extends Error {
   override name = 'ApiError'
   readonly kind: FailureKind
@@ -75,11 +75,11 @@ export class ApiError extends Error {
   }
 }
 
-/** The API cannot be used at the moment: nothing is known about its objects. */
+/** The API is unavailable, so nothing is known about its objects. */
 export class ApiUnavailableError extends UnavailableError {
   override name = 'ApiUnavailableError'
   readonly kind: FailureKind
-  /** What a busy API server asks for. */
+  /** Wait that a busy API server requests; else 0. */
   readonly retryAfterMs: number
 
   constructor(
@@ -93,7 +93,7 @@ export class ApiUnavailableError extends UnavailableError {
   }
 }
 
-/** What is read of an answer of 400 and more (meta/v1 Status). */
+/** Fields that are read of an error response (meta/v1 Status). */
 interface StatusBody {
   kind?: unknown
   reason?: unknown
@@ -101,7 +101,7 @@ interface StatusBody {
   details?: { name?: unknown; kind?: unknown } | null
 }
 
-/** Returns the error that an answer of 400 and more stands for. */
+/** Returns the error for a response with a status of 400 or more. */
 export function failureOf(
   status: number,
   text: string,
@@ -111,18 +111,18 @@ export function failureOf(
   const words = typeof body?.message === 'string' ? body.message : ''
   const kind = kindOf(status, body, words)
   if (FAILURES[kind] !== 'ours') return new ApiError(kind, words)
-  const told = `The Kubernetes API answered with status ${status}`
-  return new ApiUnavailableError(kind, words ? `${told}: ${words}` : told, { retryAfterMs })
+  const message = `The Kubernetes API answered with status ${status}`
+  return new ApiUnavailableError(kind, words ? `${message}: ${words}` : message, { retryAfterMs })
 }
 
-/** Returns the kind of a 403 by its words, which are all that tells one from another. */
+/** Returns the kind of a 403, which only its message shows. */
 export function kindOfRefusal(words: string): FailureKind {
   if (/exceeded quota/.test(words)) return 'quota'
   if (/because it is being terminated/.test(words)) return 'namespace'
   return ADMISSION_WORDS.test(words) ? 'admission' : 'forbidden'
 }
 
-/** Webhooks, ValidatingAdmissionPolicy, Pod Security, LimitRanger, ResourceQuota for an object without limits, Priority. */
+/** Messages of webhooks, policies, Pod Security, LimitRanger, ResourceQuota and Priority. */
 const ADMISSION_WORDS =
   /denied (the )?request|violates PodSecurity|(max|min)imum \S+ usage per|limit to request ratio per|must specify |no PriorityClass/
 
@@ -130,7 +130,7 @@ function kindOf(status: number, body: StatusBody | undefined, words: string): Fa
   if (status >= 500) return 'server_error'
   if (status === 429) return 'busy'
   if (status === 401) return 'unauthorized'
-  // Proxies answer in words of their own: their 404 does not mean that an object is gone.
+  // A proxy's 404 does not prove that an object is gone.
   if (body?.kind !== 'Status') return 'garbage'
   if (/^admission webhook .* denied the request/.test(words)) return 'admission'
   if (status === 403) return kindOfRefusal(words)
@@ -151,7 +151,6 @@ function parseStatus(text: string): StatusBody | undefined {
     const parsed: unknown = JSON.parse(text)
     return typeof parsed === 'object' && parsed !== null ? parsed : undefined
   } catch {
-    // Not the API server's words.
     return undefined
   }
 }

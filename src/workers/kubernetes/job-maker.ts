@@ -7,7 +7,7 @@ import { type ImageNames, imageFor } from '../image.ts'
 import type { KubernetesApi } from './api.ts'
 import type { ClusterView, Persistence } from './cluster-view.ts'
 import { ApiError, FAILURES } from './failures.ts'
-import type { Hindered } from './job-watch.ts'
+import type { OnWaiting } from './job-watch.ts'
 import {
   ANNOTATIONS,
   filesNameOf,
@@ -21,47 +21,47 @@ import { observe } from './observation.ts'
 import { type Packed, PackedTasks } from './packed-tasks.ts'
 
 export interface JobSettings {
-  /** Made once for the database: tells this service's workers from those of others. */
+  /** Id that distinguishes this service's workers from those of others. */
   deployment: string
-  /** Id of the version before, which services that share a key share. */
+  /** Id that earlier versions used; services that share a sealing key share it. */
   legacyInstance?: string | undefined
   tasksDir: string
   images: ImageNames
   serviceAccount: string
-  /** Of Kueue. */
+  /** Name of a Kueue queue. */
   queue: string | undefined
   provisioningTimeoutMs: number
   terminationGraceMs: number
   keptWorkerMs: number
   /** Home of workers; undefined: in their folder. */
   home?: string | undefined
-  /** The clock by which the age of workers is judged. */
+  /** Clock for the age of workers. */
   now: () => number
   log: Logger
 }
 
 const CONFIG_MAPS_KEPT_MAX = 3
-/** Somebody may remove a ConfigMap: after this it is put again, and others that nobody needs go. */
-const FILES_THERE_MS = 60_000
-/** Another instance with other task files may be about to make a Job that names its ConfigMap. */
+/** Interval for creating the ConfigMap again in case it was deleted, and removing unused ones. */
+const CONFIG_MAP_CHECK_MS = 60_000
+/** Minimum age of removed ConfigMaps: another instance may be about to create a Job with one. */
 const UNUSED_FILES_KEPT_MS = 3_600_000
-/** Milliseconds until a Secret is tried again that goes with an earlier Job of the same name. */
+/** Retry interval for a Secret while the one of an earlier Job with that name is removed. */
 const GARBAGE_MS = 500
 
 export interface MadeJob {
   job: V1Job
-  /** An earlier attempt has made it, and it was over before it was given its Secret: its task never began. */
+  /** Whether an existing Job ended before it got its Secret, so that its task never started. */
   isNeverBegun: boolean
 }
 
-/** Makes the objects of a worker: its Job, and the Secrets and task files that its pod waits for. */
+/** Creates the objects of a worker: its Job, and the Secrets and task files that its pod needs. */
 export class JobMaker {
   readonly #api: KubernetesApi
   readonly #view: ClusterView
   readonly #settings: JobSettings
   readonly #files: PackedTasks
-  /** ConfigMaps that were put, the last ones, and until when they are taken to be there. */
-  readonly #filesThere = new Map<string, { configMap: V1ConfigMap; until: number }>()
+  /** Latest ConfigMaps created, and until when they are assumed to exist. */
+  readonly #configMaps = new Map<string, { configMap: V1ConfigMap; until: number }>()
   #areFilesFine = true
 
   constructor(api: KubernetesApi, view: ClusterView, settings: JobSettings) {
@@ -72,13 +72,13 @@ export class JobMaker {
   }
 
   /**
-   * The Job first, then what it needs, which from its first moment goes with it: so nothing is left behind, whenever we
-   * are interrupted. Its pod waits for the Secret: who was held up before the Job was made learns in time whether its
-   * task was seen through by others meanwhile, and who is held up later finds that the Job went with them.
+   * Creates the Job, then its Secrets, which it owns, so that an interruption leaves nothing
+   * behind. The pod cannot start without them. If this instance is paused and another takes over
+   * the task, `mayStart` throws; after that call, the Secret is removed with the Job.
    */
   async make(
     spec: WorkerSpec,
-    options: { signal: AbortSignal; hindered: Hindered; mayStart: () => Promise<void> },
+    options: { signal: AbortSignal; onWaiting: OnWaiting; mayStart: () => Promise<void> },
   ): Promise<MadeJob> {
     const { signal, mayStart } = options
     const { tasksDir } = this.#settings
@@ -86,12 +86,14 @@ export class JobMaker {
     const { name: filesName, leftOut } = await this.#putFiles(options)
     const jobOptions = this.#jobOptions(spec, filesName)
     const { object: job, isNew } = await this.#put<V1Job>(
-      ...(['jobs', workerJob(spec, jobOptions), options] as const),
+      'jobs',
+      workerJob(spec, jobOptions),
+      options,
     )
     const uid = job.metadata?.uid ?? ''
     const wasOver = !isNew && (await this.#isOver(job, signal))
     const secrets = { ...options, isOwnerNew: isNew }
-    // The one for the registry first: images are pulled once all volumes are there.
+    // The registry's Secret comes first: images are pulled once all volumes exist.
     const pull = pullSecret(spec, jobOptions, uid)
     if (pull) await this.#put('secrets', pull, secrets)
     await mayStart()
@@ -104,47 +106,47 @@ export class JobMaker {
   async #isOver({ metadata }: V1Job, signal: AbortSignal): Promise<boolean> {
     const { rideMs } = this.#view
     const which = { name: metadata?.name ?? '', uid: metadata?.uid ?? '' }
-    const { job, pod } = await this.#view.look(which, signal, { rideMs })
+    const { job, pod } = await this.#view.read(which, signal, { rideMs })
     return observe(job, pod).phase === 'ended'
   }
 
-  /** Makes no object. Throws what making a Job without anything of a task's own would. */
+  /** Tries to create a Job with a dry run. Throws what creating it would. */
   async tryJob(spec: WorkerSpec, signal: AbortSignal): Promise<void> {
     const body = workerJob(spec, this.#jobOptions(spec, 'task-runner-files'))
     const call = { body, signal, answer: 'Job', query: { dryRun: 'All' }, isUrgent: true }
     await this.#api.json('POST', this.#view.path('jobs'), call)
   }
 
-  /** Puts a ConfigMap again that somebody has removed. Nothing happens when it is none that was put here. */
+  /** Creates a deleted ConfigMap again, if this instance created it before. */
   async putFilesAgain(
     name: string,
-    options: { signal: AbortSignal; hindered: Hindered },
+    options: { signal: AbortSignal; onWaiting: OnWaiting },
   ): Promise<void> {
-    const { configMap } = this.#filesThere.get(name) ?? {}
+    const { configMap } = this.#configMaps.get(name) ?? {}
     if (configMap) await this.#put('configmaps', configMap, options)
   }
 
-  /** Puts the ConfigMap with the task files, and returns its name. */
+  /** Creates the ConfigMap with the task files and returns its name. */
   async #putFiles(options: {
     signal: AbortSignal
-    hindered: Hindered
+    onWaiting: OnWaiting
   }): Promise<{ name: string; leftOut: readonly LeftOut[] }> {
     const { configMap, leftOut } = await this.#packed()
     const problem = await this.taskFilesProblem()
-    if (problem) throw new UnavailableError(`Workers cannot be given their files: ${problem}`)
+    if (problem) throw new UnavailableError(`Workers cannot get their files: ${problem}`)
     const name = configMap.metadata?.name ?? ''
-    const known = this.#filesThere.get(name)
+    const known = this.#configMaps.get(name)
     if (!known || known.until < Date.now()) {
-      // One task is enough to see to that it is still there.
-      if (known) known.until = Date.now() + FILES_THERE_MS
+      // Other tasks need not check as well.
+      if (known) known.until = Date.now() + CONFIG_MAP_CHECK_MS
       await this.#put('configmaps', configMap, options)
-      this.#filesThere.delete(name)
-      this.#filesThere.set(name, { configMap, until: Date.now() + FILES_THERE_MS })
+      this.#configMaps.delete(name)
+      this.#configMaps.set(name, { configMap, until: Date.now() + CONFIG_MAP_CHECK_MS })
       this.#removeUnusedFiles(name).catch((err: unknown) => {
-        this.#settings.log.warn({ err }, 'task files that no worker needs could not be removed')
+        this.#settings.log.warn({ err }, 'unused ConfigMaps of task files could not be removed')
       })
-      const [oldest = ''] = this.#filesThere.keys()
-      if (this.#filesThere.size > CONFIG_MAPS_KEPT_MAX) this.#filesThere.delete(oldest)
+      const [oldest = ''] = this.#configMaps.keys()
+      if (this.#configMaps.size > CONFIG_MAPS_KEPT_MAX) this.#configMaps.delete(oldest)
     }
     return { name, leftOut }
   }
@@ -158,12 +160,13 @@ export class JobMaker {
     }
   }
 
-  /** Removes the ConfigMaps of earlier task files that no Job names. */
+  /** Removes old ConfigMaps of task files that no Job uses. */
   async #removeUnusedFiles(current: string): Promise<void> {
     const path = this.#view.path('configmaps')
     const { items } = await this.#api.json<{ items: V1ConfigMap[] }>('GET', path, {
       query: { labelSelector: this.#view.labelSelector },
-      ...{ isMetadataOnly: true, answer: 'PartialObjectMetadataList' },
+      isMetadataOnly: true,
+      answer: 'PartialObjectMetadataList',
     })
     const needed = new Set([current, ...this.#view.jobs.map(filesNameOf)])
     const keptFrom = this.#settings.now() - UNUSED_FILES_KEPT_MS
@@ -172,14 +175,16 @@ export class JobMaker {
       const isOld = Date.parse(String(creationTimestamp)) < keptFrom
       if (!isOld || needed.has(name) || !this.#view.isOurs(item)) continue
       await this.#api.remove(`${path}/${name}`, uid)
-      this.#filesThere.delete(name)
+      this.#configMaps.delete(name)
     }
   }
 
   #jobOptions(spec: WorkerSpec, filesName: string): JobOptions {
     const settings = this.#settings
     return {
-      ...{ deployment: settings.deployment, queue: settings.queue, filesName },
+      deployment: settings.deployment,
+      queue: settings.queue,
+      filesName,
       image: imageFor(spec.image, settings.images),
       serviceAccount: settings.serviceAccount,
       provisioningTimeoutSeconds: Math.ceil(settings.provisioningTimeoutMs / 1000),
@@ -190,21 +195,21 @@ export class JobMaker {
     }
   }
 
-  /** Creates, or adopts what an earlier attempt has created whose answer got lost. Waits for quota. */
+  /** Creates an object, or adopts it if an earlier attempt created it. Waits for quota. */
   async #put<T extends { kind?: string; metadata?: { name?: string } }>(
     resource: 'jobs' | 'secrets' | 'configmaps',
     object: T,
-    options: { signal: AbortSignal; hindered: Hindered; isOwnerNew?: boolean },
+    options: { signal: AbortSignal; onWaiting: OnWaiting; isOwnerNew?: boolean },
   ): Promise<{ object: T; isNew: boolean }> {
-    const { signal, hindered, isOwnerNew = false } = options
+    const { signal, onWaiting, isOwnerNew = false } = options
     const call = { body: object, signal, answer: object.kind ?? '' }
     const isUrgent = resource === 'secrets'
-    let wasUnheard = false
+    let mayExist = false
     const persistence = {
       rideMs: this.#view.rideMs,
-      hindered: (err: UnavailableError) => {
-        wasUnheard = true
-        hindered(err)
+      onFailure: (err: UnavailableError) => {
+        mayExist = true
+        onWaiting(err)
       },
     }
     for (;;) {
@@ -222,17 +227,17 @@ export class JobMaker {
           const adopted =
             resource === 'jobs'
               ? await this.#adopted(object, { signal, persistence })
-              : !isOwnerNew || wasUnheard
-          // Holds: where it is no boolean it is a Job, as `object` is.
+              : !isOwnerNew || mayExist
+          // Safe: it is a boolean, or a Job like `object`.
           if (adopted) return { object: adopted === true ? object : (adopted as T), isNew: false }
           const name = object.metadata?.name ?? ''
           const message = `Another ${object.kind} has the name ${name}`
-          hindered(new WorkerError('startup_failed', message))
+          onWaiting(new WorkerError('startup_failed', message))
         } else if (err.kind === 'quota') {
           const message = `The namespace has no quota left: ${err.message}`
-          hindered(new WorkerError('unschedulable', message))
+          onWaiting(new WorkerError('unschedulable', message))
         } else {
-          const message = `Kubernetes refuses to make the worker: ${err.message}`
+          const message = `Kubernetes rejected the worker: ${err.message}`
           throw new WorkerError('startup_failed', message, { cause: err })
         }
         if (isUrgent) await pause(GARBAGE_MS, undefined, { signal })
@@ -241,7 +246,7 @@ export class JobMaker {
     }
   }
 
-  /** Returns the Job that has the name of `wanted` and is for its task. Undefined: it is being removed, or another service's. */
+  /** Returns the existing Job of the same name and task, unless it is being removed or not ours. */
   async #adopted(
     wanted: V1Job,
     { signal, persistence }: { signal: AbortSignal; persistence: Persistence },
@@ -252,22 +257,22 @@ export class JobMaker {
     if (!job) return undefined
     const taskOf = ({ metadata }: V1Job) => metadata?.annotations?.[ANNOTATIONS.taskId]
     if (taskOf(job) !== taskOf(wanted)) {
-      throw new WorkerError('startup_failed', `Another task's worker has the name ${name}`)
+      throw new WorkerError('startup_failed', `The worker of another task has the name ${name}`)
     }
     return job.metadata?.deletionTimestamp ? undefined : job
   }
 
-  /** Throws `UnavailableError` while no worker could be given the task files. Packs them only after it has failed. */
+  /** Throws `UnavailableError` while workers cannot get the task files, checked after a failure. */
   async check(): Promise<void> {
     if (this.#areFilesFine) return
     const problem = await this.taskFilesProblem()
-    if (problem) throw new UnavailableError(`Workers cannot be given their files: ${problem}`)
+    if (problem) throw new UnavailableError(`Workers cannot get their files: ${problem}`)
   }
 
   async taskFilesProblem(): Promise<string | undefined> {
     const { zippedBytes } = await this.#packed()
     this.#areFilesFine = zippedBytes <= OBJECT_BYTES_MAX
     if (this.#areFilesFine) return undefined
-    return `the tasks folder has ${zippedBytes} bytes when compressed, and a ConfigMap takes ${OBJECT_BYTES_MAX}: bake task files into the image, or clone them with git_configs`
+    return `the tasks folder has ${zippedBytes} bytes when compressed, but a ConfigMap has at most ${OBJECT_BYTES_MAX}: bake task files into the image, or clone them with git_configs`
   }
 }

@@ -14,18 +14,18 @@ import { deletedOutside, isOverdue, type Observation, observe, warningOf } from 
 import { PodLog } from './pod-log.ts'
 
 const RETRY_MS = 250
-/** After a container's end the kubelet may still refuse its log for a moment. */
+/** Time limit for the rest of the log: the kubelet may reject it for a moment after the end. */
 const LAST_LOG_MS = 30_000
-/** A Secret may come later than the pod that wants it. */
+/** Time for a pod's configuration to become valid: its Secret may be created after it. */
 const CONFIG_GRACE_MS = 10_000
 /** Maximum milliseconds until a log can be read. */
 const READABLE_MS = 10_000
-/** Milliseconds that a kubelet has to report in once the API is back: it renews its node's lease first. */
+/** Time that kubelets need to report after an outage of the API: they renew node leases first. */
 const NODE_REPORT_MS = 45_000
 const NEVER_OVERDUE = 0
 
-/** Is told what a worker waits for: what it fails with should it wait in vain. */
-export type Hindered = (why: WorkerError | UnavailableError) => void
+/** Reports why a worker is not ready yet; the last report becomes the error. */
+export type OnWaiting = (why: WorkerError | UnavailableError) => void
 
 export interface JobWatchOptions {
   api: KubernetesApi
@@ -38,9 +38,9 @@ export interface JobWatchOptions {
   logSilentMs?: number | undefined
   /** Ends the task's pod. */
   end: () => Promise<void>
-  /** Puts the ConfigMap of the task files again. */
+  /** Creates the ConfigMap of the task files again. */
   putFilesAgain: (configMapName: string, signal: AbortSignal) => Promise<void>
-  /** The task's completion is known. */
+  /** Called when the task's completion is known. */
   onEnded: () => void
   closing: AbortSignal
   log: Logger
@@ -52,12 +52,12 @@ type Ended = Extract<Observation, { phase: 'ended' }>
 /** A provisioning that waits for the task to start. */
 interface Starting {
   signal: AbortSignal
-  hindered: Hindered
-  /** Ends the provisioning, which can come again; the watch goes on. */
+  onWaiting: OnWaiting
+  /** Ends the provisioning, which can be retried; the watch continues. */
   fail: (err: UnavailableError) => void
-  /** When events are asked for next, and how long after that. */
-  lookAt: number
-  lookMs: number
+  /** When events are read next, and the interval after that. */
+  eventsAt: number
+  eventsMs: number
   warning: ReturnType<typeof warningOf>
 }
 
@@ -66,42 +66,42 @@ interface Starting {
  *
  *   waiting → running → ended
  *
- * with `queued` beside `waiting` while a queue such as Kueue suspends it. One loop observes the Job
- * and its pod whenever the watches report a change, and every few seconds. Whoever provisions waits
- * until it is not `waiting` any more, all others until it is `ended`. Troubles of the API decide
- * nothing: the loop goes on.
+ * with `queued` in place of `waiting` while a queue such as Kueue suspends it. One loop observes
+ * the Job and its pod after each change that the watches report, and every few seconds.
+ * Provisioning lasts while the phase is `waiting`. Failures of the API do not end the loop.
  */
 export class JobWatch {
   readonly ring: LogRing
   readonly name: string
   readonly uid: string
-  /** We end it: that it is deleted is no news. */
+  /** Whether the service is stopping the task, and the deletion of its pod is expected. */
   isStopping = false
   #completion: Completion | undefined
   readonly #options: JobWatchOptions
-  /** As it was given: stands for what the watches have not told yet, the first time. */
-  #given: V1Job | undefined
+  /** The Job as created, for the first observation: the watches may not have it yet. */
+  #created: V1Job | undefined
   readonly #maxLogBytes: number
-  /** Name of the ConfigMap that its pod waits for. */
+  /** Name of the ConfigMap that its pod mounts. */
   readonly #filesName: string
-  /** Rejected when it waits in vain. */
+  /** Rejected if the task can never start. */
   readonly #started = Promise.withResolvers<void>()
-  /** The last one, until the task has started. */
+  /** Latest provisioning, until the task has started. */
   #starting: Starting | undefined
   #ended: Promise<Completion> | undefined
-  /** Since when it waits while nobody provisions, and its container cannot be started; epoch ms. */
+  /** Start of the wait for a pod while no provisioning is under way, in epoch ms. */
   #waitingSince: number | undefined
+  /** First time in a row that its container could not be started, in epoch ms. */
   #stuckSince: number | undefined
   #log: PodLog | undefined
   #following: Promise<void> | undefined
-  /** Aborts with the backend, or when a stream does not end after its container. */
+  /** Aborts when the backend closes, or when a stream does not end with its container. */
   readonly #reading: AbortSignal
   readonly #stopReading = new AbortController()
   readonly #readable = Promise.withResolvers<void>()
   #isOverLogLimit = false
 
   constructor(job: V1Job, options: JobWatchOptions) {
-    this.#given = job
+    this.#created = job
     this.#options = options
     this.#maxLogBytes = maxLogBytesOf(job)
     this.#filesName = filesNameOf(job)
@@ -117,26 +117,30 @@ export class JobWatch {
   }
 
   /**
-   * Waits until the task runs, is queued, or has run. Throws a `WorkerError` when it never will, an
-   * `UnavailableError` when nothing is heard of it, and the reason of `signal`.
+   * Waits until the task runs, is queued, or has run. Throws `WorkerError` if it never will,
+   * `UnavailableError` if the API is unavailable, or the reason of `signal`.
    */
-  async started(signal: AbortSignal, hindered: Hindered): Promise<void> {
+  async started(signal: AbortSignal, onWaiting: OnWaiting): Promise<void> {
     const { view } = this.#options
-    view.throwIfBlind()
-    const { lookMs } = view
-    const lookAt = Date.now() + lookMs
-    const unheard = Promise.withResolvers<never>()
-    const { reject: fail } = unheard
-    this.#starting = { signal, hindered, fail, lookAt, lookMs, warning: undefined }
-    await until(Promise.race([this.#started.promise, unheard.promise, this.ended()]), signal)
+    view.throwIfUnwatched()
+    const unavailable = Promise.withResolvers<never>()
+    this.#starting = {
+      signal,
+      onWaiting,
+      fail: unavailable.reject,
+      eventsAt: Date.now() + view.lookMs,
+      eventsMs: view.lookMs,
+      warning: undefined,
+    }
+    await until(Promise.race([this.#started.promise, unavailable.promise, this.ended()]), signal)
   }
 
-  /** How the task ended, once it has. Rejects when the backend is closed. */
+  /** Returns how the task ended, once it has. Rejects when the backend is closed. */
   ended(): Promise<Completion> {
     if (!this.#ended) {
       const ended = this.#run()
       this.#ended = ended
-      // While we shut down nobody waits for it. Whatever else went wrong is tried again by who asks next.
+      // A failure is not kept, so the next call retries. On close, no call may be waiting.
       ended.catch(() => {
         if (this.#ended === ended) this.#ended = undefined
       })
@@ -146,7 +150,7 @@ export class JobWatch {
 
   /**
    * Waits until the log of a running task is being read, or the task has ended. Throws
-   * `UnavailableError` when that takes long.
+   * `UnavailableError` after a time limit.
    */
   async readable(): Promise<void> {
     using deadline = new Deadline(READABLE_MS, [])
@@ -157,7 +161,7 @@ export class JobWatch {
     })
   }
 
-  /** What is known now. */
+  /** Returns the phase that the watches show. */
   phase(): Observation['phase'] {
     if (this.#completion) return 'ended'
     const { view } = this.#options
@@ -167,14 +171,14 @@ export class JobWatch {
   async #run(): Promise<Completion> {
     const { view, closing } = this.#options
     for (;;) {
-      // Before it is looked at: what changes meanwhile is looked at next.
+      // Subscribes before observing, to miss no change.
       const changed = view.change(this.uid, closing)
       changed.catch(() => {})
       try {
-        if (this.#starting) view.throwIfBlind()
+        if (this.#starting) view.throwIfUnwatched()
         const { seen, pod } = await this.#observe()
         if (seen.phase === 'waiting') {
-          if (await this.#isVain(seen)) {
+          if (await this.#shouldGiveUp(seen)) {
             this.#started.reject(new WorkerError(seen.reason, seen.message))
             return await this.#end(seen, pod)
           }
@@ -195,14 +199,14 @@ export class JobWatch {
     }
   }
 
-  /** Reports why the worker is not ready yet, with the words of events where the pod has none. */
+  /** Reports why the worker is not ready yet, with messages of events if the pod has none. */
   async #report(seen: Waiting, pod: V1Pod | undefined, starting: Starting): Promise<void> {
     const { view, closing, log } = this.#options
     const isUnclear = ['provisioning_timeout', 'unschedulable'].includes(seen.reason)
-    if (isUnclear && Date.now() >= starting.lookAt) {
-      // Ever less often: many may wait for the same.
-      starting.lookMs *= 2
-      starting.lookAt = Date.now() + starting.lookMs
+    if (isUnclear && Date.now() >= starting.eventsAt) {
+      // With backoff, since many tasks may wait for the same reason.
+      starting.eventsMs *= 2
+      starting.eventsAt = Date.now() + starting.eventsMs
       const events = await view
         .events(pod?.metadata?.uid ?? this.uid, closing)
         .catch((err: unknown) => {
@@ -215,29 +219,29 @@ export class JobWatch {
         await this.#options
           .putFilesAgain(this.#filesName, starting.signal)
           .catch((err: unknown) => {
-            log.warn({ err, worker: this.name }, 'task files could not be put again')
+            log.warn({ err, worker: this.name }, 'a ConfigMap of task files was not created again')
           })
       }
     }
     const also = isUnclear ? starting.warning : undefined
     const message = also ? `${seen.message}. ${also.message}` : seen.message
-    starting.hindered(
+    starting.onWaiting(
       also?.reason === 'unavailable'
         ? new UnavailableError(also.message)
         : new WorkerError(also?.reason ?? seen.reason, message),
     )
   }
 
-  /** Reads what is left of the log. */
+  /** Reads the rest of the log and sets the completion. */
   async #end(seen: Waiting | Ended, pod: V1Pod | undefined): Promise<Completion> {
     const { closing, lastLogMs = LAST_LOG_MS, onEnded } = this.#options
     this.#log?.over()
-    // The stream ends with the container; one that has stalled is not waited for.
+    // The stream should end with the container, but may have stalled.
     const late = pause(lastLogMs, undefined, { signal: this.#reading, ref: false })
     await Promise.race([this.#following, late])
     this.#stopReading.abort()
     await this.#following
-    const note = this.#log && pod ? await this.#restOf(this.#log) : ''
+    const note = this.#log && pod ? await this.#readRest(this.#log) : ''
     closing.throwIfAborted()
     this.ring.append(Buffer.from(note))
     this.ring.end()
@@ -249,7 +253,7 @@ export class JobWatch {
   #completionOf(seen: Waiting | Ended, pod: V1Pod | undefined): Completion {
     if (this.#isOverLogLimit) return overLogLimit(this.#maxLogBytes)
     if (seen.phase === 'waiting') {
-      // Holds: these reasons are no one's but a worker's.
+      // Safe: `observe` gives only reasons of workers.
       const reason = seen.reason as Completion['reason']
       return { reason, exitCode: null, signal: null, message: seen.message }
     }
@@ -257,22 +261,23 @@ export class JobWatch {
     return wasDeleted && !this.isStopping ? deletedOutside() : seen.completion
   }
 
-  /** What is not there may not have been told yet: that it has gone, or its node, is asked for. */
+  /** Observes what the watches show, and reads the API before judging that something is gone. */
   async #observe(): Promise<{ seen: Observation; pod: V1Pod | undefined }> {
     const { view } = this.#options
-    const job = view.job(this.uid) ?? this.#given
-    this.#given = undefined
-    const told = this.#judge(job, view.pod(this.uid), NEVER_OVERDUE)
-    const isLost = told.pod && told.seen.phase !== 'ended' && isOverdue(told.pod, this.#heardNow())
-    if (!isLost && (told.pod || (told.seen.phase !== 'ended' && job))) return told
-    const asked = await this.#look()
-    return this.#judge(asked.job, asked.pod, this.#heardNow())
+    const job = view.job(this.uid) ?? this.#created
+    this.#created = undefined
+    const watched = this.#judge(job, view.pod(this.uid), NEVER_OVERDUE)
+    const { seen, pod } = watched
+    const isLost = pod && seen.phase !== 'ended' && isOverdue(pod, this.#overdueNow())
+    if (!isLost && (pod || (seen.phase !== 'ended' && job))) return watched
+    const read = await this.#read()
+    return this.#judge(read.job, read.pod, this.#overdueNow())
   }
 
-  #look(): Promise<{ job: V1Job | undefined; pod: V1Pod | undefined }> {
+  #read(): Promise<{ job: V1Job | undefined; pod: V1Pod | undefined }> {
     const { view, closing } = this.#options
-    const hindered = (err: UnavailableError) => this.#starting?.hindered(err)
-    return view.look(this, closing, { rideMs: view.rideMs, hindered })
+    const onFailure = (err: UnavailableError) => this.#starting?.onWaiting(err)
+    return view.read(this, closing, { rideMs: view.rideMs, onFailure })
   }
 
   #judge(
@@ -286,27 +291,27 @@ export class JobWatch {
     return { seen: observe(job, pod, now), pod }
   }
 
-  /** The time by which pods are overdue. After an outage of the API kubelets come late, as we do. */
-  #heardNow(): number {
+  /** Returns the time to judge overdue pods by: none are after an outage until kubelets report. */
+  #overdueNow(): number {
     const { view, nodeReportMs = NODE_REPORT_MS } = this.#options
-    return view.heardMs >= nodeReportMs ? Date.now() : NEVER_OVERDUE
+    return view.watchedMs >= nodeReportMs ? Date.now() : NEVER_OVERDUE
   }
 
-  async #isVain(seen: Waiting): Promise<boolean> {
+  async #shouldGiveUp(seen: Waiting): Promise<boolean> {
     const { view, configGraceMs = CONFIG_GRACE_MS, provisioningTimeoutMs } = this.#options
     if (seen.isHopeless) return true
-    // Only while something is heard of it: what we are not told may have happened.
-    const isHeard = view.problem === undefined
+    // Times count only while the watches work: otherwise the state may have changed unseen.
+    const isWatched = view.problem === undefined
     const since = (is: boolean, before: number | undefined) =>
-      is && isHeard ? (before ?? Date.now()) : undefined
+      is && isWatched ? (before ?? Date.now()) : undefined
     this.#stuckSince = since(seen.reason === 'startup_failed', this.#stuckSince)
-    // A queue has let it go, and it does not come up: nobody else looks at the time any more.
+    // A queue has admitted the Job, and no provisioning is left to enforce its time limit.
     this.#waitingSince = since(this.#starting === undefined, this.#waitingSince)
-    const isUp = (at: number | undefined, ms: number) => at !== undefined && Date.now() - at >= ms
-    const isStuck = isUp(this.#stuckSince, configGraceMs)
-    if (!isStuck && !isUp(this.#waitingSince, provisioningTimeoutMs)) return false
-    // Asked before the time is said to be up: watches may be late, or dead.
-    const { job, pod } = await this.#look()
+    const isOver = (at: number | undefined, ms: number) => at !== undefined && Date.now() - at >= ms
+    const isStuck = isOver(this.#stuckSince, configGraceMs)
+    if (!isStuck && !isOver(this.#waitingSince, provisioningTimeoutMs)) return false
+    // Confirmed by the API, since watches may be late or dead.
+    const { job, pod } = await this.#read()
     const now = observe(job, pod, NEVER_OVERDUE)
     return now.phase === 'waiting' && (!isStuck || now.reason === 'startup_failed')
   }
@@ -329,8 +334,8 @@ export class JobWatch {
     })
   }
 
-  /** What to say when it cannot be had. */
-  async #restOf(log: PodLog): Promise<string> {
+  /** Reads the rest of the log. Returns a note for the log if that fails. */
+  async #readRest(log: PodLog): Promise<string> {
     const { lastLogMs = LAST_LOG_MS, closing } = this.#options
     using deadline = new Deadline(lastLogMs, [closing])
     const { signal } = deadline
@@ -339,7 +344,7 @@ export class JobWatch {
         await log.rest(signal)
         return ''
       } catch (err) {
-        // Gone with its pod, or never begun.
+        // The pod is gone, or its container never started.
         if (err instanceof ApiError && ['invalid', 'not_found'].includes(err.kind)) return ''
         words ||= err instanceof Error ? err.message : String(err)
         if (signal.aborted || err instanceof ApiError)

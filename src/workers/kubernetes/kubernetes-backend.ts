@@ -17,39 +17,41 @@ import { statusOf } from './observation.ts'
 import { missingRights, type Right } from './rights.ts'
 
 export interface KubernetesSettings extends JobSettings {
-  /** Undefined: `KUBECONFIG`, the user's own file, or the service account of the pod we run in. */
+  /** Default: `KUBECONFIG`, the user's file, or the pod's service account. */
   kubeconfig?: string | undefined
-  /** Undefined: that of the kubeconfig's context. */
+  /** Undefined: the namespace of the kubeconfig's context. */
   namespace: string | undefined
   logBytesKept: number
-  /** Towards the API server. Default: 20 a second, 30 at once. */
+  /** Rate limit of calls to the API server; default 20. */
   callsPerSecond?: number
+  /** Burst of calls; default 30. */
   callsAtOnce?: number
-  /** How long things are waited for; tests wait less. */
+  /** Time limits, which tests shorten. */
   waits?: {
-    /** Before we look for ourselves. */
+    /** Wait for a change in the watches before the API is read. */
     lookMs?: number
-    /** For the answer to a call. */
+    /** Wait for the answer to a call. */
     callMs?: number
-    /** For an API that does not answer, where the caller can come again. */
+    /** Retries while the API is unavailable, if the caller can retry itself. */
     rideMs?: number
-    /** For a check to pass. */
+    /** Duration of a check. */
     checkMs?: number
-    /** For what may still heal in a container's configuration. */
+    /** Wait for an invalid container configuration to become valid. */
     configGraceMs?: number
-    /** For the rest of an ended container's log. */
+    /** Wait for the rest of an ended container's log. */
     lastLogMs?: number
-    /** For kubelets to report after an outage of the API. */
+    /** Wait for kubelets to report after an outage of the API. */
     nodeReportMs?: number
-    /** For a word of a watch, and of a log, until it is asked for anew. */
+    /** Silence after which a watch is opened again. */
     watchIdleMs?: number
+    /** Silence after which a log stream is opened again. */
     logSilentMs?: number
-    /** For a worker to be gone, beyond its grace period. */
+    /** Wait for a worker to be gone, beyond its grace period. */
     goneMs?: number
   }
 }
 
-/** What the service account must be allowed to do in its namespace; deploy/kubernetes grants the same. */
+/** Rights that the service account needs in its namespace; deploy/kubernetes grants them. */
 export const RIGHTS: readonly Right[] = [
   { group: 'batch', resource: 'jobs', verbs: ['create', 'get', 'list', 'watch', 'delete'] },
   { group: '', resource: 'pods', verbs: ['get', 'list', 'watch'] },
@@ -58,27 +60,34 @@ export const RIGHTS: readonly Right[] = [
   { group: '', resource: 'configmaps', verbs: ['create'] },
   { group: '', resource: 'secrets', verbs: ['create'] },
 ]
-/** Without these, task files that no worker needs stay, and the service's log warns of it. */
+/** Optional rights to remove unused task files; without them, the service logs a warning. */
 export const CLEAN_UP_RIGHTS: readonly Right[] = [
   { group: '', resource: 'configmaps', verbs: ['list', 'delete'] },
 ]
 const RIGHTS_KNOWN_MS = 300_000
-/** A right that is missing may be granted at any moment. */
+/** A missing right may be granted at any moment. */
 const MISSING_RIGHTS_KNOWN_MS = 5_000
 const CHECK_MS = 5_000
-/** For a worker to go after its grace period. */
+/** Wait for a worker to be gone after its grace period. */
 const GONE_MS = 10_000
-/** For a stopped task's node to be found lost, and its log to be read, after its grace period. */
+/** Wait for the end of a stopped task after its grace period, including its log or a lost node. */
 const STOPPED_MS = 90_000
 
-/** What is tried by a check: a worker with nothing of a task's own. */
-const TRIED: WorkerSpec = {
-  ...{ name: 'task-runner-check', taskId: 'check', taskFileName: 'check.sh', taskFolder: 'tasks' },
-  ...{ repositories: [], environment: {}, notes: [], keepAfterwards: false },
-  ...{ maxLogBytes: 1, timeoutSeconds: 1 },
+/** Minimal worker that a check creates with a dry run. */
+const CHECKED: WorkerSpec = {
+  name: 'task-runner-check',
+  taskId: 'check',
+  taskFileName: 'check.sh',
+  taskFolder: 'tasks',
+  repositories: [],
+  environment: {},
+  notes: [],
+  keepAfterwards: false,
+  maxLogBytes: 1,
+  timeoutSeconds: 1,
 }
 
-/** Workers that are Jobs of a Kubernetes namespace. */
+/** Runs workers as Jobs of a Kubernetes namespace. */
 export class KubernetesBackend implements WorkerBackend {
   readonly name = 'kubernetes'
   readonly #settings: KubernetesSettings
@@ -86,7 +95,7 @@ export class KubernetesBackend implements WorkerBackend {
   readonly #namespace: string
   readonly #view: ClusterView
   readonly #maker: JobMaker
-  /** By the uid of their Job. */
+  /** Watches by the uid of their Job. */
   readonly #watches = new Map<string, JobWatch>()
   readonly #making = new Map<string, Promise<Worker>>()
   readonly #closing = new AbortController()
@@ -127,7 +136,7 @@ export class KubernetesBackend implements WorkerBackend {
       this.#making.get(spec.name) ??
       this.#provision(spec, signal, mayStart).finally(() => this.#making.delete(spec.name))
     this.#making.set(spec.name, making)
-    // Not raced with the signal: what hindered the worker is told by the step that was interrupted.
+    // Not raced with the signal, since the interrupted step reports why the worker was not ready.
     return making
   }
 
@@ -139,12 +148,13 @@ export class KubernetesBackend implements WorkerBackend {
   async list(): Promise<Worker[]> {
     await this.#view.synced()
     const { items } = await this.#api.json<{ items: V1Job[] }>('GET', this.#view.path('jobs'), {
-      ...{ query: { labelSelector: this.#view.labelSelector }, answer: 'JobList' },
+      query: { labelSelector: this.#view.labelSelector },
+      answer: 'JobList',
     })
     return items.map((job) => this.#worker(job))
   }
 
-  /** One call each time, and one for each right now and then; who asks meanwhile shares it. */
+  /** Costs one API call, and one per right every few minutes; concurrent callers share a check. */
   check(): Promise<void> {
     return this.#checks.at('provisioning')
   }
@@ -159,26 +169,26 @@ export class KubernetesBackend implements WorkerBackend {
     await this.#api.close()
   }
 
-  /** Rejects when `signal` aborts, with what it was that the worker waited for. */
+  /** Rejects when `signal` aborts, with the last reported reason for the wait. */
   async #provision(
     spec: WorkerSpec,
     signal: AbortSignal,
     mayStart: () => Promise<void>,
   ): Promise<Worker> {
-    const unheard = new UnavailableError('The Kubernetes API did not answer in time')
-    const last: { hindrance: WorkerError | UnavailableError } = { hindrance: unheard }
-    const hindered = (why: WorkerError | UnavailableError) => {
-      last.hindrance = why
+    const noAnswer = new UnavailableError('The Kubernetes API did not answer in time')
+    const last: { reason: WorkerError | UnavailableError } = { reason: noAnswer }
+    const onWaiting = (why: WorkerError | UnavailableError) => {
+      last.reason = why
     }
     try {
       await until(this.#view.synced(), signal)
-      const options = { signal, hindered, mayStart }
+      const options = { signal, onWaiting, mayStart }
       let made = await this.#maker.make(spec, options)
       while (made.isNeverBegun) {
         await this.#removed(this.#watch(made.job), signal)
         made = await this.#maker.make(spec, options)
       }
-      await this.#watch(made.job).started(signal, hindered)
+      await this.#watch(made.job).started(signal, onWaiting)
       return this.#worker(made.job)
     } catch (err) {
       const isTimeout = signal.aborted && signal.reason instanceof DOMException
@@ -187,11 +197,11 @@ export class KubernetesBackend implements WorkerBackend {
       if (problem !== undefined) {
         throw new UnavailableError(`The cluster cannot be watched: ${problem}`, { cause: err })
       }
-      const { hindrance } = last
-      if (hindrance instanceof UnavailableError) throw hindrance
+      const { reason } = last
+      if (reason instanceof UnavailableError) throw reason
       const seconds = this.#settings.provisioningTimeoutMs / 1000
-      const message = `The worker was not ready within ${seconds} seconds. ${hindrance.message}`
-      throw new WorkerError(hindrance.reason, message, { cause: err })
+      const message = `The worker was not ready within ${seconds} seconds. ${reason.message}`
+      throw new WorkerError(reason.reason, message, { cause: err })
     }
   }
 
@@ -216,7 +226,7 @@ export class KubernetesBackend implements WorkerBackend {
       status: async () => {
         await this.#view.synced()
         if ((held ?? this.#watches.get(uid))?.completion) return 'Completed'
-        // One that the watch does not have is gone, or was not told yet.
+        // A Job that the watch does not have is gone, or too new.
         const job = this.#view.job(uid) ?? (await this.#view.namedJob(name, this.#closing.signal))
         return statusOf(job?.metadata?.uid === uid ? job : undefined, this.#view.pod(uid))
       },
@@ -230,7 +240,7 @@ export class KubernetesBackend implements WorkerBackend {
         const ended = watch.ended()
         const phase = watch.phase()
         if (phase === 'ended') await ended
-        // Rather late than as if there were nothing: followers go on from what they are told.
+        // Waits rather than return an empty log, because followers continue from its length.
         else if (phase === 'running') await watch.readable()
         return watch.ring.tail(maxBytes)
       },
@@ -252,35 +262,33 @@ export class KubernetesBackend implements WorkerBackend {
     if (known) return known
     const { provisioningTimeoutMs, logBytesKept, log, waits = {} } = this.#settings
     const watch: JobWatch = new JobWatch(job, {
-      ...{ api: this.#api, view: this.#view, closing: this.#closing.signal },
-      ...{ provisioningTimeoutMs, logBytesKept, log },
+      api: this.#api,
+      view: this.#view,
+      closing: this.#closing.signal,
+      provisioningTimeoutMs,
+      logBytesKept,
+      log,
       configGraceMs: waits.configGraceMs,
       lastLogMs: waits.lastLogMs,
       nodeReportMs: waits.nodeReportMs,
       logSilentMs: waits.logSilentMs,
       end: () => this.#delete(watch),
       putFilesAgain: (name, signal) =>
-        this.#maker.putFilesAgain(name, { signal, hindered: () => {} }),
+        this.#maker.putFilesAgain(name, { signal, onWaiting: () => {} }),
       onEnded: () => this.#forgetIfGone(uid),
     })
     this.#watches.set(uid, watch)
     return watch
   }
 
-  /**
-   * Kept ones go by themselves, and others are ended by other instances; who still reads the log of one has hold of its
-   * watch. A task may be seen to have ended before its Job is seen to have gone, or after.
-   */
+  /** Forgets a completed worker whose Job is gone. Readers of its log keep a reference. */
   #forgetIfGone(uid: string): void {
     if (!this.#watches.get(uid)?.completion || this.#view.job(uid)) return
     this.#watches.delete(uid)
     this.#view.forget(uid)
   }
 
-  /**
-   * Ends the task with its pod; its log was read by then, and what the pod ended with is told before it goes. Throws when that
-   * takes long, as when the API is away.
-   */
+  /** Deletes the Job and waits until the task has ended. Throws after a time limit. */
   async #stop(watch: JobWatch): Promise<void> {
     if (watch.completion) return
     watch.isStopping = true
@@ -290,14 +298,14 @@ export class KubernetesBackend implements WorkerBackend {
     await until(ended, deadline.signal)
   }
 
-  /** Rejects when the worker does not go, as when its node is lost. */
+  /** Removes a worker. Rejects if it stays, for example on a lost node. */
   async #terminate(watch: JobWatch): Promise<void> {
     watch.isStopping = true
     await this.#making.get(watch.name)?.catch(() => {})
     await this.#removed(watch, this.#closing.signal)
   }
 
-  /** Removes a Job, and waits until it and its pod are gone. */
+  /** Removes a Job and waits until it and its pod are gone. */
   async #removed(watch: JobWatch, signal: AbortSignal): Promise<void> {
     const { name, uid } = watch
     await this.#api.remove(`${this.#view.path('jobs')}/${name}`, uid)
@@ -307,23 +315,23 @@ export class KubernetesBackend implements WorkerBackend {
     const isThere = () => this.#view.job(uid) !== undefined || this.#view.pod(uid) !== undefined
     try {
       while (isThere()) {
-        // Job and pod are often seen to go one after the other.
+        // The watches often report the Job and its pod one after the other.
         if ((await this.#view.change(uid, deadline.signal)) || !isThere()) continue
-        // Watches may be late: whether it is gone is asked.
-        const asked = await this.#view.look(watch, deadline.signal)
-        if (!asked.job && !asked.pod) break
+        // Watches may be late.
+        const found = await this.#view.read(watch, deadline.signal)
+        if (!found.job && !found.pod) break
       }
     } catch (err) {
       this.#closing.signal.throwIfAborted()
       signal.throwIfAborted()
-      this.#view.throwIfBlind()
-      throw new Error(`Worker ${name} does not go: is its node lost?`, { cause: err })
+      this.#view.throwIfUnwatched()
+      throw new Error(`Worker ${name} is not removed in time: is its node lost?`, { cause: err })
     }
     this.#watches.delete(uid)
     this.#view.forget(uid)
   }
 
-  /** Of the very Job, and no other of its name. */
+  /** Deletes the Job with the watch's uid, and retries while the API is unavailable. */
   async #delete({ name, uid }: JobWatch, persistence: Persistence = {}): Promise<void> {
     const { signal } = this.#closing
     const remove = () => this.#api.remove(`${this.#view.path('jobs')}/${name}`, uid)
@@ -352,23 +360,23 @@ export class KubernetesBackend implements WorkerBackend {
       )
     }
     await this.#view.synced()
-    this.#view.throwIfBlind()
+    this.#view.throwIfUnwatched()
     await this.#maker.check()
-    await this.#maker.tryJob(TRIED, signal).catch((err: unknown) => {
-      // What is wrong with one worker need not be so with another.
+    await this.#maker.tryJob(CHECKED, signal).catch((err: unknown) => {
+      // A failure of this worker need not affect others.
       if (!(err instanceof ApiError && FAILURES[err.kind] === 'task')) throw err
     })
   }
 
-  /** Missing ones. Known for a while, and only shortly where there are some. */
+  /** Returns the missing rights, from a cache that is shorter if there are some. */
   #rights(): Promise<string[]> {
     if (!this.#missingRights || this.#missingRights.until < Date.now()) {
       const known = missingRights(this.#api, this.#namespace, RIGHTS)
-      const look = { known, until: Date.now() + RIGHTS_KNOWN_MS }
-      this.#missingRights = look
+      const cached = { known, until: Date.now() + RIGHTS_KNOWN_MS }
+      this.#missingRights = cached
       known.then(
         ({ length }) => {
-          if (length > 0) look.until = Date.now() + MISSING_RIGHTS_KNOWN_MS
+          if (length > 0) cached.until = Date.now() + MISSING_RIGHTS_KNOWN_MS
         },
         () => {
           this.#missingRights = undefined

@@ -1,4 +1,4 @@
-/** The objects of one worker. Pure: the same spec gives the same objects. */
+/** Builds the objects of one worker. Pure. */
 import { createHash } from 'node:crypto'
 import type {
   V1ConfigMap,
@@ -17,7 +17,7 @@ import {
 } from '../worker-files.ts'
 
 export const LABELS = {
-  /** Which service it belongs to: several may share a namespace. */
+  /** Deployment that the worker belongs to: several may share a namespace. */
   instance: 'task-runner.io/instance',
   managedBy: 'app.kubernetes.io/managed-by',
   name: 'app.kubernetes.io/name',
@@ -36,34 +36,34 @@ const FILES_FOLDER = '/files'
 const OWN_FOLDER = '/own'
 const EPHEMERAL_REQUEST = '100Mi'
 const EPHEMERAL_LIMIT = '10Gi'
-/** What Kubernetes takes in a ConfigMap or Secret, all keys together (core/v1 MaxSecretSize). */
+/** Maximum bytes of a ConfigMap or Secret, below the limit of core/v1 MaxSecretSize. */
 export const OBJECT_BYTES_MAX = 900 * 1024
 const SHOWS_NODE_LOSS_SECONDS = 60
 const JOB_DEADLINE_SLACK_SECONDS = 120
 const TTL_SECONDS = 3600
-/** Of a Date, https://tc39.es/ecma262/#sec-time-values-and-time-range */
+/** Latest time of a Date, https://tc39.es/ecma262/#sec-time-values-and-time-range */
 const TIME_MAX = 8.64e15
 
 export interface JobOptions {
-  /** The service that the worker belongs to. */
+  /** Deployment that the worker belongs to. */
   deployment: string
   image: string
-  /** Of the ConfigMap with the task files. */
+  /** Name of the ConfigMap with the task files. */
   filesName: string
   serviceAccount: string
-  /** Kueue's; undefined: none. */
+  /** Name of a Kueue queue. */
   queue: string | undefined
   provisioningTimeoutSeconds: number
-  /** Between TERM and KILL. */
+  /** Time between TERM and KILL. */
   terminationGraceMs: number
-  /** Workers kept for a look inside are removed after this, should we never come back. */
+  /** Time after which Kubernetes removes workers kept for debugging. */
   keptWorkerSeconds: number
   createdAt: number
   /** Home of the worker; undefined: in its folder. */
   home?: string | undefined
 }
 
-/** The task files, shared by all workers that have the same. `files`: a tar, compressed with gzip. */
+/** Returns the ConfigMap of task files, which workers share. `files`: a gzipped tar. */
 export function filesConfigMap(files: Buffer, deployment: string): V1ConfigMap {
   const hash = createHash('sha256').update(files).digest('hex').slice(0, 16)
   return {
@@ -75,13 +75,13 @@ export function filesConfigMap(files: Buffer, deployment: string): V1ConfigMap {
   }
 }
 
-/** Returns the name of the ConfigMap that a worker gets its task files from. */
+/** Returns the name of the ConfigMap that holds a worker's task files. */
 export function filesNameOf({ spec }: V1Job): string {
   const volumes = spec?.template.spec?.volumes ?? []
   return volumes.find(({ configMap }) => configMap)?.configMap?.name ?? ''
 }
 
-/** What is the worker's alone, its secrets among it. It goes with its Job. */
+/** Returns the Secret with the worker's own files, including its secrets. Its Job owns it. */
 export function ownSecret(
   spec: WorkerSpec,
   { deployment, home }: Pick<JobOptions, 'deployment' | 'home'>,
@@ -105,7 +105,7 @@ export function ownSecret(
   }
 }
 
-/** Credentials for the registry; undefined when there are none. */
+/** Returns the Secret with the credential for the registry, if there is one. */
 export function pullSecret(
   spec: WorkerSpec,
   options: JobOptions,
@@ -134,7 +134,7 @@ function pullSecretName(workerName: string): string {
   return `${workerName}-pull`
 }
 
-/** One attempt, whose verdict stays readable after its pod has gone; nothing secret is in it. */
+/** Returns the Job: one attempt, no secrets, and failures that stay visible without the pod. */
 export function workerJob(spec: WorkerSpec, options: JobOptions): V1Job {
   const labels = labelsOf(options.deployment)
   const { credential, pullSecretName: existing } = spec.imageConfig ?? {}
@@ -149,7 +149,7 @@ export function workerJob(spec: WorkerSpec, options: JobOptions): V1Job {
     [ANNOTATIONS.createdAt]: String(options.createdAt),
     [ANNOTATIONS.maxLogBytes]: String(spec.maxLogBytes),
   }
-  // The pod's own limit counts from its start; the Job's, which deletes pods and their logs, must never be first.
+  // The Job's deadline deletes the pod and its log, so the pod's, counted from its start, is first.
   const podSeconds = spec.timeoutSeconds + options.provisioningTimeoutSeconds
   const graceSeconds = Math.ceil((options.terminationGraceMs + BOOTSTRAP_END_MS) / 1000)
   const jobSeconds = podSeconds + graceSeconds + JOB_DEADLINE_SLACK_SECONDS
@@ -165,7 +165,7 @@ export function workerJob(spec: WorkerSpec, options: JobOptions): V1Job {
   }
   const worker = { name: 'worker', mountPath: WORKER_FOLDER }
   const temporary = { name: 'tmp', mountPath: '/tmp' }
-  // The same folder by another path.
+  // The same folder at another path.
   const home = options.home ? [{ name: 'worker', mountPath: options.home, subPath: 'home' }] : []
   return {
     apiVersion: 'batch/v1',
@@ -179,11 +179,14 @@ export function workerJob(spec: WorkerSpec, options: JobOptions): V1Job {
       annotations,
     },
     spec: {
-      ...{ backoffLimit: 0, completions: 1, parallelism: 1, podReplacementPolicy: 'Failed' },
+      backoffLimit: 0,
+      completions: 1,
+      parallelism: 1,
+      podReplacementPolicy: 'Failed',
       ...(options.queue ? { suspend: true } : {}),
       activeDeadlineSeconds: jobSeconds,
       ttlSecondsAfterFinished: spec.keepAfterwards ? options.keptWorkerSeconds : TTL_SECONDS,
-      // Not for more attempts: so the Job itself names a disruption, also when the pod has gone.
+      // Not for retries: this makes the Job record a disruption, even after the pod is gone.
       podFailurePolicy: {
         rules: [
           { action: 'FailJob', onPodConditions: [{ type: 'DisruptionTarget', status: 'True' }] },
@@ -219,7 +222,9 @@ export function workerJob(spec: WorkerSpec, options: JobOptions): V1Job {
           })),
           securityContext: {
             runAsNonRoot: true,
-            ...{ runAsUser: WORKER_USER, runAsGroup: WORKER_USER, fsGroup: WORKER_USER },
+            runAsUser: WORKER_USER,
+            runAsGroup: WORKER_USER,
+            fsGroup: WORKER_USER,
             fsGroupChangePolicy: 'OnRootMismatch',
             seccompProfile: { type: 'RuntimeDefault' },
           },
@@ -233,7 +238,7 @@ export function workerJob(spec: WorkerSpec, options: JobOptions): V1Job {
             {
               ...container,
               name: 'files',
-              // The task does not see the Secret: what it holds is copied, and removed when it has served.
+              // The task cannot read the Secret: its files are copied, and removed after use.
               command: ['/bin/sh', '-c', unpackCommand()],
               volumeMounts: [
                 worker,
@@ -246,7 +251,7 @@ export function workerJob(spec: WorkerSpec, options: JobOptions): V1Job {
             {
               ...container,
               name: TASK_CONTAINER,
-              // For a worker that stays there is nothing to hold: pod and log stay as they are.
+              // A kept worker need not keep running: its pod and log stay.
               command: workerCommand(
                 { ...spec, keepAfterwards: false },
                 { terminationGraceMs: options.terminationGraceMs, messageFile: MESSAGE_FILE },
@@ -261,14 +266,14 @@ export function workerJob(spec: WorkerSpec, options: JobOptions): V1Job {
   }
 }
 
-/** In epoch ms; by the API server's clock where the annotation is missing or broken. */
+/** Returns the creation time in epoch ms; by the API server if the annotation is invalid. */
 export function createdAtOf({ metadata }: V1Job): number {
   const at = Number(metadata?.annotations?.[ANNOTATIONS.createdAt] ?? Number.NaN)
   const isTime = at > 0 && at <= TIME_MAX
   return isTime ? at : Date.parse(String(metadata?.creationTimestamp ?? '')) || 0
 }
 
-/** Nobody knows the limit of a worker whose annotation is missing or broken: it has none. */
+/** Returns the log limit; there is none if the annotation is missing or invalid. */
 export function maxLogBytesOf({ metadata }: V1Job): number {
   const bytes = Number(metadata?.annotations?.[ANNOTATIONS.maxLogBytes])
   return bytes > 0 ? bytes : Number.POSITIVE_INFINITY

@@ -1,4 +1,4 @@
-/** What a Job, its pod and its events tell about a worker. Pure. */
+/** Derives the state of a worker from its Job, its pod and its events. Pure. */
 import type {
   CoreV1Event,
   V1ContainerStateTerminated,
@@ -13,26 +13,26 @@ import { FAILURES, kindOfRefusal } from './failures.ts'
 import { ANNOTATIONS, TASK_CONTAINER } from './manifests.ts'
 
 export type Observation =
-  /** Not running yet. `isHopeless`: waiting changes nothing. */
+  /** Not running yet. `isHopeless`: waiting cannot help. */
   | { phase: 'waiting'; reason: Reason; message: string; isHopeless: boolean }
   | { phase: 'queued' }
   | { phase: 'running' }
   | { phase: 'ended'; completion: Completion }
 
-/** Registries answer so when trying again is in vain. */
+/** Messages of registries that a retry does not change. */
 const FINAL_PULL_WORDS =
   /not found|manifest unknown|unauthorized|denied|authentication required|no basic auth/i
-/** How long after its grace period a pod may still be there before its node is taken for lost. */
+/** Time after a pod's grace period until its node counts as lost. */
 const NODE_LOSS_SLACK_MS = 30_000
-/** What kubelets say of pods that they do not take. */
+/** Reasons that kubelets give for rejected pods. */
 const REJECTED = /^(OutOf\w+|NodeAffinity|UnexpectedAdmissionError|TopologyAffinityError)$/
 const NODE_SHUTDOWN = ['Terminated', 'NodeShutdown', 'Shutdown']
-/** Kubelet and controllers warn so of what its user can change. */
+/** Reasons of warnings about volumes, which users can fix. */
 const MOUNT_WARNINGS = ['FailedMount', 'FailedAttachVolume']
 
 /**
- * `pod` undefined: there is none (yet, or any more). `job` undefined: it was deleted. `now` judges whether a pod's node is
- * lost.
+ * Returns the state of a worker. `pod` undefined: there is none yet, or it is gone. `job`
+ * undefined: it was deleted. `now` decides whether the pod's node is lost.
  */
 export function observe(
   job: V1Job | undefined,
@@ -42,13 +42,13 @@ export function observe(
   const ended = pod && endOf(pod, job)
   if (ended) return { phase: 'ended', completion: ended }
   if (pod && isOverdue(pod, now)) return { phase: 'ended', completion: nodeLost('no answer') }
-  // Its pod may have a while to end in.
+  // The pod of a deleted Job may still be in its grace period.
   if (!job && pod) return taskStatus(pod)?.state?.running ? { phase: 'running' } : waitingFor(pod)
   if (!job) return { phase: 'ended', completion: deletedOutside() }
   const failure = conditionOf(job, 'Failed')
   if (!pod && failure) return { phase: 'ended', completion: ofFailedJob(failure) }
   if (!pod && conditionOf(job, 'Complete')) {
-    const message = 'The Job completed, but how its task ended is not known any more'
+    const message = 'The Job completed, but its pod is gone, and the outcome of its task is unknown'
     return { phase: 'ended', completion: lost(message) }
   }
   if (job.spec?.suspend) return { phase: 'queued' }
@@ -65,8 +65,8 @@ export function statusOf(job: V1Job | undefined, pod: V1Pod | undefined): Worker
 }
 
 /**
- * What events tell about why there is no running pod; undefined when they do not. `reason`: where it fits better
- * than what pod and Job tell; `unavailable`: no pod would be made, of whatever task.
+ * Returns why there is no running pod, if events show it. `reason`: set if more precise than the
+ * reason from the pod and Job; `unavailable`: no pod of any task would be created.
  */
 export function warningOf(
   events: readonly CoreV1Event[],
@@ -77,23 +77,23 @@ export function warningOf(
   const growing = grows ? 'The cluster is adding a node' : undefined
   if (!last) return growing === undefined ? undefined : { reason: undefined, message: growing }
   const { reason = '', message: words = '' } = last
-  const told = `${reason}: ${words}`
+  const warning = `${reason}: ${words}`
   const refusal = / is invalid: /.test(words) ? 'invalid' : kindOfRefusal(words)
   if (reason === 'FailedCreate' && refusal === 'quota') {
-    const message = `The namespace has no quota left: ${told}. Hint: raise the quota, or run fewer tasks at once`
+    const message = `The namespace has no quota left: ${warning}. Hint: raise the quota, or run fewer tasks at once`
     return { reason: 'unschedulable', message }
   }
   if (reason === 'FailedCreate' && FAILURES[refusal] === 'ours') {
-    return { reason: 'unavailable', message: `The cluster makes no pods: ${told}` }
+    return { reason: 'unavailable', message: `The cluster makes no pods: ${warning}` }
   }
   if (reason === 'FailedCreate') {
-    const message = `The cluster refuses the pod: ${told}. Hint: ask who runs the cluster about its admission rules`
+    const message = `The cluster rejected the pod: ${warning}. Hint: ask who runs the cluster about its admission rules`
     return { reason: 'startup_failed', message }
   }
   if (MOUNT_WARNINGS.includes(reason)) {
-    return { reason: 'startup_failed', message: `A volume could not be mounted: ${told}` }
+    return { reason: 'startup_failed', message: `A volume could not be mounted: ${warning}` }
   }
-  return { reason: undefined, message: growing === undefined ? told : `${told}. ${growing}` }
+  return { reason: undefined, message: growing === undefined ? warning : `${warning}. ${growing}` }
 }
 
 function timeOf({ lastTimestamp, eventTime, metadata }: CoreV1Event): number {
@@ -108,7 +108,7 @@ function endOf(pod: V1Pod, job: V1Job | undefined): Completion | undefined {
   if (terminated?.reason === 'OOMKilled') return outOfMemory(terminated.exitCode, pod, job)
   if (status?.reason === 'DeadlineExceeded') return deadline(status.message)
   const exit = parseExit(terminated?.message ?? '')
-  // What the task itself ended with counts, also when something was about to end it.
+  // An exit by the task itself counts, even if the platform was about to end it.
   if (exit && exit.code <= 128) return completionOf(exit)
   const byPlatform = disrupted(pod, job)
   if (byPlatform) return byPlatform
@@ -126,19 +126,19 @@ function endOf(pod: V1Pod, job: V1Job | undefined): Completion | undefined {
     )
   }
   if (status?.phase === 'Succeeded') {
-    return lost('The pod is said to have succeeded, but its task was not seen to end')
+    return lost('The pod succeeded, but its task was not seen to end')
   }
   const words = [status?.reason, status?.message].filter(Boolean).join(': ')
   if (REJECTED.test(status?.reason ?? '')) {
     return ended(
       'unschedulable',
-      `The node refused the worker before its task ran: ${words}. Hint: try again, or ask for a smaller worker_size`,
+      `The node rejected the worker before its task ran: ${words}. Hint: try again, or ask for a smaller worker_size`,
     )
   }
   return lost(`The pod failed, and its task was not seen to end: ${words || 'no reason given'}`)
 }
 
-/** A container's end without the words of our bootstrap. */
+/** Returns the completion of a container whose bootstrap reported no exit. */
 function withoutExit({ exitCode, reason, message }: V1ContainerStateTerminated): Completion {
   if (reason === 'StartError' || reason === 'ContainerCannotRun') {
     return ended(
@@ -147,11 +147,11 @@ function withoutExit({ exitCode, reason, message }: V1ContainerStateTerminated):
     )
   }
   return lost(
-    `The container ended with exit code ${exitCode} (${reason ?? 'unknown'}), and not by its task: it was killed from outside, or ran out of memory`,
+    `The container ended with exit code ${exitCode} (${reason ?? 'unknown'}), not by its task: it was killed from outside, or ran out of memory`,
   )
 }
 
-/** The platform ended it, not the task. */
+/** Returns the completion if the platform ended the worker. */
 function disrupted(pod: V1Pod, job: V1Job | undefined): Completion | undefined {
   const { status } = pod
   const { reason = '', message = '' } = conditionOf(pod, 'DisruptionTarget') ?? {}
@@ -172,7 +172,7 @@ function disrupted(pod: V1Pod, job: V1Job | undefined): Completion | undefined {
   return undefined
 }
 
-/** Told to end, and its grace period is long over: nobody is there to end it. */
+/** Returns whether the pod is still there long after its grace period: its node may be lost. */
 export function isOverdue({ metadata }: V1Pod, now: number): boolean {
   const at = Date.parse(String(metadata?.deletionTimestamp ?? ''))
   return now - at > NODE_LOSS_SLACK_MS
@@ -199,7 +199,7 @@ function waitingFor(pod: V1Pod): Observation {
       reason === 'InvalidImageName'
         ? "Hint: correct the image's name"
         : 'Hint: put it on the nodes, or allow pulling it (image_config.pull_policy)'
-    const text = `The image ${image} cannot be had: ${message || reason}. ${hint}`
+    const text = `The image ${image} is unavailable: ${message || reason}. ${hint}`
     return waiting('image_pull_failed', text, true)
   }
   if (reason !== '') {
@@ -229,7 +229,9 @@ function waiting(reason: Reason, message: string, isHopeless = false): Observati
 function ofFailedJob({ reason = '', message = '' }: { reason?: string; message?: string }) {
   if (reason === 'DeadlineExceeded') return deadline(message)
   if (/DisruptionTarget/.test(message)) return evicted('disrupted', message)
-  return lost(`The pod has gone, and with it how its task ended. Kubernetes said: "${message}"`)
+  return lost(
+    `The pod has gone, and the outcome of its task is unknown. Kubernetes said: "${message}"`,
+  )
 }
 
 export function deletedOutside(): Completion {
@@ -267,8 +269,10 @@ function outOfMemory(exitCode: number, pod: V1Pod, job: V1Job | undefined): Comp
   const size = job?.metadata?.annotations?.[ANNOTATIONS.size]
   const named = size ? ` of worker_size ${size}` : ''
   return {
-    // A child may have been the one that was killed.
-    ...{ reason: 'oom_killed', exitCode, signal: exitCode === 137 ? 'SIGKILL' : null },
+    reason: 'oom_killed',
+    exitCode,
+    // With another exit code, a child process was killed.
+    signal: exitCode === 137 ? 'SIGKILL' : null,
     message: `Ran out of memory: the limit${named} is ${limit ?? 'that of the node'}. Hint: ask for a larger worker_size`,
   }
 }

@@ -9,7 +9,7 @@ import { sharedTar } from '../worker-files.ts'
 import { filesConfigMap } from './manifests.ts'
 
 const KNOWN_MS = 1_000
-/** Clocks of file systems tick: a file may change again in the tick in which it was looked at. */
+/** File times are coarse: a file may change again within this time without a new ctime. */
 const SETTLED_MS = 1_000
 
 export interface Packed {
@@ -18,22 +18,22 @@ export interface Packed {
   leftOut: readonly LeftOut[]
 }
 
-/** The tasks folder as workers get it: packed once, and again after something in it has changed. */
+/** Packs the tasks folder for workers, and again after a change in it. */
 export class PackedTasks {
   readonly #folder: string
   readonly #deployment: string
   #known: { packed: Promise<Packed>; until: number } | undefined
-  #last: { print: string; packed: Packed } | undefined
+  #last: { fingerprint: string; packed: Packed } | undefined
 
   constructor(folder: string, deployment: string) {
     this.#folder = folder
     this.#deployment = deployment
   }
 
-  /** Looks at the folder at most once a second: many tasks may come at once. */
+  /** Returns the packed folder, which is checked for changes at most once a second. */
   current(): Promise<Packed> {
     if (!this.#known || this.#known.until < Date.now()) {
-      const packed = this.#look()
+      const packed = this.#packIfChanged()
       this.#known = { packed, until: Date.now() + KNOWN_MS }
       packed.catch(() => {
         this.#known = undefined
@@ -42,14 +42,14 @@ export class PackedTasks {
     return this.#known.packed
   }
 
-  async #look(): Promise<Packed> {
+  async #packIfChanged(): Promise<Packed> {
     const settledAt = Date.now() - SETTLED_MS
-    const { print, changedAt } = await look(this.#folder)
-    if (this.#last?.print === print) return this.#last.packed
+    const { fingerprint, changedAt } = await fingerprintOf(this.#folder)
+    if (this.#last?.fingerprint === fingerprint) return this.#last.packed
     const packed = await this.#pack()
-    // What could not be read may be readable at any moment, whatever its times say.
-    const mayStay = changedAt < settledAt && packed.leftOut.length === 0
-    this.#last = mayStay ? { print, packed } : undefined
+    // An unreadable file may become readable without a change of the folder.
+    const mayReuse = changedAt < settledAt && packed.leftOut.length === 0
+    this.#last = mayReuse ? { fingerprint, packed } : undefined
     return packed
   }
 
@@ -68,13 +68,13 @@ export class PackedTasks {
   }
 }
 
-/** Returns a print of all that is in the folder, and when it changed last, in epoch ms. */
-async function look(folder: string): Promise<{ print: string; changedAt: number }> {
+/** Returns a fingerprint of the folder's entries, and their last change in epoch ms. */
+async function fingerprintOf(folder: string): Promise<{ fingerprint: string; changedAt: number }> {
   const { entries, leftOut } = await listTasks(folder)
   let changedAt = 0
-  const lineOf = async (path: string, look: typeof stat) => {
+  const lineOf = async (path: string, statOf: typeof stat) => {
     try {
-      const { ino, size, mode, ctimeMs } = await look(join(folder, path))
+      const { ino, size, mode, ctimeMs } = await statOf(join(folder, path))
       changedAt = Math.max(changedAt, ctimeMs)
       return [path, ino, size, mode, ctimeMs]
     } catch (err) {
@@ -83,9 +83,9 @@ async function look(folder: string): Promise<{ print: string; changedAt: number 
   }
   const lines = entries.map(async ({ path, kind }) => [
     await lineOf(path, lstat),
-    // What a link leads to may change while the link does not.
+    // The target of a link may change without the link.
     ...(kind === 'link' ? [await lineOf(path, stat)] : []),
   ])
   const all = JSON.stringify([await Promise.all(lines), leftOut])
-  return { print: createHash('sha256').update(all).digest('hex'), changedAt }
+  return { fingerprint: createHash('sha256').update(all).digest('hex'), changedAt }
 }

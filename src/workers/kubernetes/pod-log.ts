@@ -3,9 +3,9 @@ import type { LogRing } from '../log-ring.ts'
 import type { KubernetesApi } from './api.ts'
 import { ApiError, ApiUnavailableError } from './failures.ts'
 
-/** A stream that is silent for so long is asked whether it has stalled: across rotations some do (kubernetes#59902). */
+/** Silence after which a stream is opened again: some stall across rotations (kubernetes#59902). */
 const SILENT_MS = 30_000
-/** The first piece of a log comes within this time after the API's answer, or there is none yet. */
+/** Time after the API's answer in which an existing log begins. */
 const FIRST_PIECE_MS = 1_000
 const RETRY_MS = 500
 const RETRY_MAX_MS = 10_000
@@ -13,9 +13,9 @@ const TIME_LENGTH_MAX = 64
 const WORDS_LENGTH_MAX = 512
 
 /**
- * Reads a container's log into a ring, from its beginning, across cuts, stalls and rotations, with no line twice and
- * none left out as long as the kubelet still has it. Streams are taken up by the time of the last line, which the
- * API knows to the second only: lines that were read are dropped by their own, exact time.
+ * Reads a container's log into a ring across cuts, stalls and rotations, without repeating or
+ * omitting lines that the kubelet still has. Streams resume from the second of the last line, the
+ * finest the API supports; lines already read are recognised by their exact timestamps.
  */
 export class PodLog {
   readonly #api: KubernetesApi
@@ -24,13 +24,13 @@ export class PodLog {
   readonly #ring: LogRing
   readonly #silentMs: number
   readonly #onRead: () => void
-  /** The last line: its time, its index among lines of that same time, and its bytes so far. */
+  /** Last line: its time, its index among lines with that time, and its bytes read so far. */
   #last = { time: '', count: 0, bytes: 0 }
   readonly #over = new AbortController()
   #isInLine = false
-  /** Between the request and the first line that tells its time. */
+  /** Whether no line with a timestamp has been read since the request. */
   #isAtStart = true
-  /** Of the line that is being read: bytes that are in the ring already. */
+  /** Bytes of the current line that are in the ring already. */
   #toSkip = 0
   #head = Buffer.alloc(0)
   #seen = { time: '', count: 0 }
@@ -42,7 +42,7 @@ export class PodLog {
       container: string
       ring: LogRing
       silentMs?: number | undefined
-      /** Called after each piece that the ring was given, and when there is none for a second. */
+      /** Called after each piece added to the ring, and if there is none for a second. */
       onRead?: () => void
     },
   ) {
@@ -54,7 +54,7 @@ export class PodLog {
     this.#onRead = options.onRead ?? (() => {})
   }
 
-  /** Follows until the container is `over` and the stream has ended with it, or `signal` aborts. Never rejects. */
+  /** Follows until the stream ends after `over`, or `signal` aborts. Never rejects. */
   async follow(signal: AbortSignal): Promise<void> {
     const either = AbortSignal.any([signal, this.#over.signal])
     for (let waitMs = RETRY_MS; !either.aborted; ) {
@@ -65,20 +65,20 @@ export class PodLog {
           err instanceof ApiError ||
           (err instanceof ApiUnavailableError && err.kind === 'forbidden'),
       )
-      // One that refuses for good, for want of rights, is not asked for ever. An outage is over at any moment, and the log may
-      // be gone soon after.
-      const isFutile = isRefused && this.#ring.totalBytes === before
-      waitMs = isFutile ? Math.min(waitMs * 2, RETRY_MAX_MS) : RETRY_MS
+      // A rejection may be permanent, so its retries back off. Outages are retried fast, since the
+      // log may be gone soon after.
+      const mustBackOff = isRefused && this.#ring.totalBytes === before
+      waitMs = mustBackOff ? Math.min(waitMs * 2, RETRY_MAX_MS) : RETRY_MS
       await pause(waitMs, undefined, { signal: either }).catch(() => {})
     }
   }
 
-  /** The container has ended. */
+  /** Ends `follow` with its current stream: the container has ended. */
   over(): void {
     this.#over.abort()
   }
 
-  /** What there is beyond what was read. Throws what the API does. */
+  /** Reads the part of the log after what was read. Throws errors of the API. */
   async rest(signal: AbortSignal): Promise<void> {
     await this.#read({ follow: false, signal })
   }
@@ -96,7 +96,8 @@ export class PodLog {
           ...(follow ? { follow: 'true' } : {}),
           ...(this.#last.time === '' ? {} : { sinceTime: sinceOf(this.#last.time) }),
         },
-        ...{ type: 'text', signal: AbortSignal.any([signal, silent.signal]) },
+        type: 'text',
+        signal: AbortSignal.any([signal, silent.signal]),
       })
       empty = setTimeout(this.#onRead, FIRST_PIECE_MS)
       for await (const chunk of stream) {
@@ -118,7 +119,7 @@ export class PodLog {
     this.#seen = { time: '', count: 0 }
   }
 
-  /** Timestamps stand at the beginning of lines only: a long line comes in pieces without more of them. */
+  /** Adds a chunk. Only the beginning of a line has a timestamp, and long lines come in pieces. */
   #take(chunk: Buffer): void {
     let rest = chunk
     while (rest.length > 0) {
@@ -128,13 +129,13 @@ export class PodLog {
         if (space < 0 && this.#head.length < TIME_LENGTH_MAX) return
         const time = timeOf(this.#head.subarray(0, Math.max(space, 0)).toString('latin1'))
         if (time === undefined) {
-          // Words of the kubelet's, such as "unable to retrieve container logs"; or, where it was asked for what is
-          // later than the beginning of a long line, the rest of that.
+          // A message of the kubelet, such as "unable to retrieve container logs"; or the rest of a
+          // long line that began before the requested time.
           if (!this.#isAtStart || this.#last.time === '')
             throw new Error(this.#head.subarray(0, WORDS_LENGTH_MAX).toString())
           const end = this.#head.indexOf(10)
           rest = end < 0 ? Buffer.alloc(0) : this.#head.subarray(end + 1)
-          // Its beginning stays for what is no line at all.
+          // The beginning is kept for the error, in case no line follows.
           this.#head = end < 0 ? this.#head.subarray(0, WORDS_LENGTH_MAX) : Buffer.alloc(0)
           continue
         }
@@ -159,15 +160,15 @@ export class PodLog {
     this.#isInLine = true
     this.#seen = { time, count: this.#seen.time === time ? this.#seen.count + 1 : 1 }
     const order = compareLines(this.#seen, this.#last)
-    // The last one may have been cut in its middle.
+    // The last line may have been cut.
     this.#toSkip = order > 0 ? 0 : order === 0 ? this.#last.bytes : Number.POSITIVE_INFINITY
     if (order > 0) this.#last = { ...this.#seen, bytes: 0 }
   }
 }
 
 /**
- * Comparable as text: seconds since 1970, nanoseconds. Of RFC 3339, trailing zeros left out or not, in the node's own
- * time zone. Undefined: it is no time.
+ * Converts an RFC 3339 timestamp, in any time zone, to text that sorts by time: seconds since 1970
+ * and nanoseconds. Returns undefined for other text.
  */
 function timeOf(text: string): string | undefined {
   const match = /^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)$/.exec(text)
@@ -177,7 +178,7 @@ function timeOf(text: string): string | undefined {
   return `${seconds.padStart(12, '0')}.${fraction.padEnd(9, '0')}`
 }
 
-/** The beginning of that second: the kubelet is asked in whole ones. */
+/** Returns the beginning of the second: the kubelet ignores fractions. */
 function sinceOf(time: string): string {
   return new Date(Number(time.slice(0, 12)) * 1000).toISOString().replace('.000', '')
 }
@@ -187,7 +188,6 @@ interface Line {
   count: number
 }
 
-/** -1, 0 or 1. */
 function compareLines(one: Line, other: Line): number {
   if (one.time !== other.time) return one.time < other.time ? -1 : 1
   return Math.sign(one.count - other.count)

@@ -4,23 +4,27 @@ import type { KubernetesApi } from './api.ts'
 import { ApiError, ApiUnavailableError, type FailureKind } from './failures.ts'
 
 const PAGE_SIZE = 500
-/** A watch is ended by the server after this; both at random, so that many do not come back together. */
+/** Time after which the server ends a watch, plus a random part so that watches spread out. */
 const WATCH_SECONDS = 240
 const WATCH_SECONDS_SPREAD = 60
-/** A connection that is dead says nothing, and neither does a quiet cluster: a new watch costs one call. */
+/** Silence after which a watch is opened again: its connection may be dead. */
 const IDLE_MS = 30_000
-/** For a watch to be answered. */
+/** Time limit for the answer to a watch. */
 const ANSWER_MS = 10_000
 const RETRY_MS = 1_000
-/** Tasks wait for as long once the API is back. */
+/** Tasks may wait this long after the API is back. */
 const RETRY_MAX_MS = 5_000
-/** Some servers only close a watch whose version is too old (kubernetes#137089). */
+/** Some servers close a watch of an expired version without an error (kubernetes#137089). */
 const EMPTY_WATCHES_MAX = 3
 const EMPTY_WATCH_MS = 5_000
-/** Failures after which a watch can go on from the version seen last. */
-const PASSING: readonly FailureKind[] = [
-  ...(['unreachable', 'timed_out', 'credentials', 'unauthorized'] as const),
-  ...(['busy', 'server_error'] as const),
+/** Failures after which a watch can resume from the last version. */
+const TRANSIENT: readonly FailureKind[] = [
+  'unreachable',
+  'timed_out',
+  'credentials',
+  'unauthorized',
+  'busy',
+  'server_error',
 ]
 
 interface Resource {
@@ -28,11 +32,11 @@ interface Resource {
 }
 
 /**
- * What there is of one kind, as the API server tells it: a list, then a watch from there on, and a list again
- * when that is not to be had. One for all workers: a watch for each would overrun the API server.
+ * Keeps a copy of all objects of one kind: lists them, then watches for changes, and lists again if
+ * the watch cannot resume. All workers share it, to spare the API server.
  */
 export class Reflector<T extends Resource> {
-  /** By uid: another object may come to have the same name. */
+  /** Objects by uid, since names are reused. */
   readonly objects = new Map<string, T>()
   readonly #api: KubernetesApi
   readonly #path: string
@@ -45,12 +49,12 @@ export class Reflector<T extends Resource> {
   readonly #stopped = new AbortController()
   readonly #synced = Promise.withResolvers<void>()
   #running: Promise<void> | undefined
-  /** The last one seen: a watch goes on from there. Undefined: there has to be a list first. */
+  /** Last version seen, from which a watch resumes. Undefined: a list is needed first. */
   #version: string | undefined
   #listedAt = Number.NEGATIVE_INFINITY
-  /** Why it cannot be listed or watched, and since when (`performance.now()`); undefined while a watch is answered. */
+  /** Current failure and when it began (`performance.now()`); undefined while a watch works. */
   problem: { message: string; since: number } | undefined
-  /** Since when it could be watched without a longer break (`performance.now()`). */
+  /** When the watch began, not counting short breaks (`performance.now()`). */
   watchedSince: number | undefined
 
   constructor(
@@ -58,13 +62,13 @@ export class Reflector<T extends Resource> {
     options: {
       path: string
       labelSelector: string
-      /** The kind of its list, such as `JobList`. */
+      /** Kind of the list, such as `JobList`. */
       answer: string
       onChange: (object: T) => void
-      /** With what was told last about it. */
+      /** Called with the last state of a deleted object. */
       onDeleted: (last: T) => void
       log: Logger
-      /** After so much silence a watch is made anew. */
+      /** Silence after which a watch is opened again. */
       idleMs?: number | undefined
     },
   ) {
@@ -79,7 +83,7 @@ export class Reflector<T extends Resource> {
     this.#synced.promise.catch(() => {})
   }
 
-  /** Settles when the first list is there. Idempotent. */
+  /** Starts it, and waits for the first list. Idempotent. */
   async synced(): Promise<void> {
     this.#running ??= this.#run()
     await this.#synced.promise
@@ -98,22 +102,22 @@ export class Reflector<T extends Resource> {
     let emptyWatches = 0
     while (!signal.aborted) {
       const began = performance.now()
-      const told = { events: 0, isAnswered: false }
+      const progress = { events: 0, isAnswered: false }
       let mustWait = false
       try {
         if (this.#version === undefined) await this.#list()
         this.#synced.resolve()
-        await this.#watch(this.#version ?? '', told)
-        mustWait = told.events === 0 && performance.now() - began < EMPTY_WATCH_MS
+        await this.#watch(this.#version ?? '', progress)
+        mustWait = progress.events === 0 && performance.now() - began < EMPTY_WATCH_MS
         emptyWatches = mustWait ? emptyWatches + 1 : 0
         if (emptyWatches >= EMPTY_WATCHES_MAX) this.#version = undefined
       } catch (err) {
         if (signal.aborted) return
-        const isSilent = err instanceof SilentError && told.isAnswered
+        const isSilent = err instanceof SilentError && progress.isAnswered
         if (!isSilent) this.#failed(err)
         mustWait = !isSilent && !(isExpired(err) && this.#isListOld())
-        // An outage that is over must not make us slow to notice the next.
-        if (told.isAnswered) waitMs = RETRY_MS
+        // The backoff starts again after each answer.
+        if (progress.isAnswered) waitMs = RETRY_MS
       }
       if (!mustWait) {
         waitMs = RETRY_MS
@@ -128,14 +132,14 @@ export class Reflector<T extends Resource> {
   #failed(err: unknown): void {
     const kind =
       err instanceof ApiError || err instanceof ApiUnavailableError ? err.kind : undefined
-    // What we have seen last is too old to go on from, or nobody knows what it was.
-    if (isExpired(err) || (kind && !PASSING.includes(kind))) this.#version = undefined
+    // The last version is too old to resume from, or may be.
+    if (isExpired(err) || (kind && !TRANSIENT.includes(kind))) this.#version = undefined
     const message = err instanceof Error ? err.message : String(err)
     this.problem = { message, since: this.problem?.since ?? performance.now() }
     this.#log.warn({ err, path: this.#path }, 'watching was interrupted')
   }
 
-  /** A restart of the API server forgets what watches continue from: that is no reason to wait. */
+  /** Returns whether the last list is old enough to list again at once after an expired version. */
   #isListOld(): boolean {
     return performance.now() - this.#listedAt >= EMPTY_WATCH_MS
   }
@@ -155,22 +159,23 @@ export class Reflector<T extends Resource> {
           limit: PAGE_SIZE,
           ...(next === undefined ? {} : { continue: next }),
         },
-        ...{ signal, answer: this.#answer },
+        signal,
+        answer: this.#answer,
         isUrgent: true,
       })
       for (const item of page.items) found.set(item.metadata?.uid ?? '', item)
       next = page.metadata.continue || undefined
       version = page.metadata.resourceVersion
     } while (next !== undefined)
-    // What is not there any more was deleted while nobody watched.
+    // Missing objects were deleted while there was no watch.
     for (const [uid, last] of this.objects) if (!found.has(uid)) this.#remove(uid, last)
     for (const [uid, item] of found) this.#put(uid, item)
     this.#version = version
     this.#listedAt = performance.now()
   }
 
-  /** Settles when the server ends it. */
-  async #watch(from: string, told: { events: number; isAnswered: boolean }): Promise<void> {
+  /** Watches until the server ends the watch. */
+  async #watch(from: string, progress: { events: number; isAnswered: boolean }): Promise<void> {
     const idle = new AbortController()
     const abort = () => idle.abort(new SilentError())
     let timer = setTimeout(abort, Math.min(this.#idleMs, ANSWER_MS))
@@ -179,13 +184,17 @@ export class Reflector<T extends Resource> {
       const seconds = WATCH_SECONDS + Math.floor(Math.random() * WATCH_SECONDS_SPREAD)
       const stream = await this.#api.stream(this.#path, {
         query: {
-          ...{ labelSelector: this.#labelSelector, resourceVersion: from },
-          ...{ watch: 'true', allowWatchBookmarks: 'true', timeoutSeconds: seconds },
+          labelSelector: this.#labelSelector,
+          resourceVersion: from,
+          watch: 'true',
+          allowWatchBookmarks: 'true',
+          timeoutSeconds: seconds,
         },
-        ...{ signal, type: 'json' },
+        signal,
+        type: 'json',
         isUrgent: true,
       })
-      told.isAnswered = true
+      progress.isAnswered = true
       clearTimeout(timer)
       timer = setTimeout(abort, this.#idleMs)
       const now = performance.now()
@@ -197,10 +206,10 @@ export class Reflector<T extends Resource> {
       for await (const chunk of stream) {
         timer.refresh()
         const [head = '', ...lines] = decoder.decode(chunk, { stream: true }).split('\n')
-        // Put together once a line is whole: chunks may be single bytes.
+        // Joined only once a line is complete, since chunks may be single bytes.
         unread.push(head)
         for (const line of lines) {
-          if (this.#apply(unread.join(''))) told.events += 1
+          if (this.#apply(unread.join(''))) progress.events += 1
           unread = [line]
         }
       }
@@ -211,7 +220,7 @@ export class Reflector<T extends Resource> {
     }
   }
 
-  /** One event. One that cannot be read must not stop the others: false then. */
+  /** Applies one event. Returns false if it is unreadable, which must not stop the others. */
   #apply(line: string): boolean {
     if (line === '') return false
     try {
@@ -235,27 +244,27 @@ export class Reflector<T extends Resource> {
   }
 
   #put(uid: string, object: T): void {
-    // A third of each object, and of no use to us.
+    // A third of each object, and unused.
     delete object.metadata?.managedFields
     this.objects.set(uid, object)
-    this.#tell(this.#onChange, object)
+    this.#call(this.#onChange, object)
   }
 
   #remove(uid: string, last: T): void {
     this.objects.delete(uid)
-    this.#tell(this.#onDeleted, last)
+    this.#call(this.#onDeleted, last)
   }
 
-  #tell(listener: (object: T) => void, object: T): void {
+  #call(listener: (object: T) => void, object: T): void {
     try {
       listener(object)
     } catch (err) {
-      this.#log.warn({ err, path: this.#path }, 'an object could not be made sense of')
+      this.#log.warn({ err, path: this.#path }, 'an object could not be handled')
     }
   }
 }
 
-/** An event says so; where the answer itself does, that is an `ApiUnavailableError`. */
+/** An event reports an expired version; an answer that does is an `ApiUnavailableError`. */
 class ExpiredError extends Error {
   override name = 'ExpiredError'
 }

@@ -10,7 +10,7 @@ export interface Right {
   verbs: readonly string[]
 }
 
-/** Returns those that we do not have in the namespace, in words: `get pods/log`. Throws what the API does. */
+/** Returns the rights that we lack in the namespace, such as `get pods/log`. */
 export async function missingRights(
   api: KubernetesApi,
   namespace: string,
@@ -19,7 +19,7 @@ export async function missingRights(
   try {
     return await reviewed(api, namespace, rights)
   } catch (err) {
-    // A cluster may forbid the question itself: then it is the calls that tell.
+    // A cluster may forbid this review; then the calls themselves show missing rights.
     if (err instanceof ApiUnavailableError && err.kind === 'forbidden') return []
     throw err
   }
@@ -34,15 +34,20 @@ async function reviewed(
     verbs.map(async (verb) => {
       const [name, subresource] = resource.split('/')
       const resourceAttributes = {
-        ...{ namespace, group, verb, resource: name },
+        namespace,
+        group,
+        verb,
+        resource: name,
         ...(subresource === undefined ? {} : { subresource }),
       }
       const body = {
-        ...{ apiVersion: 'authorization.k8s.io/v1', kind: 'SelfSubjectAccessReview' },
+        apiVersion: 'authorization.k8s.io/v1',
+        kind: 'SelfSubjectAccessReview',
         spec: { resourceAttributes },
       }
       const { status } = await api.json<{ status?: { allowed?: boolean } }>('POST', REVIEWS, {
-        ...{ body, answer: 'SelfSubjectAccessReview' },
+        body,
+        answer: 'SelfSubjectAccessReview',
         isUrgent: true,
       })
       return status?.allowed ? [] : [`${verb} ${resource}`]
