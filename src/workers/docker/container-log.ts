@@ -3,34 +3,34 @@ import type { LogTail } from '../../core/ports.ts'
 import { LogRing } from '../log-ring.ts'
 import { isFailure } from './engine.ts'
 
-/** Tells followers that some of the log comes again. */
+/** Notice for followers that part of the log is repeated. */
 export const READ_AGAIN =
   '[task-runner] The log was cut off and is read again: some lines may come twice\n'
 
 const RETRY_MS = 250
-/** Time after which a log that is read again takes the place of what was read before. */
+/** Time after which a log that is read again replaces the ring read before. */
 const READ_AGAIN_MS = 1_000
-/** For what there is of a log that nobody has followed here. */
+/** Time for the first piece of an existing log to arrive. */
 const FIRST_PIECE_MS = 1_000
-/** A log that stands still for so long after its task has ended is whole. */
+/** Time without output after the task's end after which the log is complete. */
 const STILL_MS = 5_000
 const POLL_MS = 20
-/** The engine stores whole lines, and longer ones in pieces of this size. */
+/** Size of the pieces in which the engine stores long lines; shorter ones are stored whole. */
 const STORED_BYTES = 16 * 1024
 const NEWLINE = 10
 
-/** In epoch ms. */
+/** Period in epoch ms. */
 export interface Span {
   from: number
   to: number
 }
 
 export interface ContainerLogOptions {
-  /** Opens the log at its beginning, as far as the engine has it. */
+  /** Opens the log at the first byte that the engine has. */
   open: () => Promise<AsyncIterable<Buffer>>
   /**
-   * Called after each stream. Returns a last line for the log, which may be empty, once the
-   * container has ended. `unwatched`: when nobody read the log, before that stream.
+   * Called after each stream. Returns a last line for the log, maybe empty, once the container has
+   * ended. `unwatched`: the gap before that stream.
    */
   lastLine: (unwatched: Span) => Promise<string | undefined>
   onGrown: (totalBytes: number) => void
@@ -40,15 +40,14 @@ export interface ContainerLogOptions {
 }
 
 /**
- * The log of a container, read until that has ended. When the stream is cut, it is read again from
- * its beginning into a new ring: an engine that was killed has lost what it had not stored, so that
- * going on after as many bytes would skip others.
+ * Reads the log of a container until it has ended. After a cut, reads again from the beginning into
+ * a new ring: a killed engine has lost unstored bytes, so resuming at an offset would skip others.
  */
 export class ContainerLog {
   readonly #options: ContainerLogOptions
   readonly #begun = Promise.withResolvers<void>()
   #ring: LogRing
-  /** Bytes read, those that were read again included. */
+  /** Total bytes read, including re-reads. */
   #bytesRead = 0
 
   /** `output`: stream from the container's start; undefined: the log is opened. */
@@ -59,7 +58,7 @@ export class ContainerLog {
     void this.#feed(output)
   }
 
-  /** Settles with the first of the log, or when there seems to be none yet. */
+  /** Waits for the first piece of the log, at most a second. */
   begun(): Promise<void> {
     return this.#begun.promise
   }
@@ -70,9 +69,8 @@ export class ContainerLog {
   }
 
   /**
-   * Reads the log from an offset on, as it comes. When it was read again, a line that had not ended
-   * comes again, since the engine may have lost its beginning; and so does all that is kept of a log
-   * that has become shorter, since the engine has dropped its beginning.
+   * Yields the log from an offset on, as it grows. After a re-read it repeats an unfinished line,
+   * part of which the engine may have lost, or, if the log is shorter now, all that is kept of it.
    */
   async *follow(from: number, signal: AbortSignal): AsyncGenerator<Buffer, void> {
     let at = from
@@ -93,7 +91,7 @@ export class ContainerLog {
     }
   }
 
-  /** Waits until the log has ended, or has so many bytes, or has stood still, and ends it. */
+  /** Waits until the log has ended, has `bytes` bytes, or has stopped growing, and ends it. */
   async end(bytes: number): Promise<void> {
     const { closing: signal } = this.#options
     let movedAt = performance.now()
@@ -123,7 +121,7 @@ export class ContainerLog {
         }
         const line = await lastLine(unwatched)
         if (line !== undefined) {
-          // If the engine has nothing, what was read before is all there is.
+          // If the engine has nothing, the ring read before stays.
           if (ring.totalBytes > 0) this.#replace(ring)
           this.#note(line)
           break
@@ -136,7 +134,7 @@ export class ContainerLog {
     this.#ring.end()
   }
 
-  /** Reads into a ring, which takes the place of the one before once it has as much, or in time. */
+  /** Reads into a ring, which replaces the previous one when it has as many bytes, or in time. */
   async #read(pieces: AsyncIterable<Buffer>, ring: LogRing): Promise<void> {
     let timer: NodeJS.Timeout | undefined
     try {
@@ -161,7 +159,7 @@ export class ContainerLog {
     before.end()
   }
 
-  /** Adds a line of its own. */
+  /** Adds a line, after a line break if needed. */
   #note(line: string): void {
     if (line === '') return
     const { content } = this.#ring.tail(1)

@@ -22,18 +22,18 @@ export const EXIT_BROKEN =
 
 const RETRY_MS = 250
 const RETRY_MAX_MS = 5_000
-/** Maximum time of one wait: a connection that is dead without a word delays an end no longer. */
+/** Maximum time of one wait, and thus of the delay that a dead connection causes. */
 const WAIT_LIMIT_MS = 300_000
-/** How often a worker that stays is asked whether its task has ended. */
+/** Interval of checking whether the task of a kept container has ended. */
 const KEPT_POLL_MS = 500
-/** In a container that stays, the last output is on the way to the engine for a moment. */
+/** Time for the last output of a kept container to reach the engine. */
 const LAST_OUTPUT_MS = 200
 const KILLED_EXIT_CODE = 137
-/** Of the init process, which then has nothing to run. */
+/** Exit codes of an init process that could not start the bootstrap. */
 const COULD_NOT_RUN = [126, 127]
 
-/** An engine that saw a container end has told so by then: it waits two seconds for the last output. */
-const END_TOLD_SECONDS = 3
+/** Time in which the engine reports an end: it waits two seconds for the last output. */
+const END_EVENT_SECONDS = 3
 
 export const END_UNSEEN =
   '[task-runner] The container engine was down when the task ended: the end of the log may be missing\n'
@@ -44,17 +44,17 @@ export interface ContainerWatchOptions {
   inspect: (id: string) => Promise<Inspected | undefined>
   terminationGraceMs: number
   logBytesKept: number
-  /** Aborts when the service lets go of its workers. */
+  /** Aborts when the service releases its workers. */
   closing: AbortSignal
   log: Logger
 }
 
-/** A container that was started: its log as it comes, and how its task ends. */
+/** Watches a started container: its log, and how its task ends. */
 export class ContainerWatch {
   readonly id: string
   readonly name: string
   readonly log: ContainerLog
-  /** Rejects only when the service lets go. */
+  /** Rejects only when the service closes. */
   readonly ended: Promise<Completion>
   /** Resolves when the log has twice the bytes of its limit. */
   readonly #flooded = Promise.withResolvers<void>()
@@ -64,7 +64,7 @@ export class ContainerWatch {
   #completion: Completion | undefined
   #isOverLogLimit = false
 
-  /** `output`: from the container's start; undefined: its log is read again, as far as the engine has kept it. */
+  /** `output`: stream from the container's start; undefined: the log is opened. */
   constructor(
     container: Inspected,
     output: AsyncIterable<Buffer> | undefined,
@@ -83,7 +83,7 @@ export class ContainerWatch {
       closing: options.closing,
     })
     this.ended = this.#end()
-    // While we shut down nobody waits for it.
+    // On close, no caller may be waiting.
     this.ended.catch(() => {})
   }
 
@@ -93,9 +93,9 @@ export class ContainerWatch {
   }
 
   /**
-   * Sends TERM, upon which the bootstrap ends the task within its grace period; and KILL to all of
-   * the container should it not, or as soon as the log has twice the bytes of its limit. Settles
-   * with the task's end. Idempotent.
+   * Sends TERM, upon which the bootstrap ends the task within its grace period, then KILL to the
+   * whole container if it does not, or if the log reaches twice its limit. Waits for the task's
+   * end. Idempotent.
    */
   async stop(): Promise<void> {
     if (this.#completion) return
@@ -114,7 +114,6 @@ export class ContainerWatch {
       const call = { query: { signal }, expect: [204] }
       await this.#options.engine.text('POST', `/containers/${this.id}/kill`, call)
     } catch (err) {
-      // Not running, or gone.
       if (!isFailure(err, 'not_found', 'conflict')) throw err
     }
   }
@@ -129,7 +128,7 @@ export class ContainerWatch {
     })
   }
 
-  /** Returns what to say at the end of the log; undefined: it goes on. */
+  /** Returns the last line of the log, maybe empty; undefined: the container still runs. */
   async #lastLine(unwatched: Span): Promise<string | undefined> {
     const container = await this.#options.inspect(this.id)
     if (!container) throw new EngineError('not_found', `container ${this.id}`)
@@ -138,16 +137,16 @@ export class ContainerWatch {
   }
 
   /**
-   * Whether the engine was down when the container ended. What is written then waits in a pipe for the engine, which
-   * goes with the container: an engine that keeps containers while it is down finds only what one left that runs.
+   * Returns whether the engine was down when the container ended. Output waits for the engine in a
+   * pipe, which is lost with the container; only a container that still runs keeps it.
    */
   async #endedUnseen(container: Inspected, unwatched: Span): Promise<boolean> {
-    // Podman's containers have their logs written by a process of their own.
+    // Podman has a logging process per container.
     if (container.HostConfig.LogConfig.Type !== 'local') return false
     const endedAt = Date.parse(container.State.FinishedAt)
     if (endedAt < unwatched.from || endedAt > unwatched.to) return false
-    // Perhaps only we were cut off: then it has seen the end, and tells of it.
-    const until = endedAt / 1000 + END_TOLD_SECONDS
+    // If only our connection was cut, the engine has seen the end and has an event of it.
+    const until = endedAt / 1000 + END_EVENT_SECONDS
     return !(await this.#hadEvent(container, 'die', { since: endedAt / 1000, until }))
   }
 
@@ -157,7 +156,7 @@ export class ContainerWatch {
     return outputOf(await engine.stream('GET', `/containers/${this.id}/logs`, { query, signal }))
   }
 
-  /** How the task ended, once it has. Whatever befalls the engine meanwhile, the task is not judged by it. */
+  /** Returns how the task ended, once it has; failures of the engine are retried. */
   async #end(): Promise<Completion> {
     const { engine, inspect, closing: signal, log } = this.#options
     const { id } = this
@@ -168,7 +167,7 @@ export class ContainerWatch {
         const { Status } = container.State
         if (Status === 'exited' || Status === 'dead') return this.#completionOf(container)
         if (this.#keeps && (await hasEnded(engine, container))) return this.#completionOf(container)
-        // Of one that was not started, or that stays, waiting for its end would be of no use.
+        // The engine's wait does not report a start, nor the end of a task in a kept container.
         if (Status === 'created' || this.#keeps) {
           await pause(KEPT_POLL_MS, undefined, { signal })
         } else {
@@ -184,14 +183,14 @@ export class ContainerWatch {
   }
 
   /**
-   * Waits for the log to be whole. The stream of a container that stays does not end: it has to
-   * bring as many bytes as the engine has.
+   * Waits for the complete log. The stream of a kept container does not end, so it is complete
+   * with as many bytes as the engine has.
    */
   async #lastOutput(): Promise<void> {
     if (!this.#keeps) return this.log.end(Infinity)
     const { closing: signal } = this.#options
     await pause(LAST_OUTPUT_MS, undefined, { signal }).catch(() => {})
-    // An engine that is away stores no more: what was read has to do.
+    // If the engine is unavailable, the bytes read so far are all.
     await this.log.end(await this.#bytesStored().catch(() => 0))
   }
 
@@ -205,7 +204,7 @@ export class ContainerWatch {
     const { Id, State, HostConfig } = container
     const file = await readExitFile(this.#options.engine, Id)
     const exit = typeof file === 'string' ? undefined : file
-    // A task that did without the child that was killed has succeeded.
+    // A task may succeed though a child was killed.
     if (exit?.code === 0) return completionOf(exit)
     const exitCode = exit?.code ?? State.ExitCode
     const wasKilled = exitCode === KILLED_EXIT_CODE
@@ -223,20 +222,20 @@ export class ContainerWatch {
     const hint = wasKilled ? 'killed from outside, or out of memory' : 'stopped from outside'
     const words = State.Error === '' ? '' : `: ${State.Error}`
     return lost(
-      `The container ended with exit code ${State.ExitCode}, and not by its task (${hint})${words}`,
+      `The container ended with exit code ${State.ExitCode}, not by its task (${hint})${words}`,
     )
   }
 
-  /** The flag in the container's state is not to be relied on (moby/moby#15621); the event is. */
+  /** Checks events, since the flag in the container's state is unreliable (moby/moby#15621). */
   async #hadOom(container: Inspected): Promise<boolean> {
     const { State } = container
     const since = Date.parse(State.StartedAt) / 1000
-    // One that stays has not finished.
+    // A kept container has not finished.
     const end = State.Status === 'running' ? Date.now() : Date.parse(State.FinishedAt)
     return this.#hadEvent(container, 'oom', { since, until: Math.ceil(end / 1000) + 1 })
   }
 
-  /** In seconds since 1970. Waits for `until`. */
+  /** Returns whether the engine has the event, between two times in seconds; waits for `until`. */
   async #hadEvent(
     { Id }: Inspected,
     event: string,
@@ -248,25 +247,27 @@ export class ContainerWatch {
   }
 }
 
-/** Whether the task of a container that stays has ended. */
+/** Returns whether the task of a kept container has ended. */
 export async function hasEnded(engine: Engine, container: Inspected | Listed): Promise<boolean> {
   const exit = await readExitFile(engine, container.Id)
   return typeof exit !== 'string' && isOver(container, exit)
 }
 
-/** Repeats a step until the engine gives a sensible answer. Rejects when `signal` aborts. */
+/** Repeats a step while the engine is unavailable. Rejects when `signal` aborts. */
 export async function untilAnswered<T>(
   step: () => Promise<T>,
   { signal, log }: { signal: AbortSignal; log: Logger },
 ): Promise<T> {
   return retrying(step, {
-    ...{ signal, fromMs: RETRY_MS, toMs: RETRY_MAX_MS },
+    signal,
+    fromMs: RETRY_MS,
+    toMs: RETRY_MAX_MS,
     isWorthIt: (err) => err instanceof EngineError,
     onRetry: (err) => log.warn({ err }, 'waiting for the engine'),
   })
 }
 
-/** Ignores that the container is gone, or that the wait was long: the next inspect tells. */
+/** Ignores a missing container and a timeout, which the next inspect resolves. */
 function untilNextInspect(err: unknown): void {
   if (!isFailure(err, 'not_found', 'timeout')) throw err
 }

@@ -1,13 +1,13 @@
-/** What the engine is asked for, and what it tells. Pure. */
+/** Requests and answers of the engine about containers. Pure. */
 import { z } from 'zod'
 import type { WorkerSpec } from '../../core/ports.ts'
 import type { Exit } from '../completion.ts'
 import { WORKER_USER, workerCommand } from '../worker-files.ts'
 
 export const LABELS = {
-  /** Id of the deployment that it belongs to, as several may share an engine. */
+  /** Deployment that the container belongs to: several may share an engine. */
   deployment: 'task-runner.instance',
-  /** Name of the worker, which the container keeps when it is renamed. */
+  /** Name of the worker, which survives a rename of the container. */
   worker: 'task-runner.worker',
   taskId: 'task-runner.task-id',
   size: 'task-runner.size',
@@ -16,9 +16,9 @@ export const LABELS = {
   keeps: 'task-runner.keeps',
 } as const
 
-/** Its bootstrap says in the exit file when the task is over. `yes`, of the version before: it does not. */
+/** Kept, and its bootstrap marks the exit file when the task is over. Earlier versions: `yes`. */
 const KEEPS = 'over'
-/** Processes and threads of one worker: what a fork bomb is stopped at. */
+/** Maximum processes and threads of a worker, against fork bombs. */
 const PIDS_MAX = 4096
 const NANO = 1e9
 /** Latest instant that a Date can hold. */
@@ -28,18 +28,18 @@ export interface ContainerOptions {
   deployment: string
   image: string
   network: string
-  /** `source:target[:ro]` of this machine, or volumes. */
+  /** `source:target[:ro]`, with a path or a volume as source. */
   mounts: readonly string[]
-  /** CPUs of the engine's machine: it refuses to be asked for more. */
+  /** CPUs of the engine's machine: it rejects requests for more. */
   cpusMax: number
-  /** Docker's `local` driver keeps every byte; Podman has none of that name. */
+  /** Docker's `local` driver keeps every byte; Podman has no such driver. */
   logDriver: 'local' | 'json-file'
-  /** Between TERM and KILL. */
+  /** Time between TERM and KILL. */
   terminationGraceMs: number
   createdAt: number
 }
 
-/** `POST /containers/create`. Nothing secret is in it: whoever may ask the engine can read it. */
+/** Returns the body of `POST /containers/create`. It has no secrets: engine users can read it. */
 export function containerRequest(spec: WorkerSpec, options: ContainerOptions): object {
   const { resources } = spec
   return {
@@ -57,7 +57,7 @@ export function containerRequest(spec: WorkerSpec, options: ContainerOptions): o
       [LABELS.maxLogBytes]: String(spec.maxLogBytes),
       [LABELS.keeps]: spec.keepAfterwards ? KEEPS : '',
     },
-    // An image's own check would only cost.
+    // The image's own health check is not used.
     Healthcheck: { Test: ['NONE'] },
     HostConfig: {
       AutoRemove: false,
@@ -68,7 +68,7 @@ export function containerRequest(spec: WorkerSpec, options: ContainerOptions): o
       PidsLimit: PIDS_MAX,
       CapDrop: ['ALL'],
       SecurityOpt: ['no-new-privileges'],
-      // A line costs the driver 28 bytes besides its own: this holds 5 MB of empty ones. Old files are compressed.
+      // The driver adds 28 bytes per line, so this holds 5 MB even of empty lines.
       LogConfig: { Type: options.logDriver, Config: { 'max-size': '20m', 'max-file': '9' } },
       ...(resources
         ? {
@@ -89,7 +89,7 @@ const labels = z
   .nullish()
   .transform((given) => given ?? {})
 
-/** `GET /containers/{id}/json`, as far as it is read here. */
+/** Fields read of `GET /containers/{id}/json`. */
 export const inspected = z.object({
   Id: z.string().min(1),
   Name: z.string(),
@@ -100,7 +100,7 @@ export const inspected = z.object({
     LogConfig: z.object({ Type: z.string() }),
   }),
   State: z.object({
-    /** See `stateOf`; Podman has others. */
+    /** One of those of `stateOf`; Podman has more. */
     Status: z.string().min(1),
     ExitCode: z.number(),
     OOMKilled: z.boolean().default(false),
@@ -111,13 +111,13 @@ export const inspected = z.object({
 })
 export type Inspected = z.output<typeof inspected>
 
-/** `GET /containers/json`, as far as it is read here. */
+/** Fields read of `GET /containers/json`. */
 export const listed = z.array(
   z.object({
     Id: z.string().min(1),
     Names: z.array(z.string()).nullish(),
     Image: z.string(),
-    /** As `Status` of an inspected one. */
+    /** Same as `Status` of an inspected container. */
     State: z.string().min(1),
     Labels: labels,
     /** Seconds since 1970. */
@@ -125,12 +125,12 @@ export const listed = z.array(
   }),
 )
 
-/** `POST /containers/{id}/wait`. */
+/** Answer of `POST /containers/{id}/wait`. */
 export const waited = z.object({ StatusCode: z.number() })
 
 export type Listed = z.output<typeof listed>[number]
 
-/** Facts about a worker's container, from either kind of answer. */
+/** Data of a worker's container, from either kind of answer. */
 export interface Known {
   id: string
   /** Name of its worker. */
@@ -141,7 +141,7 @@ export interface Known {
   createdAt: number
 }
 
-/** What the engine calls it: created, running, paused, restarting, removing, exited, dead. */
+/** Returns the state: created, running, paused, restarting, removing, exited or dead. */
 export function stateOf(container: Inspected | Listed): string {
   return 'Config' in container ? container.State.Status : container.State
 }
@@ -158,7 +158,7 @@ export function knownOf(container: Inspected | Listed): Known {
   const createdAt = Number(labels[LABELS.createdAt])
   return {
     id: container.Id,
-    // A container without this label comes from an older version, and has its worker's name.
+    // Containers of earlier versions have no such label, but the worker's name.
     name: labels[LABELS.worker] ?? name.replace(/^\//, ''),
     taskId: labels[LABELS.taskId] ?? '',
     image: isInspected ? container.Config.Image : container.Image,
@@ -167,12 +167,12 @@ export function knownOf(container: Inspected | Listed): Known {
   }
 }
 
-/** Whether the exit file of a container that stays says that its task is over. */
+/** Returns whether the exit file of a kept container says that its task is over. */
 export function isOver(container: Inspected | Listed, exit: Exit): boolean {
   return exit.isOver || labelsOf(container)[LABELS.keeps] !== KEEPS
 }
 
-/** Maximum bytes that the container's task may log. Without a usable label there is no limit. */
+/** Returns the log limit in bytes; there is none without a valid label. */
 export function logLimitOf({ Config }: Inspected): number {
   return Number(Config.Labels[LABELS.maxLogBytes]) || Infinity
 }

@@ -33,11 +33,11 @@ import { pull } from './pull.ts'
 
 export interface DockerSettings {
   engine: EngineAddress
-  /** Id on the containers of this service: several services may share an engine. */
+  /** Id that distinguishes this service's containers from those of others. */
   deployment: string
   /**
-   * Id that older versions put on containers. Services that share a sealing key share it, too, so
-   * such a container is ours only if our store knows its task.
+   * Id that earlier versions used. Services that share a sealing key share it, so such a container
+   * is ours only if our store has its task.
    */
   legacyInstance: string
   tasksDir: string
@@ -47,38 +47,37 @@ export interface DockerSettings {
   /** Home of workers; undefined: in their folder. */
   home?: string | undefined
   terminationGraceMs: number
-  /** Bytes of each log that are kept here, to be read at once. */
+  /** Bytes of each log that are kept in memory. */
   logBytesKept: number
-  /** The clock by which the age of workers is judged. */
+  /** Clock for the age of workers. */
   now: () => number
   log: Logger
   /** Time limit of one call; default 30 s. */
   callTimeoutMs?: number
 }
 
-/** Sending the files of a worker may take so many times as long as another call. */
+/** Time limit for sending the files of a worker, in multiples of that of other calls. */
 const FILL_LIMIT_FACTOR = 20
 const CHECK_LIMIT_MS = 5_000
-/** Between two looks at whether a container is gone. */
+/** Interval of checking whether a container is gone. */
 const REMOVAL_MS = 25
 const REMOVAL_MAX_MS = 1_000
 const REMOVAL_LIMIT_MS = 10_000
 
-/** A worker that is being made. */
 interface Making {
   worker: Promise<Worker>
-  /** Failure of the last pull, with which the task ends if its time is over before one succeeds. */
+  /** Failure of the last pull, with which the task ends if no pull succeeds in time. */
   pullFailure?: WorkerError
 }
 
-/** Workers that are containers of a Docker or Podman engine, found again by their name and labels. */
+/** Runs workers as containers of a Docker or Podman engine, found by their name and labels. */
 export class DockerBackend implements WorkerBackend {
   readonly name = 'docker'
   readonly #settings: DockerSettings
   readonly #engine: Engine
   /** Watches by container id, which a rename does not change. */
   readonly #watched = new Map<string, ContainerWatch>()
-  /** Ids of containers that stay, and whose task is known to be over. */
+  /** Ids of kept containers whose task is known to be over. */
   readonly #over = new Set<string>()
   readonly #making = new Map<string, Making>()
   readonly #closing = new AbortController()
@@ -121,7 +120,7 @@ export class DockerBackend implements WorkerBackend {
   }
 
   check(): Promise<void> {
-    this.#checking ??= this.#look().finally(() => {
+    this.#checking ??= this.#check().finally(() => {
       this.#checking = undefined
     })
     return this.#checking
@@ -132,7 +131,7 @@ export class DockerBackend implements WorkerBackend {
     await this.#engine.close()
   }
 
-  async #look(): Promise<void> {
+  async #check(): Promise<void> {
     const limit = AbortSignal.timeout(CHECK_LIMIT_MS)
     await assertTasksFolder(this.#settings.tasksDir)
     try {
@@ -158,7 +157,7 @@ export class DockerBackend implements WorkerBackend {
     return making
   }
 
-  /** Goes on after `signal` has aborted as far as it takes to leave nothing behind. */
+  /** Cleans up after itself even if `signal` has aborted. */
   async #provision(
     spec: WorkerSpec,
     options: {
@@ -171,7 +170,7 @@ export class DockerBackend implements WorkerBackend {
     const { log, images } = this.#settings
     const existing = await this.#existing(spec)
     if (existing && existing.State.Status !== 'created') return this.#worker(existing)
-    // One that was never started was being made when the service was killed: nothing has run in it.
+    // The service was killed before it started this container.
     if (existing) {
       await mayStart()
       await this.#remove(existing.Id)
@@ -185,10 +184,10 @@ export class DockerBackend implements WorkerBackend {
       if (pulledMs !== undefined) notes.push(`pulled ${image} in ${Math.ceil(pulledMs / 1000)} s`)
       madeId = await this.#create({ ...spec, notes }, image, signal)
       const container = await this.#inspect(madeId)
-      if (!container) throw new UnavailableError('The container was removed while it was made')
+      if (!container) throw new UnavailableError('The container was removed before its start')
       await this.#fill(madeId, { ...spec, notes }, signal)
       signal.throwIfAborted()
-      // Should we be held up from here on, whoever takes over removes what never ran.
+      // If this instance is paused here, the one that takes over removes the unstarted container.
       await mayStart()
       await this.#start(container, signal)
       return this.#worker(container)
@@ -206,26 +205,29 @@ export class DockerBackend implements WorkerBackend {
     throw new WorkerError('startup_failed', message)
   }
 
-  /** Creates the container and returns its id. */
   async #create(spec: WorkerSpec, image: string, signal: AbortSignal): Promise<string> {
     const { cpus, isPodman } = await this.#machineOnce()
     const createdAt = this.#settings.now()
     const { deployment, network, mounts, terminationGraceMs } = this.#settings
-    const options = {
-      ...{ deployment, image, network, mounts, terminationGraceMs, createdAt },
+    const body = containerRequest(spec, {
+      deployment,
+      image,
+      network,
+      mounts,
+      terminationGraceMs,
+      createdAt,
       cpusMax: cpus,
-    }
-    const logDriver = isPodman ? 'json-file' : 'local'
-    const body = containerRequest(spec, { ...options, logDriver })
+      logDriver: isPodman ? 'json-file' : 'local',
+    })
     const made = z.object({ Id: z.string().min(1) })
-    // Without `signal`: we have to know whether it was made, to be able to remove it.
+    // Without `signal`, so that the id of the container is known and it can be removed.
     const call = { query: { name: spec.name }, body, step: 'make', expect: [201] } as const
     signal.throwIfAborted()
     try {
       return (await this.#engine.json('POST', '/containers/create', made, call)).Id
     } catch (err) {
       if (!isFailure(err, 'conflict')) throw err
-      // Another instance may have made it for the same task: the next attempt finds it.
+      // Another instance may have created it for the same task: the next attempt finds it.
       if (await this.#existing(spec)) throw err
       const message = `A container of another service has the name ${spec.name}`
       throw new WorkerError('startup_failed', message)
@@ -235,19 +237,20 @@ export class DockerBackend implements WorkerBackend {
   async #fill(id: string, spec: WorkerSpec, signal: AbortSignal): Promise<void> {
     const body = await workerTar(spec, this.#settings)
     const query = { path: '/' }
-    // Large task folders take their time, which `signal` ends.
+    // Large folders may take long; `signal` enforces the provisioning timeout.
     const limitMs = FILL_LIMIT_FACTOR * this.#engine.callLimitMs
     const call = { query, body, signal, step: 'make', limitMs } as const
     const answer = await this.#engine.text('PUT', `/containers/${id}/archive`, call)
     if (answer !== '') throw new EngineError('garbage', 'an answer to the files of a worker')
   }
 
-  /** Attached before it starts, so that no byte of its log is missed. */
+  /** Starts the container, attached first so that no byte of its log is missed. */
   async #start(container: Inspected, signal: AbortSignal): Promise<void> {
     const { Id } = container
     const output = await this.#engine.stream('POST', `/containers/${Id}/attach`, {
       query: { stream: 'true', stdout: 'true', stderr: 'true' },
-      ...{ signal: this.#closing.signal, step: 'make' },
+      signal: this.#closing.signal,
+      step: 'make',
     })
     try {
       const call = { signal, step: 'make', expect: [204, 304] } as const
@@ -260,17 +263,17 @@ export class DockerBackend implements WorkerBackend {
   }
 
   /**
-   * Removes a container unless it was started: the next attempt finds a started one. Does not
-   * wait for an engine that is away. Never rejects.
+   * Removes a container unless it was started: the next attempt finds a started one. Does nothing
+   * if the engine is unavailable. Never rejects.
    */
   async #removeUnstarted(id: string, why: unknown): Promise<void> {
     if (isFailure(why, 'unreachable', 'timeout')) return
     try {
-      // The id and not the name, which another instance may have used again by now.
+      // By id, since another instance may have reused the name.
       const container = await this.#inspect(id)
       if (container?.State.Status === 'created') await this.#remove(id)
     } catch (err) {
-      // The next attempt removes it, and so does the end of the task.
+      // The next attempt, or the end of the task, removes it.
       this.#settings.log.warn({ err, id }, 'a container that was not started could not be removed')
     }
   }
@@ -283,7 +286,7 @@ export class DockerBackend implements WorkerBackend {
       held ??= this.#watched.get(id)
       if (held) return held
       const found = await this.#inspect(id)
-      // Another look may have been faster.
+      // A concurrent call may have created the watch.
       held = this.#watched.get(id) ?? (found && this.#watch(found, undefined))
       return held
     }
@@ -293,9 +296,14 @@ export class DockerBackend implements WorkerBackend {
       return found ? this.#statusOf(found) : 'Terminating'
     }
     return {
-      ...{ name, taskId, backend: this.name, image, size, createdAt },
+      name,
+      taskId,
+      backend: this.name,
+      image,
+      size,
+      createdAt,
       ...(this.#isOurs(container) ? {} : { mayBeForeign: true }),
-      // A listed one is one of many: the engine is not asked about each of them again.
+      // A listed container needs no further call.
       status: 'Config' in container ? status : () => this.#statusOf(container),
       completion: async (signal) => {
         const { log } = this.#settings
@@ -309,7 +317,7 @@ export class DockerBackend implements WorkerBackend {
       logs: async ({ maxBytes }) => {
         const found = await watched()
         if (!found) throw new Error('the container is gone')
-        // A task that has ended may still have output on its way, or all of it when we have just come back.
+        // Output of an ended task may still be arriving, all of it after a restart of the service.
         if ((await status()) !== 'Running') await found.ended
         else await found.log.begun()
         return found.log.tail(maxBytes)
@@ -325,7 +333,7 @@ export class DockerBackend implements WorkerBackend {
     }
   }
 
-  /** Asks the engine only about the task of a container that stays, unless that is known. */
+  /** Calls the engine only for a kept container whose task is not known to be over. */
   async #statusOf(container: Inspected | Listed): Promise<WorkerStatus> {
     const id = container.Id
     const state = stateOf(container)
@@ -340,15 +348,17 @@ export class DockerBackend implements WorkerBackend {
   }
 
   /**
-   * Until its task has ended; whoever needs it for longer has hold of it. Without `output`, as for a worker of before, its
-   * log is read again from its beginning, as far as the engine has kept it.
+   * Watches a container and forgets it when its task has ended; callers keep a reference. Without
+   * `output`, as after a restart, the log is read from its beginning.
    */
   #watch(container: Inspected, output: AsyncIterable<Buffer> | undefined): ContainerWatch {
     const { terminationGraceMs, logBytesKept, log } = this.#settings
     const watched = new ContainerWatch(container, output, {
       engine: this.#engine,
       inspect: (id) => this.#inspect(id),
-      ...{ terminationGraceMs, logBytesKept, log },
+      terminationGraceMs,
+      logBytesKept,
+      log,
       closing: this.#closing.signal,
     })
     const { id } = watched
@@ -361,7 +371,7 @@ export class DockerBackend implements WorkerBackend {
   }
 
   async #terminate({ id, name, taskId }: Known, held?: ContainerWatch): Promise<void> {
-    // One that is being made would be there after we have looked.
+    // A container that is being created would appear after the inspection.
     await this.#making.get(name)?.worker.catch(() => {})
     const container = (await this.#inspect(id)) ?? (await this.#inspect(name))
     if (container && knownOf(container).taskId === taskId) {
@@ -381,7 +391,7 @@ export class DockerBackend implements WorkerBackend {
         await this.#engine.text('DELETE', `/containers/${id}`, call)
       } catch (err) {
         if (isFailure(err, 'not_found')) return
-        // It is being removed already.
+        // Already being removed.
         if (!isFailure(err, 'conflict')) throw err
       }
       if (performance.now() > givesUpAt) {
@@ -392,7 +402,7 @@ export class DockerBackend implements WorkerBackend {
     }
   }
 
-  /** Inspects a container, by its name or id; undefined unless it is ours or an older version's. */
+  /** Inspects a container by name or id; undefined unless ours, or of an earlier version. */
   async #inspect(name: string): Promise<Inspected | undefined> {
     try {
       const path = `/containers/${name}/json`
@@ -404,13 +414,13 @@ export class DockerBackend implements WorkerBackend {
     }
   }
 
-  /** Finds the container of a worker that a person has given another name. */
+  /** Finds the container of a worker that was renamed by hand. */
   async #renamed(worker: string): Promise<Inspected | undefined> {
     const [container] = await this.#list(`${LABELS.worker}=${worker}`)
     return container && this.#inspect(container.Id)
   }
 
-  /** Lists the containers of ours, and of older versions, that have the label. */
+  /** Lists our containers, and those of earlier versions, that have the label. */
   async #list(label: string = LABELS.deployment, signal?: AbortSignal): Promise<Listed[]> {
     const filters = JSON.stringify({ label: [label] })
     const call = { query: { all: 'true', filters }, signal }
@@ -445,7 +455,7 @@ export class DockerBackend implements WorkerBackend {
   }
 }
 
-/** Makes a `WorkerError` of a failure that is the task's own; the core repeats all others. */
+/** Converts a failure that is the task's own to a `WorkerError`; the core retries all others. */
 function provisioningError(err: unknown): unknown {
   if (!(err instanceof EngineError) || FAILURES[err.kind].verdict !== 'task') return err
   const message = `The container could not be started: ${err.words}`

@@ -13,12 +13,12 @@ import {
   type Step,
 } from './failures.ts'
 
-/** The newest API this was written for; an older engine is spoken to in its own (https://docs.docker.com/reference/api/engine/). */
+/** Newest API version used; an older engine gets its own. */
 const API_VERSION: readonly [number, number] = [1, 47]
 const CALL_TIMEOUT_MS = 30_000
-/** All calls wait for the first answer: it must not take long to ask again. */
+/** Time limit of the ping, for which all calls wait. */
 const PING_TIMEOUT_MS = 4_000
-/** Maximum bytes of an answer that is read whole; a list of ten thousand containers has 16 MB. */
+/** Maximum bytes of an answer; a list of ten thousand containers has 16 MB. */
 const ANSWER_BYTES_MAX = 64 * 1024 * 1024
 const ERROR_BYTES_MAX = 64 * 1024
 const WORDS_MAX = 1000
@@ -30,14 +30,11 @@ export interface EngineAddress {
   tls?: { ca: string; cert: string; key: string } | undefined
 }
 
-/**
- * A call to the engine failed. Unless the caller knows better, this says nothing about a container
- * or a task, and the call can be repeated.
- */
+/** A failed call to the engine. It proves nothing about a container by itself, and is retried. */
 export class EngineError extends UnavailableError {
   override name = 'EngineError'
   readonly kind: FailureKind
-  /** Words of the engine, of a proxy, or of the system. */
+  /** Message of the engine, a proxy, or the system. */
   readonly words: string
 
   constructor(kind: FailureKind, words: string, options: { cause?: unknown } = {}) {
@@ -47,7 +44,7 @@ export class EngineError extends UnavailableError {
   }
 }
 
-/** Tells whether a call failed in one of these ways: `not_found` says that something is gone. */
+/** Returns whether a call failed in one of these ways; `not_found` proves a loss. */
 export function isFailure(err: unknown, ...kinds: FailureKind[]): err is EngineError {
   return err instanceof EngineError && kinds.includes(err.kind)
 }
@@ -61,16 +58,13 @@ interface Call {
   step?: Step
   /** Status codes of success; default 200 alone. */
   expect?: readonly number[]
-  /** Maximum milliseconds until the answer begins, and again until it was read whole. */
+  /** Maximum milliseconds until the answer begins, and again until it ends. */
   limitMs?: number
   /** Maximum milliseconds between two pieces of a stream; default none, as tasks may be silent. */
   silenceMs?: number
 }
 
-/**
- * The Docker Engine API over its socket; Podman serves it as well. All calls throw `EngineError`,
- * or the reason of their signal.
- */
+/** Client of the Docker Engine API. All calls throw `EngineError` or the reason of their signal. */
 export class Engine {
   readonly #pool: Pool
   readonly #callTimeoutMs: number
@@ -78,7 +72,7 @@ export class Engine {
 
   constructor({ socketPath, url, tls }: EngineAddress, callTimeoutMs = CALL_TIMEOUT_MS) {
     this.#callTimeoutMs = callTimeoutMs
-    // allowH2: the engine speaks none.
+    // The engine does not support HTTP/2.
     const options = { allowH2: false }
     this.#pool =
       socketPath === undefined
@@ -121,7 +115,7 @@ export class Engine {
     throw new EngineError('garbage', `${method} ${path}: more than ${ANSWER_BYTES_MAX} bytes`)
   }
 
-  /** An answer as it comes. Its reader has to expect that it is cut. */
+  /** Returns an answer as a stream, which may be cut at any point. */
   async stream(
     method: 'GET' | 'POST' | 'PUT' | 'DELETE',
     path: string,
@@ -130,7 +124,7 @@ export class Engine {
     const { query = {}, body, headers = {}, signal, step = 'look', expect = [200] } = call
     const search = Object.entries(query).map(([name, value]) => [name, String(value)])
     const version = await (signal ? until(this.#negotiated(), signal) : this.#negotiated())
-    const tar = body !== undefined && Symbol.asyncIterator in body ? new OwnBody(body) : undefined
+    const tar = body !== undefined && Symbol.asyncIterator in body ? new FileBody(body) : undefined
     const limitMs = call.limitMs ?? this.#callTimeoutMs
     try {
       const response = await this.#pool.request({
@@ -142,10 +136,10 @@ export class Engine {
             : { 'content-type': tar ? 'application/x-tar' : 'application/json' }),
           ...headers,
         },
-        // Holds: a request takes any async iterable.
+        // Safe: a request accepts any async iterable.
         body: tar ? (tar.pieces() as unknown as Readable) : body ? JSON.stringify(body) : null,
         ...(signal ? { signal } : {}),
-        // Each piece of a body that the engine takes starts this anew.
+        // Each piece of the body that is sent restarts this timeout.
         headersTimeout: limitMs,
         bodyTimeout: call.silenceMs ?? 0,
       })
@@ -196,10 +190,10 @@ export class Engine {
       })
       if (response.statusCode !== 200) throw await this.#refused(response, 'GET /_ping', 'look')
       await withinLimit(response.body, limitMs, ERROR_BYTES_MAX)
-      const told = /^(\d+)\.(\d+)$/.exec(String(response.headers['api-version'] ?? ''))
-      // The version is kept: a proxy's answer must not set it.
-      if (!told) throw new EngineError('garbage', 'GET /_ping: no API version')
-      const [major, minor] = [Number(told[1]), Number(told[2])]
+      const version = /^(\d+)\.(\d+)$/.exec(String(response.headers['api-version'] ?? ''))
+      // The version is cached, so a proxy's answer must not set it.
+      if (!version) throw new EngineError('garbage', 'GET /_ping: no API version')
+      const [major, minor] = [Number(version[1]), Number(version[2])]
       const isOlder = major < API_VERSION[0] || (major === API_VERSION[0] && minor < API_VERSION[1])
       return isOlder ? `${major}.${minor}` : API_VERSION.join('.')
     } catch (err) {
@@ -208,9 +202,8 @@ export class Engine {
   }
 }
 
-/** A request body that we read from files. Its failure would look like one of the engine. */
-class OwnBody {
-  /** Why it could not be read. */
+/** A request body read from files. Keeps its failure apart from those of the engine. */
+class FileBody {
   failure: Error | undefined
   readonly #body: AsyncIterable<Uint8Array>
 
@@ -229,7 +222,7 @@ class OwnBody {
   }
 }
 
-/** Reads a stream up to `maxBytes`, and ends it there. */
+/** Reads a stream up to `maxBytes` and closes it. */
 export async function beginningOf(
   stream: Readable,
   maxBytes: number,
@@ -260,8 +253,8 @@ async function withinLimit(
 }
 
 /**
- * The bytes of a container's output, stdout and stderr in their order: frames of a type, three zeros, a length, and
- * that many bytes.
+ * Yields a container's output, stdout and stderr in order. The stream has frames of a type, three
+ * zeros, a length, and that many bytes.
  */
 export async function* outputOf(stream: Readable): AsyncGenerator<Buffer, void> {
   const HEAD_BYTES = 8
@@ -272,7 +265,7 @@ export async function* outputOf(stream: Readable): AsyncGenerator<Buffer, void> 
     while (unread.length > 0) {
       if (left === 0) {
         if (unread.length < HEAD_BYTES) break
-        // A proxy's page must not get into the log.
+        // A proxy's error page must not appear in the log.
         if (unread.readUInt32BE(0) & 0xfcffffff) {
           throw new EngineError('garbage', `output: ${shortened(unread.toString())}`)
         }
@@ -288,21 +281,20 @@ export async function* outputOf(stream: Readable): AsyncGenerator<Buffer, void> 
   }
 }
 
-/** Ends a stream that nobody reads to its end. */
+/** Closes a stream that is not read to its end. */
 export async function discard(stream: Readable): Promise<void> {
   if (stream.closed) return
-  // Not `once`, which rejects with the error that undici makes of this.
+  // `once` would reject with the error that undici emits here.
   const closed = new Promise((resolve) => stream.on('error', () => {}).on('close', resolve))
   stream.destroy()
   await closed
 }
 
-/** Returns what to throw for a failed or cut call: the signal's reason, or an `EngineError`. */
+/** Returns the error for a failed or cut call: the signal's reason, or an `EngineError`. */
 export function failureOf(err: unknown, signal: AbortSignal | undefined): unknown {
   if (signal?.aborted) return signal.reason
-  // Also an error of our own: of the body that was being sent.
   if (err instanceof UnavailableError) return err
-  // undici's own codes, and ours.
+  // Codes of undici, and of `timedOut`.
   const isTimeout = err instanceof Error && codeOf(err)?.endsWith('_TIMEOUT')
   if (isTimeout) return new EngineError('timeout', err.message, { cause: err })
   return new EngineError('unreachable', wordsOf(err), { cause: err })

@@ -8,17 +8,15 @@ const ARCHIVE_BYTES_MAX = 64 * 1024
 const EXIT_BYTES_MAX = 16 * 1024
 const SILENCE_MS = 30_000
 
-/**
- * The exit that the bootstrap wrote. `missing`: it wrote none. `broken`: the task, which owns the
- * folder, has put something else there, of any kind and size.
- */
+/** The exit that the bootstrap wrote. `broken`: the task, which owns the folder, replaced it. */
 export type ExitFile = Exit | 'missing' | 'broken'
 
 export async function readExitFile(engine: Engine, id: string): Promise<ExitFile> {
   try {
     const tar = await engine.stream('GET', `/containers/${id}/archive`, {
       query: { path: `${WORKER_FOLDER}/exit` },
-      ...{ silenceMs: SILENCE_MS, step: 'exit' },
+      silenceMs: SILENCE_MS,
+      step: 'exit',
     })
     try {
       return await exitIn(await beginningOf(tar, ARCHIVE_BYTES_MAX))
@@ -33,10 +31,10 @@ export async function readExitFile(engine: Engine, id: string): Promise<ExitFile
 }
 
 async function exitIn(archive: { bytes: Buffer; isWhole: boolean }): Promise<ExitFile> {
-  // An archive without entries, which is zeros alone: engines leave sockets out.
+  // An empty archive has only zeros: engines leave sockets out.
   const { bytes } = archive
   if (bytes.length >= 1024 && bytes.every((byte) => byte === 0)) return 'broken'
-  // Holds: a Buffer made by concatenating others is no view of shared memory.
+  // Safe: a concatenated Buffer is not a view of shared memory.
   const source = new Blob([bytes as Buffer<ArrayBuffer>]).stream()
   const entries = source.pipeThrough(createTarDecoder({ strict: true })).getReader()
   try {
@@ -46,7 +44,7 @@ async function exitIn(archive: { bytes: Buffer; isWhole: boolean }): Promise<Exi
     if (type !== 'file' || size > EXIT_BYTES_MAX || !archive.isWhole) return 'broken'
     return parseExit(await new Response(entry.body).text()) ?? 'broken'
   } catch (err) {
-    // Anything that the task has put there comes as an archive, too: a proxy sent this.
+    // The engine archives whatever the task put there, so a proxy sent this.
     throw new EngineError('garbage', 'the archive of the exit code', { cause: err })
   } finally {
     await entries.cancel().catch(() => {})

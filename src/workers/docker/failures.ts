@@ -1,7 +1,7 @@
-/** Sorts the failures of the engine: ours, the task's own, proofs of a loss. Pure. */
+/** Classifies the failures of the engine. Pure. */
 
 /**
- * `ours`: no task could get a worker now, or we know nothing about one: the step is repeated.
+ * `ours`: no task could get a worker now, or a worker's state is unknown: the step is retried.
  * `task`: what this task asked for is unavailable. `lost`: the container or its exit is gone.
  */
 export type Verdict = 'ours' | 'task' | 'lost'
@@ -51,44 +51,52 @@ export const FAILURES = {
   },
   /** The body of a request could not be read. */
   own_files: { verdict: 'ours', sentence: 'The task files cannot be read' },
-  /** The container is being removed, or does not run any more. */
+  /** The container is being removed, or is not running. */
   conflict: { verdict: 'ours', sentence: 'The Docker engine cannot do this at the moment' },
-  /** Repeated until the provisioning time is over, and then the task's: the registry may be down. */
+  /** The registry may be down: retried until the provisioning timeout, then fails the task. */
   pull_failed: { verdict: 'task', sentence: 'The image could not be pulled' },
   pull_refused: { verdict: 'task', sentence: 'The image could not be pulled' },
   no_device: { verdict: 'task', sentence: 'The Docker engine has no such device' },
   invalid_request: { verdict: 'task', sentence: 'The Docker engine refuses the request' },
   not_found: { verdict: 'lost', sentence: 'The Docker engine does not find it' },
-  /** The task has replaced the exit file by something that the engine cannot read. */
+  /** The task has replaced the exit file with something unreadable. */
   exit_broken: { verdict: 'lost', sentence: 'The Docker engine cannot read the exit code' },
 } as const satisfies Record<FailureKind, { verdict: Verdict; sentence: string }>
 
-/** An answer of the engine, or of a proxy before it, with a status of 400 and more. */
+/** An error response of the engine, or of a proxy in front of it. */
 export interface Refusal {
   status: number
   /** Message of the engine; undefined: the body is not in the engine's form. */
   words: string | undefined
-  /** Beginning of the body, as it came. */
+  /** Beginning of the raw body. */
   body: string
 }
 
-/** Words of registries that no repetition changes. */
+/** Messages of registries that a retry does not change. */
 const PULL_REFUSED = new RegExp(
   [
-    ...['not found', 'manifest unknown', 'name unknown', 'does not exist', 'no matching manifest'],
-    ...['\\bunauthorized\\b', 'no basic auth credentials', 'incorrect username or password'],
-    ...['\\bdenied\\b', 'invalid reference format', 'not supported'],
+    'not found',
+    'manifest unknown',
+    'name unknown',
+    'does not exist',
+    'no matching manifest',
+    '\\bunauthorized\\b',
+    'no basic auth credentials',
+    'incorrect username or password',
+    '\\bdenied\\b',
+    'invalid reference format',
+    'not supported',
   ].join('|'),
   'i',
 )
-/** Words that look like those of a registry and come from the engine's own files and plugins. */
+/** Messages about the engine's own files and plugins that look like those of a registry. */
 const ENGINES_OWN = /permission denied$|authorization denied by plugin/i
 
-/** Words of the engine about a link that leads to itself, a socket, and the like. */
+/** Messages of the engine about unusual files, such as a link to itself or a socket. */
 const EXIT_BROKEN = /too many (links|levels of symbolic links)|not supported|not a directory/i
 
 export function kindOfRefusal({ status, words, body }: Refusal, step: Step): FailureKind {
-  // Docker says this in plain text.
+  // Docker sends this message as plain text.
   if (status === 400 && /client version \S+ is too (old|new)/.test(body)) return 'version_refused'
   if (words !== undefined) {
     const kind = kindOfWords(words, step)
@@ -98,7 +106,7 @@ export function kindOfRefusal({ status, words, body }: Refusal, step: Step): Fai
   if (status === 403) return 'forbidden'
   if (status === 429) return 'too_many_requests'
   if (status >= 500) return step === 'pull' && words !== undefined ? 'pull_failed' : 'engine_failed'
-  // A proxy knows nothing about containers: its 404 does not prove that one is gone.
+  // A proxy's 404 does not prove that a container is gone.
   if (words === undefined || words === 'page not found') return 'garbage'
   if (status === 404) return 'not_found'
   if (status === 409) return 'conflict'
@@ -107,7 +115,7 @@ export function kindOfRefusal({ status, words, body }: Refusal, step: Step): Fai
 
 function kindOfWords(words: string, step: Step): FailureKind | undefined {
   if (/no space left on device|disk quota exceeded/i.test(words)) return 'disk_full'
-  // Podman says this with status 500.
+  // Podman sends this message with status 500.
   if (words.includes('container state improper')) return 'conflict'
   if (step === 'pull' && PULL_REFUSED.test(words) && !ENGINES_OWN.test(words)) {
     return 'pull_refused'

@@ -6,7 +6,7 @@ import { kindOfRefusal } from './failures.ts'
 
 const RETRY_MS = 500
 const RETRY_MAX_MS = 10_000
-/** Maximum time without progress: registries may need long for their first answer. */
+/** Maximum time without progress: registries may be slow to answer first. */
 const SILENCE_MS = 120_000
 /** Maximum characters of a progress line. */
 const LINE_MAX = 1024 * 1024
@@ -14,15 +14,15 @@ const LINE_MAX = 1024 * 1024
 export interface PullOptions {
   config: ImageConfig | undefined
   signal: AbortSignal
-  /** Called after each failed attempt, with the error for a task whose time is over. */
+  /** Called after each failed attempt with the error for the task, should time run out. */
   onFailed: (err: WorkerError) => void
   log: Logger
 }
 
 /**
- * Pulls the image unless it is there. Returns how many ms that took; undefined: it was there.
- * Repeats a pull that fails because of the registry until the signal aborts. Throws `WorkerError`
- * with `image_pull_failed` and the registry's words, `EngineError`, or the reason of the signal.
+ * Pulls the image unless the engine has it. Returns the duration in ms, or undefined without a
+ * pull. Retries failures of the registry until the signal aborts. Throws `WorkerError` with
+ * `image_pull_failed` and the registry's message, `EngineError`, or the reason of the signal.
  */
 export async function pull(
   engine: Engine,
@@ -36,7 +36,9 @@ export async function pull(
   const startedAt = performance.now()
   try {
     await retrying(() => pullOnce(engine, image, options), {
-      ...{ signal, fromMs: RETRY_MS, toMs: RETRY_MAX_MS },
+      signal,
+      fromMs: RETRY_MS,
+      toMs: RETRY_MAX_MS,
       isWorthIt: (err) => isFailure(err, 'pull_failed'),
       onRetry(err) {
         onFailed(failed(image, err.words))
@@ -56,7 +58,10 @@ async function pullOnce(engine: Engine, image: string, options: PullOptions): Pr
     headers: config?.credential
       ? { 'x-registry-auth': registryAuth(image, config.credential) }
       : {},
-    ...{ signal, step: 'pull', limitMs: SILENCE_MS, silenceMs: SILENCE_MS },
+    signal,
+    step: 'pull',
+    limitMs: SILENCE_MS,
+    silenceMs: SILENCE_MS,
   })
   let unread = ''
   try {
@@ -72,7 +77,7 @@ async function pullOnce(engine: Engine, image: string, options: PullOptions): Pr
   throwIfError(unread)
 }
 
-/** A pull that fails later than at its first step is told inside an answer of 200. */
+/** Throws if the line reports a failure: an answer of 200 may still fail later. */
 function throwIfError(line: string): void {
   if (line.trim() === '') return
   const words = errorIn(line)
@@ -91,7 +96,7 @@ function errorIn(line: string): string | undefined {
 
 async function isThere(engine: Engine, image: string, signal: AbortSignal): Promise<boolean> {
   const parts = image.split('/')
-  // This is not an image name but a path to elsewhere in the API: the pull refuses it.
+  // This would be a path to elsewhere in the API, not an image name: the pull rejects it.
   if (parts.some((part) => part === '.' || part === '..')) return false
   const path = parts.map(encodeURIComponent).join('/')
   try {
@@ -107,7 +112,7 @@ function registryAuth(image: string, credential: { username: string; password: s
   const [host = ''] = image.split('/')
   const serveraddress = /[.:]|^localhost$/.test(host) ? host : 'https://index.docker.io/v1/'
   const json = Buffer.from(JSON.stringify({ ...credential, serveraddress }))
-  // With padding: the engine drops what is cut for the want of it, and pulls as nobody.
+  // With padding: Docker ignores unpadded base64 and pulls anonymously.
   return json.toString('base64').replaceAll('+', '-').replaceAll('/', '_')
 }
 
