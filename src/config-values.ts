@@ -1,11 +1,11 @@
-/** Kinds of values that environment variables hold, with words for people where one is wrong. */
+/** Types of environment variables, with messages for invalid values. */
 import { readFileSync } from 'node:fs'
 import { resolve } from 'node:path'
 import { z } from 'zod'
 import type { WorkerSizes } from './core/worker-sizes.ts'
 import { isNetwork } from './net/address-guard.ts'
 
-/** Fails a field with words for people. */
+/** Rejects a value with a message. */
 export function refuse(ctx: z.core.$RefinementCtx, message: string): never {
   ctx.addIssue({ code: 'custom', message })
   return z.NEVER
@@ -28,7 +28,7 @@ const itemsOf = (text: string) =>
     .split(/[,\n]/)
     .map((item) => item.trim())
     .filter((item) => item !== '')
-/** Separated by commas or line ends. */
+/** Items separated by commas or line breaks. */
 export const list = text.transform(itemsOf)
 export const listInFile = file.transform(itemsOf)
 export const listOf = <T extends z.ZodType<unknown, string>>(item: T) => list.pipe(z.array(item))
@@ -45,7 +45,7 @@ export const number = (min: number, max: number) =>
   numeric((value) => value >= min && value <= max, `a number from ${min} to ${max}`)
 export const positive = (max: number) =>
   numeric((value) => value > 0 && value <= max, `a number above 0, at most ${max}`)
-/** setTimeout takes no more than 2^31 ms, 24.8 days. */
+/** Limit of setTimeout: 2^31 ms, 24.8 days. */
 export const SECONDS_MAX = 2_000_000
 export const times = (factor: number) => (value: number) => value * factor
 export const toMs = times(1000)
@@ -59,7 +59,7 @@ export const networks = listOf(
     error: ({ input }) => `"${input}" is not a CIDR, "private" or "loopback"`,
   }),
 )
-/** Paths that neither the container nor its engine needs. */
+/** Absolute paths outside the folders that a container needs. */
 export const WORKER_HOME = /^(?!\/(worker|tmp|dev|proc|sys)\b)(\/(?!\.{1,2}(\/|$))[\w.-]+)+$/
 
 const sizes = z.record(

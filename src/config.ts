@@ -31,10 +31,10 @@ export class ConfigError extends Error {
   override name = 'ConfigError'
 }
 
-/** `unset`: what holds without the variable. */
+/** `unset`: default, as README shows it. */
 const variables = z.registry<{ name: string; unset: string }>()
 
-/** Makes the setting that the variable holds. Its description is for README. */
+/** Registers the variable of a setting, whose description is for README. */
 function setting<T extends z.ZodType>(name: string, schema: T, unset?: string): T {
   const variable = schema.clone()
   const value = schema instanceof z.ZodPrefault ? `\`${schema.def.defaultValue}\`` : 'none'
@@ -100,7 +100,7 @@ const settings = z.object({
   workerBackend: setting(
     'WORKER_BACKEND',
     oneOf('local', 'docker', 'kubernetes').prefault('local'),
-  ).describe('what workers are: `local`, `docker`, `kubernetes`'),
+  ).describe('kind of workers: `local`, `docker`, `kubernetes`'),
   workerImage: setting('WORKER_IMAGE', text.prefault('task-runner')).describe(
     'image of container workers that name none',
   ),
@@ -132,9 +132,9 @@ const settings = z.object({
     text
       .regex(/^(unix:\/\/\/.+|tcp:\/\/[^/]+:\d+)$/, 'must be unix:///path or tcp://host:port')
       .prefault('unix:///var/run/docker.sock'),
-  ).describe("the engine, as Docker's own command takes it"),
+  ).describe("address of the engine, as for Docker's own command"),
   dockerTlsVerify: setting('DOCKER_TLS_VERIFY', text.optional()).describe(
-    'any value: the engine is reached with TLS',
+    'any value: connect to the engine with TLS',
   ),
   dockerCertPath: setting('DOCKER_CERT_PATH', text.optional()).describe(
     'folder of `ca.pem`, `cert.pem` and `key.pem` for that',
@@ -152,7 +152,7 @@ const settings = z.object({
     dnsLabel.prefault('default'),
   ).describe('service account of workers; its token is not mounted'),
   kubernetesQueue: setting('KUBERNETES_QUEUE', dnsLabel.optional()).describe(
-    'a queue of Kueue; it or a ResourceQuota (`count/jobs.batch`) limits workers, and tasks wait',
+    'Kueue queue for workers; to limit workers, use it or a ResourceQuota (`count/jobs.batch`)',
   ),
   concurrency: setting(
     'MAX_CONCURRENT_TASKS',
@@ -207,7 +207,7 @@ const settings = z.object({
     networks.optional(),
     '`loopback,private` when `HOST` is loopback, else none',
   ).describe(
-    'may be called besides public addresses: CIDRs, `private`, `loopback`; link-local only as CIDR',
+    'allowed besides public addresses: CIDRs, `private`, `loopback`; link-local only as CIDR',
   ),
   gitAllowedNetworks: setting('GIT_ALLOWED_NETWORKS', networks.optional(), 'as above').describe(
     'the same for the hosts of repositories',
@@ -259,7 +259,7 @@ const settings = z.object({
       .transform((value) => ['true', '1', 'on'].includes(value))
       .optional(),
     'on where `HOST` is loopback',
-  ).describe('whether there are the two sample receivers'),
+  ).describe('whether the two sample receivers are served'),
   logLevel: setting(
     'LOG_LEVEL',
     oneOf('trace', 'debug', 'info', 'warn', 'error', 'fatal', 'silent').prefault('info'),
@@ -271,7 +271,7 @@ const settings = z.object({
   tz: setting('TZ', text.optional()).describe('time zone of tasks'),
 })
 
-/** Adds what follows from several variables together. */
+/** Validates combinations of settings and derives others from them. */
 const schema = settings.transform((given, ctx) => {
   const { apiTokensFile, dockerHost, dockerTlsVerify, dockerCertPath, lang, tz, ...rest } = given
   const problem = (key: keyof typeof given, message: string) =>
@@ -293,11 +293,11 @@ const schema = settings.transform((given, ctx) => {
     problem('sealingKey', 'is required with DATABASE_URL, the same for all instances')
   }
   if (rest.databaseUrl === undefined && rest.clusterConcurrency !== undefined) {
-    problem('clusterConcurrency', 'has no meaning without DATABASE_URL')
+    problem('clusterConcurrency', 'requires DATABASE_URL')
   }
   const inside = relative(tasksDir, dataDir)
   if (!inside.startsWith('..') && !isAbsolute(inside)) {
-    problem('dataDir', 'must not lie in TASKS_DIR, of which every worker gets a copy')
+    problem('dataDir', 'must not be in TASKS_DIR, which is copied to every worker')
   }
   /** Reads the variables as Docker's own command does. */
   const engineAddress = (): EngineAddress => {
@@ -324,7 +324,7 @@ const schema = settings.transform((given, ctx) => {
   }
 })
 
-/** What the service needs to know, read once. Nothing but this file reads the environment. */
+/** Settings of the service. Only this file reads the environment. */
 export type Config = Readonly<z.output<typeof schema>>
 
 const variableOf = new Map(
@@ -333,16 +333,16 @@ const variableOf = new Map(
     return variable ? [[key, { ...variable, description: field.description ?? '' }]] : []
   }),
 )
-/** Every variable, in the order of README. */
+/** All variables, in the order of README. */
 export const VARIABLES = [...variableOf.values()]
 
-/** Variables that are no more, with what does their work. To ignore a limit could flood a cluster. */
+/** Removed variables with their replacements: ignoring a limit could flood a cluster. */
 const REMOVED: Readonly<Record<string, string>> = {
   KUBERNETES_MAX_WORKERS:
     'was removed; limit workers with a ResourceQuota (count/jobs.batch), KUBERNETES_QUEUE or MAX_CLUSTER_TASKS, and unset it',
 }
 
-/** Where the command line finds a service, and what it hands on to it. */
+/** Reads the settings of the command line. */
 export function loadClientConfig(env: NodeJS.ProcessEnv = process.env): {
   url: string | undefined
   token: string | undefined
@@ -356,8 +356,8 @@ export function loadClientConfig(env: NodeJS.ProcessEnv = process.env): {
 }
 
 /**
- * Reads the environment. Throws `ConfigError`, which lists every problem and repeats no value: some
- * are secret. `serves`: false where nobody can reach the process, so that it needs no tokens.
+ * Reads the environment. Throws `ConfigError` with every problem but no values, since some are
+ * secret. `serves`: false if the process does not listen and so needs no tokens.
  */
 export function loadConfig(
   env: NodeJS.ProcessEnv = process.env,
@@ -365,7 +365,7 @@ export function loadConfig(
 ): Config {
   const given = valuesOf(env)
   const wrong = settings.safeParse(given).error?.issues ?? []
-  // Combinations are judged as far as their parts are right.
+  // Combinations are checked for valid settings only.
   for (const { path } of wrong) delete given[String(path[0])]
   if (!serves) given.authOff = 'off'
   const whole = schema.safeParse(given)
@@ -382,7 +382,7 @@ export function loadConfig(
 
 /** Returns the values by the keys of their settings. */
 function valuesOf(env: NodeJS.ProcessEnv): Record<string, unknown> {
-  // An empty variable is how many tools write "not set".
+  // Many tools set an empty variable for "not set".
   const given = [...variableOf].map(([key, { name }]) => [key, env[name] || undefined] as const)
   const secrets = Object.entries(env).flatMap(([name, value]) =>
     value !== undefined && name.startsWith(SECRET_PREFIX)
@@ -397,7 +397,7 @@ function valuesOf(env: NodeJS.ProcessEnv): Record<string, unknown> {
   }
 }
 
-/** Removes the service's own packages, which npm puts before what the machine has. */
+/** Removes the folders of the service's own packages, which npm puts first. */
 function withoutNpm(path: string): string {
   const folders = path.split(delimiter)
   const first = folders.findIndex((folder) => !/\/(node_modules\/\.bin|node-gyp-bin)$/.test(folder))

@@ -237,7 +237,9 @@ describe('several instances', () => {
 
   test('need a key that all know; a limit over all means nothing to one alone', () => {
     expect(problemsOf({ DATABASE_URL: shared.DATABASE_URL })).toMatch(/- SEALING_KEY: is required/)
-    expect(problemsOf({ MAX_CLUSTER_TASKS: '5' })).toMatch(/- MAX_CLUSTER_TASKS: has no meaning/)
+    expect(problemsOf({ MAX_CLUSTER_TASKS: '5' })).toMatch(
+      /MAX_CLUSTER_TASKS: requires DATABASE_URL/,
+    )
     expect(problemsOf({ HOST_GRACE_SECONDS: '5', DATABASE_POOL_SIZE: '5' })).toBe('')
   })
 })
