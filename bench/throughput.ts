@@ -46,7 +46,7 @@ export async function throughput(kind: keyof typeof SIZES, context: Context): Pr
   for (let round = -1; round < rounds; round += 1) {
     await context.quiet()
     const order = Object.entries(contenders)
-    // Rotates the order, so that each contender goes first once.
+    // Rotates the order, so that no contender always goes first.
     order.push(...order.splice(0, Math.max(0, round) % order.length))
     for (const [name, contender] of order) {
       const rate = await contender(file, round < 0 ? SIZES[kind].warmUp : count, folder)

@@ -96,8 +96,8 @@ export async function sharedTar(tasksDir: string): Promise<SharedTar> {
 }
 
 /**
- * Packs the worker's whole folder, below `worker/`, with notes of the files that are left out. A
- * `home` elsewhere is packed as well, as an empty folder: the image may have one with files. Throws
+ * Packs the worker's whole folder, below `worker/`, with notes of the files that are left out. If
+ * `home` is elsewhere, packs it as an empty folder, too: the image may have one with files. Throws
  * what `assertTaskFile` throws; reading the tar throws `UnavailableError` if the tasks folder
  * cannot be read.
  */

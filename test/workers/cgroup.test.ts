@@ -15,7 +15,7 @@ import type { Readable, Writable } from 'node:stream'
 import { afterEach, describe, expect, test } from 'vitest'
 import {
   cgroupMounts,
-  placesOf,
+  ownCgroupPaths,
   SlotCgroups,
   WorkerProcesses,
 } from '../../src/workers/local/cgroup.ts'
@@ -115,7 +115,7 @@ const HYBRID = `31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=75
 describe('where cgroups can be made', () => {
   test("version 2 comes first, then version 1, each in the service's own cgroup", () => {
     const own = '9:name=systemd:/system.slice/a b\n8:pids:/\n3:cpu,cpuacct:/x\n0::/a:b\n'
-    expect(placesOf(cgroupMounts(HYBRID), own)).toEqual([
+    expect(ownCgroupPaths(cgroupMounts(HYBRID), own)).toEqual([
       '/sys/fs/cgroup/uni fied/a:b',
       '/sys/fs/cgroup/pids',
       '/sys/fs/cgroup/systemd/system.slice/a b',
@@ -124,10 +124,10 @@ describe('where cgroups can be made', () => {
 
   test('a mount that shows another part of the hierarchy is no place', () => {
     const mounts = cgroupMounts('41 31 0:38 /docker/1 /sys/fs/cgroup ro - cgroup2 cgroup ro\n')
-    expect(placesOf(mounts, '0::/docker/1/inner\n')).toEqual(['/sys/fs/cgroup/inner'])
-    expect(placesOf(mounts, '0::/docker/1\n')).toEqual(['/sys/fs/cgroup'])
-    expect(placesOf(mounts, '0::/docker/12\n')).toEqual([])
-    expect(placesOf(mounts, '0::/../other\n')).toEqual([])
+    expect(ownCgroupPaths(mounts, '0::/docker/1/inner\n')).toEqual(['/sys/fs/cgroup/inner'])
+    expect(ownCgroupPaths(mounts, '0::/docker/1\n')).toEqual(['/sys/fs/cgroup'])
+    expect(ownCgroupPaths(mounts, '0::/docker/12\n')).toEqual([])
+    expect(ownCgroupPaths(mounts, '0::/../other\n')).toEqual([])
   })
 
   test('without a hierarchy, or where no process can enter, there are none', () => {

@@ -382,7 +382,7 @@ describe.each(Object.entries(OBSTACLES))('with %s in its folder', (_, { make, un
         expect(log.error.mock.calls).toEqual([
           [
             { path: expect.stringContaining('unremovable-'), cause: expect.stringMatching(/^E/) },
-            'a folder of a worker could not be removed',
+            "a worker's folder could not be removed",
           ],
         ])
         aside = log.error.mock.calls[0]?.[0].path

@@ -54,7 +54,7 @@ export class SlotCgroups {
       const mounts = cgroupMounts(readFileSync(join(procDir, 'mountinfo'), 'utf8'))
       const own = readFileSync(join(procDir, 'cgroup'), 'utf8')
       const name = folderName(realpathSync.native(workersDir))
-      for (const place of placesOf(mounts, own)) {
+      for (const place of ownCgroupPaths(mounts, own)) {
         const cgroups = new SlotCgroups(join(place, name), mounts)
         if (cgroups.#isUsable()) return cgroups
         cgroups.close()
@@ -92,12 +92,12 @@ export class SlotCgroups {
 
   /** Removes a cgroup with those that its task made in it. Returns false if one has processes. */
   remove(path: string): boolean {
-    return this.#isOurs(path) && isRemoved(Buffer.from(path))
+    return this.#isOurs(path) && removeWithChildren(Buffer.from(path))
   }
 
   /** Removes the parent of the cgroups, if it is empty. */
   close(): void {
-    isRemovedAlone(Buffer.from(this.#folder))
+    removeOne(Buffer.from(this.#folder))
   }
 
   #isUsable(): boolean {
@@ -105,7 +105,7 @@ export class SlotCgroups {
     const tail = join('/', basename(this.#folder), TRIAL)
     try {
       makeIfMissing(this.#folder)
-      for (const child of childrenOf(Buffer.from(this.#folder))) isRemoved(child)
+      for (const child of childrenOf(Buffer.from(this.#folder))) removeWithChildren(child)
       makeIfMissing(trial)
       // Whether a process may be moved depends on the parents of both cgroups: only a trial shows
       // it.
@@ -120,7 +120,7 @@ export class SlotCgroups {
       if (codeOf(err) === undefined) throw err
       return false
     } finally {
-      isRemovedAlone(Buffer.from(trial))
+      removeOne(Buffer.from(trial))
     }
   }
 
@@ -178,7 +178,7 @@ export function cgroupMounts(mountinfo: string): CgroupMount[] {
  * Returns the paths at which our own cgroup is mounted, best first. `own`: the content of
  * /proc/<pid>/cgroup (cgroups(7)).
  */
-export function placesOf(mounts: readonly CgroupMount[], own: string): string[] {
+export function ownCgroupPaths(mounts: readonly CgroupMount[], own: string): string[] {
   const lines = own.split('\n').flatMap((line) => {
     const [, hierarchies, path] = /^\d+:([^:]*):(.*)$/.exec(line) ?? []
     return hierarchies === undefined || path === undefined ? [] : [{ hierarchies, path }]
@@ -237,17 +237,17 @@ function childrenOf(cgroup: Buffer): Buffer[] {
 }
 
 /** Removes a cgroup and those below it; returns false, removing none, if one has processes. */
-function isRemoved(cgroup: Buffer): boolean {
+function removeWithChildren(cgroup: Buffer): boolean {
   try {
     if (processesIn(cgroup)?.length) return false
-    for (const child of childrenOf(cgroup)) isRemoved(child)
+    for (const child of childrenOf(cgroup)) removeWithChildren(child)
   } catch (err) {
     if (!UNREADABLE.includes(codeOf(err) ?? '')) throw err
   }
-  return isRemovedAlone(cgroup)
+  return removeOne(cgroup)
 }
 
-function isRemovedAlone(cgroup: Buffer): boolean {
+function removeOne(cgroup: Buffer): boolean {
   try {
     rmdirSync(cgroup)
     return true

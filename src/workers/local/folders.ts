@@ -49,7 +49,7 @@ export interface Contents {
 const READ_BYTES_MAX = 16 * 1024
 const SHORT_LOG_BYTES = 64 * 1024
 /** Flags to open a file that a task may have replaced: follows no link, and blocks on no FIFO. */
-export const SAFELY = constants.O_NOFOLLOW | constants.O_NONBLOCK
+export const SAFE_OPEN = constants.O_NOFOLLOW | constants.O_NONBLOCK
 
 /** Length of the longest exit without a message; a longer one fits into the same disk block. */
 const EXIT_LENGTH = 11
@@ -265,7 +265,7 @@ function withPlain<T>(
 ): T {
   let file: number | undefined
   try {
-    file = openSync(join(folder, name), flags | SAFELY)
+    file = openSync(join(folder, name), flags | SAFE_OPEN)
     const stats = fstatSync(file)
     if (!stats.isFile()) throw notPlainError(name)
     return work(file, stats)

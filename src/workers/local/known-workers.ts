@@ -88,7 +88,7 @@ export class KnownWorkers {
   }
 
   /**
-   * Returns how a task that has ended did so. `record`: replaces that of the folder. Throws a
+   * Returns how an ended task ended. `record`: used instead of the one in the folder. Throws a
    * `LocalFailure` while the folder cannot be read, unless the task broke it.
    */
   completion(name: string, record?: KnownWorker): Completion {

@@ -19,9 +19,8 @@ import {
 export interface ProcessQuery {
   worker: string
   /**
-   * The shell that runs the worker's task; it is never in the result. Without it, nothing is found
-   * by the files that a process has open: only a process that may descend from it is checked for
-   * those.
+   * The shell that runs the worker's task; it is never in the result. Undefined: open files in the
+   * worker's folder do not count, since only those of the shell's descendants do.
    */
   shell?: ProcessIdentity | undefined
   /** Process group and session of the shell, while it serves this worker and after its end. */
@@ -38,13 +37,13 @@ export interface ProcessSource {
 }
 
 const TICKS_PER_SECOND = 100
-/** Age after which a process has passed from fork to exec: its environment changes no more. */
+/** Age after which a process has passed from fork to exec: its environment no longer changes. */
 const SETTLED_TICKS = 200
 /** Maximum pids that the kernel skips: those in use, and those of failed forks. */
 const SKIPPED_MAX = 64
-/** Far fewer than there are pids, so that none was allocated twice. */
+/** Maximum forks between two scans: far fewer than there are pids, so that none is reused. */
 const FORKS_MAX = 4096
-/** Links that are kept by exec and setsid, and by programs that overwrite their environment. */
+/** Links in /proc/<pid> that survive exec, setsid and an overwritten environment. */
 const LINKS = ['cwd', 'root', 'fd/0', 'fd/1', 'fd/2']
 const OUTPUTS = ['1', '2']
 const DELETED = Buffer.from(' (deleted)')
@@ -68,9 +67,8 @@ interface ProcessEntry {
  * Finds the processes of a worker by these marks:
  * - the worker's folder in their environment, which children inherit
  * - the process group and session of the slot's shell, and the pipe of the worker's log
- * - a working folder, root or standard descriptor inside the worker's folder, where the environment
- *   was
- * cleared. This needs the folder's path, so it has to run before the folder is renamed
+ * - a working folder, root or standard descriptor inside the worker's folder, which stays when the
+ *   environment is cleared; this has to be checked before that folder is renamed
  * - a parent that has one of these marks
  *
  * An administrator's process may have files in a worker's folder open, too. So open files count

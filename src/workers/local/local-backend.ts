@@ -16,7 +16,7 @@ import { SharedLook } from '../../core/shared-look.ts'
 import { until } from '../../core/until.ts'
 import { ServiceThread } from '../../threads/service-thread.ts'
 import { LocalFailure, toCoreError } from './failures.ts'
-import { brokenFileError, notPlainError, SAFELY } from './folders.ts'
+import { brokenFileError, notPlainError, SAFE_OPEN } from './folders.ts'
 import type { End, LocalSettings, WorkerInfo } from './local-workers.ts'
 import type { Methods, Notice, Request } from './thread.ts'
 
@@ -52,7 +52,7 @@ export class LocalBackend implements WorkerBackend {
         // thread.ts sends no other notices.
         const { unremovable, found } = notice as Notice
         this.#leftBehind = unremovable
-        if (found) options.log?.error(found, 'a folder of a worker could not be removed')
+        if (found) options.log?.error(found, "a worker's folder could not be removed")
       },
     })
     this.ready = this.#thread.ready
@@ -68,8 +68,7 @@ export class LocalBackend implements WorkerBackend {
       notes.push(`worker_size "${spec.size}" is not enforced on local workers`)
     if (spec.imageConfig !== undefined) notes.push('image_config is not used by local workers')
     const making = this.#call('provision', spec, notes)
-    // Requested at once, which saves a round trip. A failure to provision rejects `making` as
-    // well.
+    // Requested at once to save a round trip; failures to provision reject `making`, too.
     const end = this.#call('completion', spec.name)
     end.catch(() => {})
     return this.#worker(await until(making, signal), end)
@@ -186,7 +185,7 @@ async function* follow(
 async function openLog(path: string): Promise<FileHandle> {
   let file: FileHandle | undefined
   try {
-    file = await open(path, constants.O_RDONLY | SAFELY)
+    file = await open(path, constants.O_RDONLY | SAFE_OPEN)
     if ((await file.stat()).isFile()) return file
     throw notPlainError('log')
   } catch (err) {

@@ -94,7 +94,7 @@ export class LocalWorkers {
     this.#slots = this.#makeSlots(cgroups)
     this.#context = this.#makeContext()
     this.#known = new KnownWorkers(settings.workersDir, this.#folders, leftovers.workers())
-    for (const name of this.#known.names()) void this.#endIfHalfMade(name)
+    for (const name of this.#known.names()) void this.#removeHalfMade(name)
     this.#pollTimer = setInterval(() => {
       for (const run of this.#runs.values()) run.poll()
     }, POLL_MS)
@@ -288,7 +288,7 @@ export class LocalWorkers {
   }
 
   /** Removes a folder without a record, left by a loss of power before a task. Never rejects. */
-  async #endIfHalfMade(name: string): Promise<void> {
+  async #removeHalfMade(name: string): Promise<void> {
     try {
       const isWorker = isWorkerName(name)
       if (isWorker && this.#known.read(name) === undefined) await this.terminate(name)

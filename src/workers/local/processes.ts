@@ -25,8 +25,8 @@ export interface ProcessStat {
 export const TASK_RUNNER_FOLDER = 'TASK_RUNNER_FOLDER'
 
 /**
- * Errors of reading /proc about a process that has ended or is another user's, or a path there that
- * is too long or unreachable.
+ * Errors of reading /proc: the process has ended or is another user's, or a path is too long or
+ * unreachable.
  */
 export const GONE: readonly string[] = [
   'ENOENT',
@@ -127,7 +127,7 @@ export function readStat(pid: number): ProcessStat | undefined {
   const fields = stat.slice(stat.lastIndexOf(')') + 2).split(' ')
   const [state, parent, group, session] = fields
   const [threads, startTicks] = [fields[17], fields[19]]
-  // Other threads may outlive the first one, whose state this is.
+  // The state is that of the first thread, which others may outlive.
   if (state === 'Z' && Number(threads) <= 1) return undefined
   return {
     parent: Number(parent),
@@ -137,7 +137,7 @@ export function readStat(pid: number): ProcessStat | undefined {
   }
 }
 
-/** Returns the inode of the process's folder in /proc: another process with the pid has another. */
+/** Returns the inode of /proc/<pid>, which changes when another process gets the pid. */
 export function inodeOf(pid: number): number | undefined {
   return ifThere(() => lstatSync(`/proc/${pid}`).ino)
 }
@@ -150,7 +150,7 @@ export function readLinkIfThere(path: string): Buffer | undefined {
   return ifThere(() => readlinkSync(path, 'buffer'))
 }
 
-/** Throws errors not in `GONE`: without descriptors, no process must seem to have ended. */
+/** Ignores errors in `GONE` only: a lack of descriptors must not look like an ended process. */
 export function ifThere<T>(read: () => T): T | undefined {
   try {
     return read()

@@ -57,13 +57,13 @@ export class Removal {
 
   /** Removes a tree; a small one at once. Settles when done or impossible. Never rejects. */
   add(path: string): Promise<void> {
-    return this.#do(path, () => removing(path))
+    return this.#run(path, () => removalSteps(path))
   }
 
   /** Removes all entries of a folder but `kept`, as far as possible. Never rejects. */
   empty(folder: string, kept: readonly string[]): Promise<void> {
-    return this.#do(`${folder}/`, function* () {
-      yield* removing(folder, kept)
+    return this.#run(`${folder}/`, function* () {
+      yield* removalSteps(folder, kept)
       return undefined
     })
   }
@@ -88,18 +88,18 @@ export class Removal {
     this.#active.clear()
   }
 
-  async #do(key: string, begin: () => Steps): Promise<void> {
+  async #run(key: string, begin: () => Steps): Promise<void> {
     const known = this.#active.get(key)
     if (known) return known.done.promise
     const steps = begin()
     if (this.#advance(key, steps)) return
     const done = Promise.withResolvers<void>()
     this.#active.set(key, { steps, done })
-    this.#continue()
+    this.#schedule()
     await done.promise
   }
 
-  #continue(): void {
+  #schedule(): void {
     this.#next ??= setImmediate(() => {
       this.#next = undefined
       const [first] = this.#active
@@ -109,7 +109,7 @@ export class Removal {
         this.#active.delete(path)
         done.resolve()
       }
-      if (this.#active.size > 0) this.#continue()
+      if (this.#active.size > 0) this.#schedule()
     })
   }
 
@@ -119,14 +119,14 @@ export class Removal {
     for (let files = 1; ; files += 1) {
       const step = steps.next()
       if (step.done) {
-        this.#note(path, step.value)
+        this.#record(path, step.value)
         return true
       }
       if (files % FILES_PER_CHECK === 0 && performance.now() > endsAt) return false
     }
   }
 
-  #note(path: string, obstacle: unknown): void {
+  #record(path: string, obstacle: unknown): void {
     const before = this.#unremovable.get(path)
     if (obstacle === undefined) {
       if (this.#unremovable.delete(path)) this.#onUnremovable(this.#unremovable.size)
@@ -154,8 +154,8 @@ export class Removal {
 }
 
 /** Removes a tree if it is small. Returns whether nothing of it is left. */
-export function removedAtOnce(path: string): boolean {
-  const steps = removing(path)
+export function removeIfSmall(path: string): boolean {
+  const steps = removalSteps(path)
   for (let files = 0; files < BATCH; files += 1) {
     const step = steps.next()
     if (step.done) return step.value === undefined
@@ -189,7 +189,7 @@ interface Level {
  * Removes depth first, without recursion. Folders too deep for a path are moved up. Mounts are not
  * entered: their files are not the task's. With entries `kept`, the folder itself stays.
  */
-function* removing(root: string, kept: readonly string[] = []): Steps {
+function* removalSteps(root: string, kept: readonly string[] = []): Steps {
   const rootPath = Buffer.from(root).toString('latin1')
   const top = newLevel(rootPath, '', undefined)
   for (const name of kept) top.blocked.add(name)

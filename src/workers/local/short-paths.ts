@@ -17,7 +17,7 @@ import {
 } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { SAFELY } from './folders.ts'
+import { SAFE_OPEN } from './folders.ts'
 
 /** Maximum length of the temporary folder's path, for a `TMPDIR` of at most 40 characters. */
 const BASE_LENGTH_MAX = 13
@@ -88,7 +88,7 @@ export class ShortPaths {
   #readRoot(): string | undefined {
     let file: number | undefined
     try {
-      file = openSync(this.#pointer, constants.O_RDONLY | SAFELY)
+      file = openSync(this.#pointer, constants.O_RDONLY | SAFE_OPEN)
       if (!fstatSync(file).isFile()) return undefined
       const content = Buffer.alloc(BASE_LENGTH_MAX + PREFIX.length + 'XXXXXX/'.length)
       const root = content.toString('utf8', 0, readSync(file, content))

@@ -1,6 +1,6 @@
 import { closeSync, constants, fstatSync, openSync, readSync, writeSync } from 'node:fs'
 import { join } from 'node:path'
-import { brokenFileError, notPlainError, SAFELY } from './folders.ts'
+import { brokenFileError, notPlainError, SAFE_OPEN } from './folders.ts'
 import { discardChunk, moveChunk } from './splice.ts'
 
 const NEWLINE = 10
@@ -20,7 +20,7 @@ export class TaskLog {
     this.#bytesMax = bytesMax
     let file: number | undefined
     try {
-      file = openSync(join(folder, 'log'), constants.O_RDWR | SAFELY)
+      file = openSync(join(folder, 'log'), constants.O_RDWR | SAFE_OPEN)
       const stats = fstatSync(file)
       if (!stats.isFile()) throw notPlainError('log')
       this.#file = file

@@ -27,7 +27,7 @@ import {
   REWRITTEN,
   type WorkerRecord,
 } from './folders.ts'
-import { type OnUnremovable, Removal, removedAtOnce } from './removal.ts'
+import { type OnUnremovable, Removal, removeIfSmall } from './removal.ts'
 import { ShortPaths } from './short-paths.ts'
 import { assertCopied, copyTasks, isUntouched, type TasksCopy } from './tasks-copy.ts'
 
@@ -187,7 +187,7 @@ export class WorkerFolders {
         for (const name of REWRITTEN) writeFileSync(join(trial, name), '', { mode: 0o600 })
         writeFileSync(join(trial, 'log'), TRIAL, { mode: 0o600 })
       } finally {
-        removedAtOnce(trial)
+        removeIfSmall(trial)
       }
     } catch (err) {
       throw classifiedAs('workers_folder_away', err)
@@ -341,7 +341,7 @@ function removeChanged(folder: string, { byName, tasks }: Fingerprints): TasksCo
     const known = [...byName.keys()].filter((key) => key === name || key.startsWith(`${name}/`))
     if (known.length > 0 && known.every(isUnchanged)) continue
     if (!entry.isDirectory()) unlinkSync(path)
-    else if (!removedAtOnce(path)) throw new Error('there is more to remove than takes a moment')
+    else if (!removeIfSmall(path)) throw new Error('there is more to remove than takes a moment')
   }
   return left
 }
