@@ -580,8 +580,8 @@ with zipfile.ZipFile('task_runner_probe-1.0-py3-none-any.whl', 'w') as wheel:
       }
     }
     const script = `
-      const { removedAtOnce } = await import(${JSON.stringify(module)})
-      if (!removedAtOnce(${JSON.stringify(folder)})) throw new Error('something is left')`
+      const { removeIfSmall } = await import(${JSON.stringify(module)})
+      if (!removeIfSmall(${JSON.stringify(folder)})) throw new Error('something is left')`
     const removing = spawn(process.execPath, ['--input-type=module', '-e', script], {
       stdio: ['ignore', 'ignore', 'pipe'],
       ...(uid === undefined ? {} : { uid, gid: uid }),
