@@ -5,7 +5,7 @@ import { mkdirSync, readdirSync, readFileSync, realpathSync, rmdirSync, statSync
 import { basename, dirname, join, normalize, relative } from 'node:path'
 import { codeOf } from './failures.ts'
 import type { ProcessQuery, ProcessSource } from './leftover-finder.ts'
-import { mountsIn } from './mounts.ts'
+import { type Mount, mountsIn } from './mounts.ts'
 import { identify, type ProcessIdentity, ticksOf } from './processes.ts'
 
 /** Hierarchies of version 1, best first: those whose cgroups need no setup and limit nothing. */
@@ -23,14 +23,6 @@ const TRIAL_MS = 10_000
 const ENTER = `echo $$ >"$0/cgroup.procs" || exit
 while read -r own; do case $own in *"$1") exit 0 ;; esac; done </proc/$$/cgroup
 exit 1`
-
-export interface CgroupMount {
-  mountPoint: string
-  /** The cgroup that is mounted there. */
-  root: string
-  /** Hierarchies of version 1; undefined for version 2. */
-  hierarchies: readonly string[] | undefined
-}
 
 /**
  * Makes one cgroup for each slot below the service's own. A task's processes stay in the cgroup of
@@ -65,7 +57,7 @@ export class SlotCgroups {
     return undefined
   }
 
-  private constructor(folder: string, mounts: readonly CgroupMount[]) {
+  private constructor(folder: string, mounts: readonly Mount[]) {
     this.#folder = folder
     this.#mountPoints = mounts.map(({ mountPoint }) => mountPoint)
   }
@@ -167,26 +159,23 @@ export class WorkerProcesses implements ProcessSource {
 }
 
 /** Returns the mounts of cgroups that /proc/<pid>/mountinfo lists. */
-export function cgroupMounts(mountinfo: string): CgroupMount[] {
-  return mountsIn(mountinfo).flatMap(({ mountPoint, root, type, options }) => {
-    if (type !== 'cgroup' && type !== 'cgroup2') return []
-    return [{ mountPoint, root, hierarchies: type === 'cgroup' ? options : undefined }]
-  })
+export function cgroupMounts(mountinfo: string): Mount[] {
+  return mountsIn(mountinfo).filter(({ type }) => type === 'cgroup' || type === 'cgroup2')
 }
 
 /**
  * Returns the paths at which our own cgroup is mounted, best first. `own`: the content of
  * /proc/<pid>/cgroup (cgroups(7)).
  */
-export function ownCgroupPaths(mounts: readonly CgroupMount[], own: string): string[] {
+export function ownCgroupPaths(mounts: readonly Mount[], own: string): string[] {
   const lines = own.split('\n').flatMap((line) => {
     const [, hierarchies, path] = /^\d+:([^:]*):(.*)$/.exec(line) ?? []
     return hierarchies === undefined || path === undefined ? [] : [{ hierarchies, path }]
   })
   return ['', ...V1_HIERARCHIES].flatMap((wanted) => {
     const path = lines.find(({ hierarchies }) => hierarchies.split(',').includes(wanted))?.path
-    const mount = mounts.find(({ hierarchies }) =>
-      wanted === '' ? hierarchies === undefined : hierarchies?.includes(wanted),
+    const mount = mounts.find(({ type, options }) =>
+      wanted === '' ? type === 'cgroup2' : type === 'cgroup' && options.includes(wanted),
     )
     if (path === undefined || mount === undefined) return []
     const below = relative(mount.root, path)

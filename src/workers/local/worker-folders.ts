@@ -98,7 +98,7 @@ export class WorkerFolders {
       const tasks = copyTasks(tasksDir, to, this.#notCopied, spare?.tasks)
       const { leftOut } = tasks
       if (contents.taskFile !== '') assertCopied(contents.taskFile, { tasksDir, to, leftOut })
-      const identity = this.identityOf(lstatSync(draft).ino, basename(folder))
+      const identity = this.#identityOf(lstatSync(draft).ino, basename(folder))
       fill(draft, {
         ...contents,
         record: { ...contents.record, folder: identity },
@@ -119,12 +119,12 @@ export class WorkerFolders {
   }
 
   /** Returns the identity of a folder, by which a record in a copy of it is detected. */
-  identityOf(inode: number, name: string): string {
+  #identityOf(inode: number, name: string): string {
     return `${inode} ${join(this.#realDir, name)}`
   }
 
   isOf(record: WorkerRecord, inode: number): boolean {
-    return record.folder === undefined || record.folder === this.identityOf(inode, record.name)
+    return record.folder === undefined || record.folder === this.#identityOf(inode, record.name)
   }
 
   /** Returns whether the worker has ended, and its folder is being removed or cannot be. */
