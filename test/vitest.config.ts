@@ -31,7 +31,7 @@ export default defineConfig({
   test: {
     root: new URL('.', import.meta.url).pathname,
     include: ['**/*.test.ts'],
-    exclude: ['chaos/**', ...SLOW],
+    exclude: ['chaos/**', 'witnesses/**', ...SLOW],
     globalSetup: ['helpers/build.ts'],
     testTimeout: 60_000,
     hookTimeout: 60_000,
