@@ -249,6 +249,26 @@ describe('local workers', () => {
     expect(await worker.completion(NEVER)).toMatchObject({ exitCode: 2 })
   })
 
+  test('the log of a task that ended without us is whole, though its reader still writes', async () => {
+    const wanted = spec('true')
+    const folder = folderOf(wanted.name)
+    const gate = join(harness.sharedDir, marker())
+    const slot = { pid: 2 ** 22 + 1, startedAt: 'never' }
+    const script = `until [ -e ${gate} ]; do sleep 0.02; done; echo the end >>${folder}/log`
+    const reader = spawn('sh', ['-c', script], { stdio: 'ignore' })
+    const identity = identify(reader.pid ?? 0)
+    if (!identity) throw new Error('no process')
+    const contents = contentsOf(wanted, slot)
+    prepare(folder, { ...contents, record: { ...contents.record, reader: identity } })
+    await writeFile(join(folder, 'exit'), 'task 0\n')
+    const worker = await harness.backend.find(wanted.name)
+    const log = worker?.completion(NEVER).then(() => logOf(worker))
+    // Answered after a turn of the thread that waits for the reader.
+    await harness.backend.list()
+    await touch(gate)
+    expect(await log).toBe('the end\n')
+  })
+
   describe('a worker that was made, but whose task was not started', () => {
     test('is provisioned anew when its slot is gone: the script runs once', async () => {
       const runs = join(harness.sharedDir, marker())

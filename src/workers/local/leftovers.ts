@@ -1,10 +1,17 @@
 import { setTimeout as pause } from 'node:timers/promises'
 import type { WorkerRecord } from './folders.ts'
 import type { ProcessSource } from './leftover-finder.ts'
-import { type Fifo, identify, killIfSame, nameOf, type ProcessIdentity } from './processes.ts'
+import {
+  type Fifo,
+  identify,
+  isAlive,
+  killIfSame,
+  nameOf,
+  type ProcessIdentity,
+} from './processes.ts'
 
-const KILL_ROUND_MS = 5
-const KILL_ROUNDS_MAX = 400
+const ROUND_MS = 5
+const ROUNDS_MAX = 400
 
 /**
  * Returns the live processes of a worker, without its shell and the reader of its log. `run`: given
@@ -34,12 +41,19 @@ export function leftoversOf(
  * some cannot be killed: another user's, or stuck in the kernel.
  */
 export async function killAll(find: () => ProcessIdentity[], names?: string[]): Promise<boolean> {
-  for (let round = 0; round < KILL_ROUNDS_MAX; round += 1) {
+  for (let round = 0; round < ROUNDS_MAX; round += 1) {
     const found = find()
     if (found.length === 0) return true
     if (round === 0) names?.push(...found.flatMap((identity) => nameOf(identity) ?? []))
     for (const identity of found) killIfSame(identity)
-    await pause(KILL_ROUND_MS)
+    await pause(ROUND_MS)
   }
   return false
+}
+
+/** Waits until the reader of a log has written what is in its pipe: it ends then. Two seconds at most. */
+export async function readerEnded(reader: ProcessIdentity | undefined): Promise<void> {
+  for (let round = 0; reader && round < ROUNDS_MAX && isAlive(reader); round += 1) {
+    await pause(ROUND_MS)
+  }
 }

@@ -6,7 +6,7 @@ import { isFolderBroken, isTemporary } from './failures.ts'
 import * as folders from './folders.ts'
 import { NO_EXIT } from './known-workers.ts'
 import type { ProcessSource } from './leftover-finder.ts'
-import { killAll, leftoversOf } from './leftovers.ts'
+import { killAll, leftoversOf, readerEnded } from './leftovers.ts'
 import { persistently } from './persistently.ts'
 import { groupOf, isAlive, kill, killIfSame, type ProcessIdentity, writersOf } from './processes.ts'
 import type { SlotPool } from './slot-pool.ts'
@@ -26,7 +26,6 @@ const ENDING_MS = 20
 const NAMES_MAX = 5
 const ROUND_MS = 5
 const BEGIN_ROUNDS_MAX = 200
-const READER_ROUNDS_MAX = 400
 
 /** Settings and collaborators that all runs of a service share. */
 export interface RunContext {
@@ -296,15 +295,9 @@ export class LocalRun {
 
   /** Completes the log. No process is left that could write to it. */
   async #closeLog(killed: readonly string[]): Promise<void> {
-    const { reader } = this.#record
-    if (this.#log) {
-      // Empties the pipe: it holds less than one turn moves.
-      this.drain()
-    } else if (reader) {
-      for (let round = 0; round < READER_ROUNDS_MAX && isAlive(reader); round += 1) {
-        await pause(ROUND_MS)
-      }
-    }
+    // Empties the pipe: it holds less than one turn moves.
+    if (this.#log) this.drain()
+    else await readerEnded(this.#record.reader)
     if (this.#pipe !== undefined) closeSync(this.#pipe)
     try {
       const log = this.#log ?? (killed.length > 0 ? new TaskLog(this.#folder, Infinity) : undefined)

@@ -9,7 +9,7 @@ import * as folders from './folders.ts'
 import { type Interpreters, jobOf } from './job.ts'
 import { type KnownWorker, KnownWorkers } from './known-workers.ts'
 import { LeftoverFinder } from './leftover-finder.ts'
-import { killAll, leftoversOf } from './leftovers.ts'
+import { killAll, leftoversOf, readerEnded } from './leftovers.ts'
 import { LocalRun, type RunContext } from './local-run.ts'
 import { OutputPoller } from './output-poller.ts'
 import { isAlive } from './processes.ts'
@@ -223,7 +223,10 @@ export class LocalWorkers {
     const run = this.#runs.get(name) ?? this.#attach(name)
     // Waits before other processes are ended: the shell would report that as the task's end.
     const completion = run ? await run.outcome : this.#known.completion(name)
-    if (!run) await this.#endLeftovers(name)
+    if (!run) {
+      await this.#endLeftovers(name)
+      if (!this.#ended.has(name)) await readerEnded(this.#known.readIfWhole(name)?.reader)
+    }
     const wholeLog = this.#ended.get(name) ? folders.readShortLog(this.#folder(name)) : undefined
     return { completion, wholeLog }
   }
