@@ -51,7 +51,7 @@ export async function killAll(find: () => ProcessIdentity[], names?: string[]): 
   return false
 }
 
-/** Waits until the reader of a log has written what is in its pipe: it ends then. Two seconds at most. */
+/** Waits, two seconds at most, for the reader of a log: it ends once it has emptied the pipe. */
 export async function readerEnded(reader: ProcessIdentity | undefined): Promise<void> {
   for (let round = 0; reader && round < ROUNDS_MAX && isAlive(reader); round += 1) {
     await pause(ROUND_MS)
