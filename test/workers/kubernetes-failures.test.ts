@@ -482,7 +482,7 @@ describe('what the API server refuses', () => {
     fake.admission.webhook = undefined
     expect({ reason, message }).toEqual({
       reason: 'startup_failed',
-      message: expect.stringMatching(/Kubernetes refuses .*no Jobs on Fridays/),
+      message: expect.stringMatching(/Kubernetes rejected .*no Jobs on Fridays/),
     })
     expect(tookMs).toBeLessThan(TIMEOUT_MS - 200)
   })
@@ -505,7 +505,7 @@ describe('what the API server refuses', () => {
   test('a field that is not valid', async () => {
     const { reason, message } = await refusal(scripted(exits(0), { timeoutSeconds: -1_000_000 }))
     expect(reason).toBe('startup_failed')
-    expect(message).toMatch(/Kubernetes refuses .*spec.*activeDeadlineSeconds: Invalid value/)
+    expect(message).toMatch(/Kubernetes rejected .*spec.*activeDeadlineSeconds: Invalid value/)
   })
 
   test('a webhook that is down is not a refusal', async () => {
