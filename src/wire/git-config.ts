@@ -1,6 +1,6 @@
 import { z } from 'zod'
 import { directoryOf, type GitConfig } from '../core/worker-config.ts'
-import { line, present, secretName } from './fields.ts'
+import { CONTROL, line, present, secretName } from './fields.ts'
 
 /** Hosts of repositories; `URL` checks those of http(s) URLs only. */
 const HOST = /^([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])$/
@@ -50,8 +50,11 @@ const localPath = line(1024)
     'is the folder of the task; use another, such as ~/projects/name',
   )
 const directoryBelowHome = (localPath: string) => directoryOf({ remoteUrl: '', localPath })
-/** Returns false for text that git would read as an option. */
-const notAnOption = (text: string) => !text.startsWith('-')
+/** Excludes what git would read as an option. */
+const NOT_AN_OPTION = {
+  pattern: new RegExp(`^(?!-)[^${CONTROL}]*$`),
+  message: () => 'must not begin with -',
+}
 
 export const gitConfigSchema = z
   .strictObject({
@@ -75,18 +78,13 @@ export const gitConfigSchema = z
       .describe(
         'Folder to clone into, below the home of the worker, as `~/…` or `/home/ubuntu/…`; default `~/projects/<repository>`',
       ),
-    branch: line(255)
-      .refine(notAnOption, 'must not begin with -')
+    branch: line(255, NOT_AN_OPTION)
       .nullish()
       .describe(
         'A branch, a tag, a ref such as `refs/pull/1/head`, or a full commit id; default: the default branch of the repository',
       ),
     sparse_checkout_folders: z
-      .array(
-        line(1024)
-          .refine(notAnOption, 'must not begin with -')
-          .refine(isInside, 'must be inside the repository'),
-      )
+      .array(line(1024, NOT_AN_OPTION).refine(isInside, 'must be inside the repository'))
       .max(1000)
       .nullish()
       .describe('Check out only these folders and the files at the top level'),
