@@ -423,7 +423,9 @@ describe.concurrent('what we may do', () => {
         const request = cluster.stage.request('large', 'r-story.sh')
         const { status, body } = await post(service, '/task-runner', request)
         expect(status).toBe(422)
-        expect(JSON.stringify(body)).toMatch(/has 10\d{5} bytes when compressed.* has at most 921600/)
+        expect(JSON.stringify(body)).toMatch(
+          /has 10\d{5} bytes when compressed.* has at most 921600/,
+        )
         expect(cluster.fake.objects('jobs')).toEqual([])
       } finally {
         await rm(tasks, { recursive: true })
